@@ -1,0 +1,59 @@
+"""``python -m evmamba_jax.data prepare NAME``: make a data set ready for training."""
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from evmamba_jax.data.config import resolve_data_dir
+from evmamba_jax.data.imagenet import prepare_imagenet
+from evmamba_jax.data.sources import IMAGENET_COMMAND, find_folder, prepare
+from evmamba_jax.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: the arguments; None reads ``sys.argv``.
+
+    Returns:
+        The exit code: 0, or 2 after a user's mistake, told in one line.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m evmamba_jax.data", description="Make data sets ready for training."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("prepare", help="write a data set as TFDS array_record files")
+    command.add_argument("name", help="imagenet2012, digits, fashion_mnist_debian, or a TFDS name")
+    command.add_argument("--train", type=Path, metavar="TAR", help="imagenet2012 only: ILSVRC2012_img_train.tar")
+    command.add_argument("--val", type=Path, metavar="TAR", help="imagenet2012 only: ILSVRC2012_img_val.tar")
+    command.add_argument("--data-dir", default="", help="default: $TFDS_DATA_DIR, else ~/tensorflow_datasets")
+    arguments = parser.parse_args(argv)
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that unfinished folders are removed then, too
+    data_dir = resolve_data_dir(arguments.data_dir)
+    try:
+        folder = find_folder(data_dir, arguments.name)
+        if folder is not None:
+            print(f"{arguments.name} is already prepared in {folder}")
+            return 0
+        if arguments.name == "imagenet2012":
+            if not (arguments.train and arguments.val):
+                raise UserError(f"imagenet2012 is made from its two tars: {IMAGENET_COMMAND}")
+            prepare_imagenet(arguments.train, arguments.val, data_dir)
+        else:
+            prepare(arguments.name, data_dir)
+        print(f"{arguments.name} is prepared in {find_folder(data_dir, arguments.name)}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""What to read and how to augment it, as plain typed fields."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+from evmamba_jax.errors import UserError
+
+
+@dataclasses.dataclass
+class DataConfig:
+    """The input pipeline's settings; on the command line ``--config.data.NAME=VALUE``.
+
+    Tuples are written with commas: ``--config.data.crop_scale=0.5,1.0``.
+    """
+
+    # Which images.
+    name: str = "imagenet2012"  # digits, fashion_mnist_debian, imagenet2012, or any image-classification TFDS name
+    data_dir: str = ""  # where TFDS folders lie; empty: $TFDS_DATA_DIR, else ~/tensorflow_datasets
+    train_split: str = "train"  # TFDS's slices work too: "train[:90%]"
+    eval_split: str = "validation"
+    on_corrupt: str = "error"  # an unreadable image stops the run ("error") or is passed over and counted ("skip")
+
+    # On the host: encoded record -> uint8 image.
+    image_size: int = 224  # side of the square image, pixels
+    in_channels: int = 3  # 3 (RGB) or 1 (grey)
+    eval_resize: int = 256  # short side before the centre crop, pixels, bicubic
+    crop_scale: tuple[float, float] = (0.08, 1.0)  # RandomResizedCrop: range of the area, as a share of the image
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # RandomResizedCrop: range of width / height
+    hflip: float = 0.5  # probability of a left-right flip
+    num_threads: int = 0  # decoding threads a process; 0: one a core, 16 at most
+    num_workers: int = 0  # decoding processes; 0: threads only, which is best on few cores
+
+    # On the device, inside the training step.
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # a channel, of images in [0, 1]
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    random_erasing: float = 0.25  # probability an image
+    mixup: float = 0.2  # alpha of lambda's Beta distribution; 0: no mixup
+    cutmix: float = 1.0  # the same for cutmix
+    mix_prob: float = 1.0  # probability that a batch is mixed at all
+    switch_prob: float = 0.5  # probability of cutmix where both are on
+    label_smoothing: float = 0.1
+
+    def validate(self) -> None:
+        """Check every field that the type alone does not keep in range.
+
+        Raises:
+            UserError: naming the field, its value and what is allowed.
+        """
+        self._require("on_corrupt", self.on_corrupt in ("error", "skip"), "'error' or 'skip'")
+        self._require("image_size", self.image_size >= 1, "1 or more")
+        self._require("in_channels", self.in_channels in (1, 3), "1 (grey) or 3 (RGB)")
+        self._require("eval_resize", self.eval_resize >= self.image_size, f"image_size={self.image_size} or more")
+        for field, least, most in (("crop_scale", 0.0, 1.0), ("crop_ratio", 0.0, float("inf"))):
+            value = getattr(self, field)
+            ok = len(value) == 2 and least < value[0] <= value[1] <= most
+            self._require(field, ok, f"two numbers, lower first, above {least:g}" + (" up to 1" if most == 1 else ""))
+        for field in ("mean", "std"):
+            value = getattr(self, field)
+            self._require(field, len(value) == self.in_channels, f"in_channels={self.in_channels} numbers")
+        self._require("std", all(value > 0 for value in self.std), "numbers above 0")
+        for field in ("num_threads", "num_workers", "mixup", "cutmix"):
+            self._require(field, getattr(self, field) >= 0, "0 or more")
+        for field in ("hflip", "random_erasing", "mix_prob", "switch_prob"):
+            self._require(field, 0 <= getattr(self, field) <= 1, "a probability, 0 to 1")
+        self._require("label_smoothing", 0 <= self.label_smoothing < 1, "from 0 to below 1")
+
+    def _require(self, field: str, ok: bool, allowed: str) -> None:
+        if not ok:
+            raise UserError(f"data.{field}={getattr(self, field)!r} is not allowed: it must be {allowed}")
+
+
+def resolve_data_dir(data_dir: str) -> Path:
+    """Return the folder that holds the TFDS folders.
+
+    Args:
+        data_dir: a folder, or "" for TFDS's own default.
+
+    Returns:
+        ``data_dir``, else ``$TFDS_DATA_DIR``, else ``~/tensorflow_datasets``.
+    """
+    return Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser().absolute()

@@ -1,0 +1,174 @@
+"""Device transforms, traced into the training step: pure functions of a key and the global batch."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from evmamba_jax.data.config import DataConfig
+
+
+def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float], dtype=jnp.float32) -> jax.Array:
+    """Scale bytes to [0, 1] and standardise each channel.
+
+    Args:
+        images: uint8 (B, H, W, C).
+        mean: C numbers, of images in [0, 1].
+        std: C numbers.
+        dtype: of the result; the arithmetic is float32.
+
+    Returns:
+        (B, H, W, C) in ``dtype``.
+    """
+    scaled = images.astype(jnp.float32) / 255
+    return ((scaled - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)).astype(dtype)
+
+
+def random_erasing(key: jax.Array, images: jax.Array, probability: float) -> jax.Array:
+    """Replace one random box of some images by standard normal noise.
+
+    Each image on its own: with ``probability``, up to ten tries of an area uniform in (0.02, 1/3) of the image and a
+    height / width log-uniform in (0.3, 1/0.3); the first box smaller than the image on both sides is taken.
+
+    Args:
+        key: typed PRNG key.
+        images: normalised (B, H, W, C), float.
+        probability: that an image is erased.
+
+    Returns:
+        (B, H, W, C) in the images' dtype.
+
+    Source: timm.data.RandomErasing, mode "pixel", count 1.
+    """
+    batch, height, width, _ = images.shape
+    tries = 10
+    key_on, key_area, key_aspect, key_top, key_left, key_noise = jax.random.split(key, 6)
+    area = height * width * jax.random.uniform(key_area, (batch, tries), minval=0.02, maxval=1 / 3)
+    aspect = jnp.exp(jax.random.uniform(key_aspect, (batch, tries), minval=jnp.log(0.3), maxval=jnp.log(1 / 0.3)))
+    h = jnp.round(jnp.sqrt(area * aspect)).astype(jnp.int32)
+    w = jnp.round(jnp.sqrt(area / aspect)).astype(jnp.int32)
+    fits = (h < height) & (w < width)
+    first = jnp.argmax(fits, axis=1, keepdims=True)
+    h, w = (jnp.take_along_axis(side, first, axis=1)[:, 0] for side in (h, w))
+    erased = fits.any(axis=1) & jax.random.bernoulli(key_on, probability, (batch,))
+    # Where no box fits, the upper bounds below may be empty; `erased` is then False and the draw is not used.
+    top = jax.random.randint(key_top, (batch,), 0, jnp.maximum(height - h, 0) + 1)
+    left = jax.random.randint(key_left, (batch,), 0, jnp.maximum(width - w, 0) + 1)
+    box = _inside(top, top + h, height)[:, :, None] & _inside(left, left + w, width)[:, None, :]
+    noise = jax.random.normal(key_noise, images.shape, images.dtype)
+    return jnp.where((box & erased[:, None, None])[..., None], noise, images)
+
+
+def _inside(start: jax.Array, stop: jax.Array, length: int) -> jax.Array:
+    """Return bool (..., length): the positions from ``start`` to below ``stop``."""
+    position = jnp.arange(length)
+    return (start[..., None] <= position) & (position < stop[..., None])
+
+
+def one_hot_smooth(labels: jax.Array, num_classes: int, label_smoothing: float) -> jax.Array:
+    """Turn labels into smoothed targets.
+
+    Args:
+        labels: int32 (B,).
+        num_classes: K.
+        label_smoothing: eps.
+
+    Returns:
+        float32 (B, K): 1 - eps + eps / K at the label, eps / K elsewhere.
+    """
+    return jax.nn.one_hot(labels, num_classes) * (1 - label_smoothing) + label_smoothing / num_classes
+
+
+def mixup_cutmix(
+    key: jax.Array,
+    images: jax.Array,
+    labels: jax.Array,
+    num_classes: int,
+    *,
+    mixup: float,
+    cutmix: float,
+    mix_prob: float = 1.0,
+    switch_prob: float = 0.5,
+    label_smoothing: float = 0.0,
+) -> tuple[jax.Array, jax.Array]:
+    """Mix every image with its partner, the same image of the reversed batch, by mixup or cutmix.
+
+    One draw serves the whole batch: which of the two (cutmix with ``switch_prob`` where both are on), lambda from
+    Beta(alpha, alpha), and cutmix's box, whose centre is uniform over the pixels and whose sides are sqrt(1 - lambda)
+    of the image's, clipped at the border; lambda then becomes the share of pixels that stay.
+
+    Args:
+        key: typed PRNG key.
+        images: normalised (B, H, W, C), float.
+        labels: int32 (B,).
+        num_classes: K.
+        mixup: alpha of mixup; 0 turns it off.
+        cutmix: alpha of cutmix; 0 turns it off.
+        mix_prob: probability that the batch is mixed at all.
+        switch_prob: probability of cutmix where both are on.
+        label_smoothing: eps of the targets.
+
+    Returns:
+        images (B, H, W, C) in the images' dtype, and targets, float32 (B, K), whose rows sum to 1.
+
+    Source: timm.data.Mixup, mode "batch".
+    """
+    targets = one_hot_smooth(labels, num_classes, label_smoothing)
+    if not (mixup or cutmix):
+        return images, targets
+    _, height, width, _ = images.shape
+    key_on, key_switch, key_mixup, key_cutmix, key_row, key_column = jax.random.split(key, 6)
+    mixed = jax.random.bernoulli(key_on, mix_prob)
+    use_cutmix = jax.random.bernoulli(key_switch, switch_prob) if mixup and cutmix else jnp.asarray(not mixup)
+
+    keep_mixup = jax.random.beta(key_mixup, mixup, mixup) if mixup else jnp.float32(1)
+    keep_cutmix = jax.random.beta(key_cutmix, cutmix, cutmix) if cutmix else jnp.float32(1)
+    side = jnp.sqrt(1 - keep_cutmix)
+    box = _centred(key_row, side, height)[:, None] & _centred(key_column, side, width)[None, :]
+
+    # (H, W): how much of the image itself each pixel keeps.
+    keep = jnp.where(use_cutmix, 1.0 - box, keep_mixup)
+    keep = jnp.where(mixed, keep, 1.0)
+    lam = jnp.where(use_cutmix, 1 - jnp.count_nonzero(box) / (height * width), keep_mixup)
+    lam = jnp.where(mixed, lam, 1.0)
+    keep = keep[:, :, None].astype(images.dtype)
+    return images * keep + images[::-1] * (1 - keep), targets * lam + targets[::-1] * (1 - lam)
+
+
+def _centred(key: jax.Array, share: jax.Array, length: int) -> jax.Array:
+    """Return bool (length,): an interval of ``share`` of the length around a uniform centre, clipped to the image."""
+    half = jnp.floor(length * share).astype(jnp.int32) // 2
+    centre = jax.random.randint(key, (), 0, length)
+    return _inside(centre - half, centre + half, length)
+
+
+def train_augment(
+    key: jax.Array, images: jax.Array, labels: jax.Array, config: DataConfig, num_classes: int
+) -> tuple[jax.Array, jax.Array]:
+    """Normalise, erase, mix and smooth one global batch.
+
+    Args:
+        key: typed PRNG key of this step.
+        images: uint8 (B, H, W, C).
+        labels: int32 (B,).
+        config: reads the device-side fields.
+        num_classes: K.
+
+    Returns:
+        images, float32 (B, H, W, C), and targets, float32 (B, K). The same for any number of devices.
+    """
+    key_erase, key_mix = jax.random.split(key)
+    images = normalize(images, config.mean, config.std)
+    if config.random_erasing:
+        images = random_erasing(key_erase, images, config.random_erasing)
+    return mixup_cutmix(
+        key_mix,
+        images,
+        labels,
+        num_classes,
+        mixup=config.mixup,
+        cutmix=config.cutmix,
+        mix_prob=config.mix_prob,
+        switch_prob=config.switch_prob,
+        label_smoothing=config.label_smoothing,
+    )

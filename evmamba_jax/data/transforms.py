@@ -1,0 +1,135 @@
+"""Host transforms: encoded bytes to square uint8 images, with the pixels of Pillow and the rules of torchvision."""
+
+import io
+import math
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+from evmamba_jax.data.config import DataConfig
+
+
+class CorruptImageError(Exception):
+    """The bytes of one record are not a readable image."""
+
+
+def decode(data: bytes, channels: int) -> np.ndarray:
+    """Decode an image file.
+
+    JPEG goes through simplejpeg, which gives Pillow's pixels three times as fast; Pillow reads everything else and has
+    the last word on JPEGs that simplejpeg refuses. EXIF rotation is ignored, as torchvision and timm do.
+
+    Args:
+        data: a JPEG, PNG or other file that Pillow reads; grey, palette, CMYK and alpha images are converted.
+        channels: 3 for RGB, 1 for grey.
+
+    Returns:
+        uint8 (H, W, channels).
+
+    Raises:
+        CorruptImageError: the bytes cannot be decoded; the message says why.
+    """
+    if data[:2] == b"\xff\xd8":
+        try:
+            return simplejpeg.decode_jpeg(data, colorspace="RGB" if channels == 3 else "GRAY")
+        except ValueError:
+            pass  # simplejpeg also refuses files with mere warnings, which Pillow reads
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            pixels = np.asarray(image.convert("RGB" if channels == 3 else "L"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = "not an image file" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        raise CorruptImageError(reason) from error
+    return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def random_crop_box(
+    rng: np.random.Generator, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """Draw the box of RandomResizedCrop.
+
+    Ten tries of an area uniform in ``scale`` and a width / height log-uniform in ``ratio``; when none fits, the largest
+    centred box whose aspect lies in ``ratio``.
+
+    Args:
+        rng: the example's own generator.
+        height: of the image, pixels.
+        width: of the image, pixels.
+        scale: range of the box's area as a share of the image.
+        ratio: range of the box's width / height.
+
+    Returns:
+        top, left, height and width of the box, pixels; always inside the image.
+
+    Source: torchvision's RandomResizedCrop.get_params, which timm repeats.
+    """
+    for _ in range(10):
+        area = height * width * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    aspect = min(max(width / height, ratio[0]), ratio[1])
+    h, w = min(height, max(1, round(width / aspect))), min(width, max(1, round(height * aspect)))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resize with Pillow's antialiased bicubic filter.
+
+    Args:
+        image: uint8 (H, W, C), C 1 or 3.
+        height: of the result, pixels.
+        width: of the result, pixels.
+
+    Returns:
+        uint8 (height, width, C).
+    """
+    pixels = image[..., 0] if image.shape[-1] == 1 else image
+    resized = Image.fromarray(np.ascontiguousarray(pixels)).resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(resized).reshape(height, width, image.shape[-1])
+
+
+def train_image(data: bytes, config: DataConfig, rng: np.random.Generator) -> np.ndarray:
+    """Make a training image: decode, RandomResizedCrop, random flip.
+
+    Args:
+        data: an encoded image.
+        config: reads image_size, in_channels, crop_scale, crop_ratio and hflip.
+        rng: the example's own generator; its draws alone decide the result.
+
+    Returns:
+        uint8 (image_size, image_size, in_channels).
+
+    Raises:
+        CorruptImageError: the bytes cannot be decoded.
+    """
+    image = decode(data, config.in_channels)
+    height, width = image.shape[:2]
+    top, left, h, w = random_crop_box(rng, height, width, config.crop_scale, config.crop_ratio)
+    image = resize(image[top : top + h, left : left + w], config.image_size, config.image_size)
+    return np.ascontiguousarray(image[:, ::-1]) if rng.random() < config.hflip else image
+
+
+def eval_image(data: bytes, config: DataConfig) -> np.ndarray:
+    """Make an evaluation image: decode, resize the short side, crop the centre.
+
+    Args:
+        data: an encoded image.
+        config: reads image_size, in_channels and eval_resize.
+
+    Returns:
+        uint8 (image_size, image_size, in_channels).
+
+    Raises:
+        CorruptImageError: the bytes cannot be decoded.
+
+    Source: torchvision's Resize (long side truncated) and CenterCrop (offset rounded), as timm uses them.
+    """
+    image = decode(data, config.in_channels)
+    height, width = image.shape[:2]
+    short = min(height, width)
+    image = resize(image, config.eval_resize * height // short, config.eval_resize * width // short)
+    top, left = (round((side - config.image_size) / 2) for side in image.shape[:2])
+    return np.ascontiguousarray(image[top : top + config.image_size, left : left + config.image_size])

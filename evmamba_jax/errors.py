@@ -1,0 +1,16 @@
+"""The one exception that stands for a user's mistake."""
+
+
+class UserError(ValueError):
+    """A mistake the user can mend: one line that names the thing, its value, what is allowed and what to do.
+
+    The commands print it as ``error: ...`` and leave with exit code 2; a library caller sees an ordinary ValueError.
+    """
+
+
+def nearest(name: str, allowed) -> str:
+    """Return ``", did you mean 'x'?"`` for the closest of ``allowed``, or an empty string when none is close."""
+    import difflib
+
+    close = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)
+    return f", did you mean {close[0]!r}?" if close else ""

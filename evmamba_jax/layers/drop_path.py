@@ -1,0 +1,27 @@
+"""Stochastic depth."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+class DropPath(nnx.Module):
+    """Drop the whole branch of a sample with probability ``rate``; kept branches are divided by ``1 - rate``.
+
+    Source: Huang et al., Deep Networks with Stochastic Depth (2016); timm ``DropPath``.
+    """
+
+    def __init__(self, rate: float):
+        self.rate = rate
+        self.deterministic = True
+
+    def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        """Apply to a branch ``x`` (B, ...). ``key`` is needed in training mode when ``rate`` is not zero."""
+        if self.deterministic or self.rate == 0:
+            return x
+        if key is None:
+            raise ValueError(
+                f"drop path with rate {self.rate} in training mode needs a random key: model(images, key=...)"
+            )
+        keep = jax.random.bernoulli(key, 1 - self.rate, (x.shape[0],) + (1,) * (x.ndim - 1))
+        return jnp.where(keep, x / (1 - self.rate), 0)

@@ -1,0 +1,68 @@
+"""Normalisation with the arithmetic of the official PyTorch layers."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Dtype
+
+# Statistics in float32 or wider, epsilon 1e-5. The two-pass variance keeps float32 logits within a few units in the
+# last place of the official ones.
+LayerNorm = partial(nnx.LayerNorm, epsilon=1e-5, use_fast_variance=False)
+
+
+class BatchNorm(nnx.Module):
+    """Batch normalisation over all axes but the last, as ``torch.nn.BatchNorm2d`` computes it.
+
+    Differs from ``flax.nnx.BatchNorm`` in two ways: the running variance takes the unbiased batch variance, and the
+    normalisation is computed in the wider of the input's and the statistics' types (so a float64 input is not rounded
+    by float32 statistics). Under ``jax.jit`` with a sharded batch the statistics are those of the global batch.
+
+    Args:
+        features: number of channels C.
+        momentum: weight of the old running statistics, 1 minus PyTorch's.
+        epsilon: added to the variance.
+        dtype: type of the output; ``None`` takes the promoted type of input and parameters.
+        rngs: unused, for the signature shared by all layers.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        momentum: float = 0.9,
+        epsilon: float = 1e-5,
+        dtype: Dtype | None = None,
+        rngs: nnx.Rngs,
+    ):
+        del rngs
+        self.scale = nnx.Param(jnp.ones(features))
+        self.bias = nnx.Param(jnp.zeros(features))
+        self.mean = nnx.BatchStat(jnp.zeros(features))
+        self.var = nnx.BatchStat(jnp.ones(features))
+        self.momentum = momentum
+        self.epsilon = epsilon
+        self.dtype = dtype
+        self.use_running_average = True
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalise ``x`` (..., C); in training mode with its own statistics, which the running ones then follow."""
+        wide = jnp.promote_types(x.dtype, self.scale.dtype)
+        out_dtype = self.dtype or wide
+        x = x.astype(jnp.promote_types(wide, jnp.float32))
+        if self.use_running_average:
+            mean, var = self.mean[...].astype(x.dtype), self.var[...].astype(x.dtype)
+        else:
+            axes = tuple(range(x.ndim - 1))
+            mean = x.mean(axes)
+            var = jnp.square(x - mean).mean(axes)
+            count = x.size // x.shape[-1]
+            unbiased = var * (count / max(count - 1, 1))
+            self.mean[...] = self._follow(self.mean[...], mean)
+            self.var[...] = self._follow(self.var[...], unbiased)
+        y = (x - mean) * jax.lax.rsqrt(var + self.epsilon)
+        return (y * self.scale[...] + self.bias[...]).astype(out_dtype)
+
+    def _follow(self, running: jax.Array, batch: jax.Array) -> jax.Array:
+        return self.momentum * running + (1 - self.momentum) * batch.astype(running.dtype)

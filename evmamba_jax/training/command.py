@@ -1,0 +1,65 @@
+"""The command line of ``train_tpu.py``."""
+
+import dataclasses
+import typing
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from evmamba_jax.errors import UserError, nearest
+from evmamba_jax.training.config import Config
+
+
+def parse_command(argv: list[str]) -> tuple[Config, Path]:
+    """Read ``--config FILE[:VARIANT] --config.NAME=VALUE ... --workdir DIR``.
+
+    Returns:
+        The configuration, and the work folder (``runs/`` + the file's name and variant when not given).
+
+    Raises:
+        UserError: an unknown flag, name or variant, a value of the wrong type, a file that cannot be loaded.
+    """
+    _check_names(argv)
+    values = flags.FlagValues()
+    file = config_flags.DEFINE_config_file("config", flag_values=values)
+    workdir = flags.DEFINE_string("workdir", None, "work folder", flag_values=values)
+    try:
+        rest = values(argv)[1:]
+        flags.FLAGS.mark_as_parsed()  # grain reads absl's global flags
+        config = file.value
+        name = config_flags.get_config_filename(values["config"]) if config is not None else ""
+    except UserError:
+        raise
+    except (flags.Error, KeyError, AttributeError, TypeError, ValueError) as error:
+        raise UserError(" ".join(str(error).split())) from error
+    except Exception as error:  # whatever the user's own file raises
+        raise UserError(f"--config cannot be loaded: {type(error).__name__}: {error}") from error
+    if rest:
+        raise UserError(f"unexpected argument {rest[0]!r}; options look like --config.optim.lr=1e-3, see --help")
+    if not isinstance(config, Config):
+        raise UserError("--config FILE is missing or its get_config() does not return a Config; see --help")
+    return config, Path(workdir.value or Path("runs") / Path(name).stem)
+
+
+def _check_names(argv: list[str]) -> None:
+    """Name the first override that no field answers to, and the nearest that does."""
+    known = dict(_fields(Config))
+    for argument in argv[1:]:
+        if argument.startswith(("--config.", "-config.")):
+            name = argument.lstrip("-").split("=", 1)[0].removeprefix("config.")
+            if name not in known:
+                raise UserError(
+                    f"unknown config key {name!r}{nearest(name, known)}; --help says where the names are listed"
+                )
+            if typing.get_origin(known[name]) is dict or dataclasses.is_dataclass(known[name]):
+                inner = [key for key in known if key.startswith(name + ".")]
+                hint = f"set its parts, e.g. --config.{inner[0]}=..." if inner else "change it in the config file"
+                raise UserError(f"config key {name!r} cannot be set as a whole; {hint}")
+
+
+def _fields(kind: type, prefix: str = "") -> typing.Iterator[tuple[str, type]]:
+    for name, field in typing.get_type_hints(kind).items():
+        yield prefix + name, field
+        if dataclasses.is_dataclass(field):
+            yield from _fields(typing.cast(type, field), f"{prefix}{name}.")

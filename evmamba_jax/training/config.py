@@ -1,0 +1,100 @@
+"""What a run is: typed dataclasses, written in ``configs/*.py`` and overridden by ``--config.optim.lr=1e-3``."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from evmamba_jax.data.config import DataConfig
+from evmamba_jax.errors import UserError
+
+
+@dataclass
+class Duration:
+    """A length of training, counted in steps when ``steps`` is not 0, else in epochs of the training split."""
+
+    epochs: float = 0.0
+    steps: int = 0
+
+    def in_steps(self, steps_per_epoch: float) -> int:
+        """Return the length in optimizer steps, rounded to the nearest."""
+        return self.steps or round(self.epochs * steps_per_epoch)
+
+
+@dataclass
+class ModelConfig:
+    """Which model; the number of classes and of input channels come from the data."""
+
+    name: str = "evmamba_t"
+    drop_path_rate: float = 0.1
+    dtype: str = "bfloat16"  # compute type: bfloat16 or float32; parameters and recurrence are float32 either way
+    options: dict[str, Any] = field(default_factory=dict)  # further arguments of create_model
+    pretrained: str = ""  # folder of a converted model or of another run to start from
+
+
+@dataclass
+class OptimConfig:
+    """AdamW, its schedule and the moving average of the weights."""
+
+    lr: float = 2e-3  # peak, not scaled by the batch size
+    min_lr: float = 1e-6
+    warmup_lr: float = 1e-7
+    warmup: Duration = field(default_factory=lambda: Duration(epochs=20))
+    warmup_by_epoch: bool = True  # the rate stands still within a warm-up epoch, as in the released runs
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.04
+    clip_norm: float = 1.0  # global norm of the gradient; 0 = no clipping
+    ema_decay: float = 0.9999  # moving average of parameters and batch statistics; 0 = none
+
+
+@dataclass
+class MeshConfig:
+    """How many devices share the batch only (``data``) and share the parameters too (``fsdp``)."""
+
+    data: int = -1  # -1 = all that fsdp leaves
+    fsdp: int = 1
+    distributed: bool = False  # several processes: call jax.distributed.initialize() first
+
+
+@dataclass
+class Config:
+    """One run of ``train_tpu.py``."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    seed: int = 0
+    batch_size: int = 1024  # images a step over all devices and accumulation rounds
+    accumulation: int = 1  # rounds of forward and backward a step
+    duration: Duration = field(default_factory=lambda: Duration(epochs=300))
+    log_every: Duration = field(default_factory=lambda: Duration(steps=50))
+    eval_every: Duration = field(default_factory=lambda: Duration(epochs=1))  # a checkpoint follows every evaluation
+    save_every: Duration = field(default_factory=lambda: Duration(epochs=1))
+    keep_last: int = 3
+    keep_best: int = 1
+    eval_only: bool = False  # evaluate model.pretrained, or the newest checkpoint of the work folder
+
+    def validate(self) -> None:
+        """Raise a UserError for values that cannot work together, before anything is loaded."""
+        self.data.validate()
+        if self.model.dtype not in ("bfloat16", "float32"):
+            raise UserError(f"config.model.dtype is {self.model.dtype!r}; allowed: 'bfloat16', 'float32'")
+        if self.batch_size < 1 or self.accumulation < 1:
+            raise UserError(
+                f"config.batch_size is {self.batch_size} and config.accumulation {self.accumulation}; "
+                "both must be at least 1"
+            )
+        if self.data.mixup + self.data.cutmix > 0 and self.batch_size % 2:
+            raise UserError(f"config.batch_size is {self.batch_size}; mixup and cutmix pair images, so it must be even")
+        if not 0 <= self.optim.ema_decay < 1:
+            raise UserError(f"config.optim.ema_decay is {self.optim.ema_decay}; allowed: 0 (none) up to below 1")
+        for name in ("duration", "log_every", "eval_every", "save_every"):
+            length = getattr(self, name)
+            if length.steps < 0 or length.epochs < 0 or not (length.steps or length.epochs):
+                raise UserError(f"config.{name} is {length}; set steps or epochs to a positive number")
+
+    def to_json(self) -> str:
+        """Return the resolved configuration as indented JSON."""
+        return json.dumps(dataclasses.asdict(self), indent=2)

@@ -1,0 +1,301 @@
+"""The training loop: evaluate, save, fetch, step, log, in this order, until the last step."""
+
+import contextlib
+import dataclasses
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from evmamba_jax import __version__, functional
+from evmamba_jax.checkpoint import Checkpoints, load_model, storage_errors
+from evmamba_jax.data import loader
+from evmamba_jax.data.sources import open_source
+from evmamba_jax.errors import UserError
+from evmamba_jax.training import mesh as meshes
+from evmamba_jax.training import optimizer, pictures
+from evmamba_jax.training.config import Config
+from evmamba_jax.training.reporting import Reporter
+from evmamba_jax.training.step import State, init_state, make_train_step
+from evmamba_jax.training.task import Task, told
+
+
+def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
+    """Train (or, with ``config.eval_only``, evaluate) and return the figures of the last evaluation.
+
+    A work folder that holds checkpoints is resumed: the run continues to the bit as if it had never stopped.
+
+    Args:
+        config: what to run.
+        workdir: folder for config.json, metrics.jsonl, speed.jsonl, tensorboard/, checkpoints/ and the pictures.
+
+    Raises:
+        UserError: any mistake of the user's, in one line; a loss that is not finite.
+        SystemExit: after SIGTERM or SIGINT, once the state is saved; its code is 128 + the signal's number.
+    """
+    config.validate()
+    if config.mesh.distributed:
+        jax.distributed.initialize()
+    task = Task(config)
+    return _evaluate_only(task, Path(workdir)) if config.eval_only else _train(task, Path(workdir))
+
+
+def _evaluate_only(task: Task, workdir: Path) -> dict[str, float]:
+    """Evaluate ``model.pretrained``, or the newest checkpoint of the work folder."""
+    directory = task.config.model.pretrained or workdir
+    state = {"model": task.load(directory)}
+    if load_model(directory)[2].get("ema"):
+        state["ema"] = task.load(directory, ema=True)
+    figures = task.evaluate(jax.device_put(state, meshes.replicated(task.mesh)))
+    if task.is_main:
+        print(f"{task.config.model.name} of {directory} on {task.config.data.name}: {told(figures)}")
+    return figures
+
+
+def _train(task: Task, workdir: Path) -> dict[str, float]:
+    config = task.config
+    source = open_source(config.data, config.data.train_split)
+    steps_per_epoch = len(source) / config.batch_size
+    total = max(1, config.duration.in_steps(steps_per_epoch))
+    log_every, eval_every, save_every = (
+        max(1, every.in_steps(steps_per_epoch)) for every in (config.log_every, config.eval_every, config.save_every)
+    )
+    schedule = optimizer.learning_rate(config.optim, total_steps=total, steps_per_epoch=steps_per_epoch)
+    layout = _Layout(task, optimizer.adamw(config.optim, schedule))
+
+    with contextlib.ExitStack() as stack:
+        stopping = stack.enter_context(_Stopping())
+        checkpoints = stack.enter_context(
+            Checkpoints(workdir / "checkpoints", keep_last=config.keep_last, keep_best=config.keep_best)
+        )
+        start, state, meta = _restore_or_init(layout, checkpoints, workdir)
+        figures, evaluated = meta["figures"], meta["evaluated"]  # of the last evaluation, and its step
+        if start == evaluated == total:
+            print(
+                f"the run in {workdir} has ended at step {total}: {told(figures)}; choose another --workdir for a new one"
+            )
+            return figures
+        report = Reporter(workdir, total_steps=total, steps_per_epoch=steps_per_epoch, is_main=task.is_main)
+        stack.callback(report.close)
+        report.rewind(start)
+        if task.is_main:
+            with storage_errors(workdir):
+                (workdir / "config.json").write_text(config.to_json() + "\n")
+        batches = stack.enter_context(
+            loader.train_batches(
+                config.data,
+                source,
+                seed=config.seed,
+                global_batch=config.batch_size,
+                start_step=start,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+            )
+        )
+        train_step = layout.compile(log_every, report)
+        clock = _Clock(config.batch_size)
+
+        for step in range(start, total + 1):
+            stop = stopping.at(step)
+            evaluate = step != evaluated and not stop and (step == total or (step > 0 and step % eval_every == 0))
+            save = evaluate or (step > start and bool(stop or step % save_every == 0))
+            if save:
+                _check_finite(state, checkpoints, report, layout)
+
+            if evaluate:
+                figures = task.evaluate(state, pictures_in=workdir if step == total else None)
+                evaluated = step
+                report.log_eval(step, figures)
+            if save:
+                report.flush()
+                metrics = {"top1": max(figures["top1"], figures.get("ema_top1", 0.0))} if evaluated == step else None
+                checkpoints.save(step, state, meta=layout.meta(step, figures, evaluated), metrics=metrics)
+                clock.restart()
+            if stop:
+                checkpoints.wait()
+                report.line(f"{stop.name}: step {step} is saved in {workdir}; the same command continues from there")
+                raise SystemExit(128 + stop)
+            if step == total:
+                break
+
+            with clock.waiting_for_input():
+                batch = task.global_batch(next(batches))
+            state = train_step(state, batch)
+            clock.steps += 1
+
+            if (step + 1) % log_every == 0 or step + 1 == total:
+                _check_finite(state, checkpoints, report, layout)
+                window = {name: float(value) for name, value in jax.device_get(state["train"]["window"]).items()}
+                metrics = {
+                    "loss": window["loss"] / window["steps"],
+                    "lr": float(np.asarray(schedule(step))),
+                    "grad_norm": window["grad_norm"] / window["steps"],
+                }
+                if config.data.on_corrupt == "skip":
+                    metrics["corrupt"] = window["corrupt"]
+                report.log_train(step + 1, metrics, clock.speed())
+                clock.restart()
+
+        checkpoints.wait()
+        if task.is_main:
+            pictures.curves(workdir)
+        report.summary(f"{config.model.name} on {config.data.name}, step {total}: {told(figures)}; see {workdir}")
+    return figures
+
+
+class _Layout:
+    """The train state's structure and where each of its arrays lies, and the step compiled for it."""
+
+    def __init__(self, task: Task, tx):
+        self.task = task
+        self.tx = tx
+        _, *arrays = task.abstract
+        shapes = jax.eval_shape(self.init, *arrays)
+        self.shardings = meshes.state_shardings(task.mesh, shapes)
+        self.abstract_state: State = jax.tree.map(
+            lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), shapes, self.shardings
+        )
+
+    def init(self, params: functional.Arrays, batch_stats: functional.Arrays) -> State:
+        """Return the state before the first step of a model."""
+        return init_state(params, batch_stats, self.tx, ema=self.task.config.optim.ema_decay > 0)
+
+    def fresh(self) -> State:
+        """Return the state of step 0: initial values, or those of ``model.pretrained``."""
+        pretrained = self.task.config.model.pretrained
+        if pretrained:
+            return jax.jit(self.init, out_shardings=self.shardings)(**self.task.load(pretrained))
+        return jax.jit(
+            lambda: self.init(*functional.split(self.task.build_model())[1:]), out_shardings=self.shardings
+        )()
+
+    def compile(self, log_every: int, report: Reporter) -> Callable[[State, dict[str, jax.Array]], State]:
+        """Return the compiled train step and report the time it took."""
+        config = self.task.config
+        graphdef, params, batch_stats = self.task.abstract
+        model = functional.merge(graphdef, params, batch_stats)
+        model.train()
+        step = make_train_step(
+            functional.split(model).graphdef,
+            self.tx,
+            config,
+            num_classes=self.task.num_classes,
+            log_every=log_every,
+        )
+        side, channels = config.data.image_size, config.data.in_channels
+        kinds = {"image": ((side, side, channels), jnp.uint8), "label": ((), jnp.int32), "corrupt": ((), jnp.int32)}
+        sharding = meshes.batch_sharding(self.task.mesh)
+        batch = {
+            name: jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=sharding)
+            for name, (shape, dtype) in kinds.items()
+        }
+        started = time.perf_counter()
+        jitted = jax.jit(step, out_shardings=self.shardings, donate_argnums=0)
+        compiled = jitted.lower(self.abstract_state, batch).compile()
+        seconds = time.perf_counter() - started
+        report.line(f"compiled the train step for {self.task.mesh.size} device(s) in {seconds:.1f} s")
+        report.log_speed({"compile_seconds": seconds})
+        return compiled
+
+    def meta(self, step: int, figures: dict[str, float], evaluated: int | None) -> dict[str, Any]:
+        """Return what a checkpoint says about itself."""
+        config = self.task.config
+        return {
+            "model": config.model.name,
+            "num_classes": self.task.num_classes,
+            "step": step,
+            "figures": figures,
+            "evaluated": evaluated,
+            "ema": config.optim.ema_decay > 0,
+            "config": dataclasses.asdict(config),
+            "versions": {"evmamba-jax": __version__, "jax": jax.__version__, "flax": flax.__version__},
+        }
+
+
+def _restore_or_init(layout: _Layout, checkpoints: Checkpoints, workdir: Path) -> tuple[int, State, dict[str, Any]]:
+    """Return step, state and meta: of the newest whole checkpoint, of ``model.pretrained``, or of a fresh model."""
+    stored = checkpoints.restore_meta()
+    if stored is not None:
+        for name in ("batch_size", "seed"):
+            there, here = stored["config"][name], getattr(layout.task.config, name)
+            if there != here:
+                raise UserError(
+                    f"config.{name} is {here}, but the run in {workdir} was started with {there}, on which the order "
+                    f"of its data depends: set --config.{name}={there}, or choose another --workdir"
+                )
+    restored = checkpoints.restore(layout.abstract_state)
+    return restored or (0, layout.fresh(), {"figures": {}, "evaluated": None})
+
+
+def _check_finite(state: State, checkpoints: Checkpoints, report: Reporter, layout: _Layout) -> None:
+    """Stop the run at a loss or gradient that is not finite, with the state before it on disk."""
+    last = {name: float(value) for name, value in jax.device_get(state["train"]["last"]).items()}
+    bad = next((name for name, value in last.items() if not np.isfinite(value)), None)
+    if bad is None:
+        return
+    step = int(state["train"]["step"])
+    train = {**state["train"], "last": jax.tree.map(jnp.zeros_like, state["train"]["last"])}
+    report.flush()
+    checkpoints.save(step, {**state, "train": train}, meta=layout.meta(step, {}, None))
+    checkpoints.wait()
+    raise UserError(
+        f"{bad} is {last[bad]} at step {step + 1}; the state before it, step {step}, is saved: "
+        "start again with a lower --config.optim.lr, or with --config.model.dtype=float32"
+    )
+
+
+class _Clock:
+    """Images per second and the share of time spent waiting for input, since the last log line."""
+
+    def __init__(self, batch_size: int):
+        self.batch_size = batch_size
+        self.restart()
+
+    def restart(self) -> None:
+        self.began, self.waited, self.steps = time.perf_counter(), 0.0, 0
+
+    @contextlib.contextmanager
+    def waiting_for_input(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - started
+
+    def speed(self) -> dict[str, float]:
+        elapsed = time.perf_counter() - self.began
+        return {"images_per_second": self.steps * self.batch_size / elapsed, "input_wait": self.waited / elapsed}
+
+
+class _Stopping(contextlib.AbstractContextManager):
+    """Notes SIGTERM and SIGINT, so that the loop can save and leave; a second SIGINT interrupts at once."""
+
+    def __init__(self):
+        self.received: signal.Signals | None = None
+
+    def __enter__(self) -> "_Stopping":
+        # With several processes jax.distributed catches SIGTERM itself and lets all agree on one step.
+        signals = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+        self.previous = {number: signal.signal(number, self._note) for number in signals}
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+
+    def at(self, step: int) -> signal.Signals | None:
+        """Return the signal that asks to stop before ``step``, the same on every process."""
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            return signal.SIGTERM
+        return self.received

@@ -1,0 +1,137 @@
+"""The train state, and the two functions that are compiled: one optimizer step and one evaluation batch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from einops import rearrange
+
+from evmamba_jax import functional
+from evmamba_jax.data import device
+from evmamba_jax.training.config import Config
+
+# {"model": {"params", "batch_stats"}, "ema": the same (only with a moving average), "train": optimizer and counters}
+State = dict[str, Any]
+Batch = dict[str, jax.Array]
+
+
+def init_state(params: functional.Arrays, batch_stats: functional.Arrays, tx, *, ema: bool) -> State:
+    """Return the state before the first step."""
+    model = {"params": params, "batch_stats": batch_stats}
+    train = {
+        "step": jnp.zeros((), jnp.int32),
+        "opt_state": tx.init(params),
+        "window": {name: jnp.zeros(()) for name in ("loss", "grad_norm", "corrupt", "steps")},
+        "last": {"loss": jnp.zeros(()), "grad_norm": jnp.zeros(())},
+    }
+    return {"model": model, "train": train} | ({"ema": jax.tree.map(jnp.copy, model)} if ema else {})
+
+
+def is_finite(numbers: dict[str, jax.Array]) -> jax.Array:
+    """Return whether all of a dictionary of scalars are finite."""
+    return jnp.isfinite(jnp.stack(list(numbers.values()))).all()
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Soft-target cross-entropy of each example: logits and targets (B, classes) -> (B,) float32."""
+    return optax.losses.softmax_cross_entropy(logits.astype(jnp.float32), targets)
+
+
+def make_train_step(
+    graphdef: Any, tx: optax.GradientTransformation, config: Config, *, num_classes: int, log_every: int
+) -> Callable[[State, Batch], State]:
+    """Return ``train_step(state, batch) -> state``.
+
+    ``state["train"]["window"]`` sums loss, gradient norm and passed-over records since the last log line; it belongs
+    to the state so that a resumed run logs the same numbers. A step whose loss or gradient is not finite leaves its
+    two numbers in ``last`` and changes nothing else, nor does any step after it: the state before it is kept exactly.
+    """
+
+    def loss_fn(params, batch_stats, images, targets, key):
+        model = functional.merge(graphdef, params, batch_stats)
+        loss = cross_entropy(model(images, key=key), targets).mean()
+        return loss, functional.split(model).batch_stats
+
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def accumulated(model, images, targets, key):
+        """Mean loss and gradient over the rounds of accumulation; batch statistics follow round by round."""
+        rounds = config.accumulation
+        # Every device splits its own rows, so no image moves.
+        rows = rearrange(images, "(b r) ... -> r b ...", r=rounds), rearrange(targets, "(b r) c -> r b c", r=rounds)
+
+        def one_round(carry, inputs):
+            loss_sum, grad_sum, batch_stats = carry
+            index, images, targets = inputs
+            (loss, batch_stats), grads = grad_fn(
+                model["params"], batch_stats, images, targets, jax.random.fold_in(key, index)
+            )
+            return (loss_sum + loss, jax.tree.map(jnp.add, grad_sum, grads), batch_stats), None
+
+        zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, model["params"]), model["batch_stats"]
+        (loss, grads, batch_stats), _ = jax.lax.scan(one_round, zeros, (jnp.arange(rounds), *rows))
+        return loss / rounds, jax.tree.map(lambda g: g / rounds, grads), batch_stats
+
+    def train_step(state: State, batch: Batch) -> State:
+        model, train = state["model"], state["train"]
+        step = train["step"]
+        augment_key, drop_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), step))
+        images, targets = device.train_augment(
+            augment_key, batch["image"], batch["label"], config.data, num_classes=num_classes
+        )
+        images = images.astype(config.model.dtype)
+        loss, grads, batch_stats = accumulated(model, images, targets, drop_key)
+        grad_norm = optax.tree.norm(grads)
+        updates, opt_state = tx.update(grads, train["opt_state"], model["params"])
+
+        new = {"model": {"params": optax.apply_updates(model["params"], updates), "batch_stats": batch_stats}}
+        if "ema" in state:
+            decay = config.optim.ema_decay
+            new["ema"] = jax.tree.map(lambda old, now: decay * old + (1 - decay) * now, state["ema"], new["model"])
+        new["train"] = {"step": step + 1, "opt_state": opt_state}
+        seen = {"loss": loss, "grad_norm": grad_norm}
+        total = seen | {"corrupt": batch["corrupt"].sum(), "steps": 1}
+        opening = step % log_every == 0
+        new["train"]["window"] = {
+            name: jnp.where(opening, 0, train["window"][name]) + jnp.float32(value) for name, value in total.items()
+        }
+
+        going = is_finite(train["last"])
+        select = lambda condition, a, b: jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)  # noqa: E731
+        new["train"]["last"] = train["last"]
+        new = select(going & is_finite(seen), new, state)
+        new["train"]["last"] = select(going, seen, train["last"])
+        return new
+
+    return train_step
+
+
+def make_eval_step(graphdef: Any, config: Config) -> Callable[[dict, Batch], tuple[dict, dict]]:
+    """Return ``eval_step(variables, batch) -> (sums, answers)`` for a model in evaluation mode.
+
+    ``sums``: loss, top1, top5 (weighted), weight and corrupt, each a scalar; ``answers``: the predicted class and its
+    probability, each (B,).
+    """
+
+    def eval_step(variables: dict, batch: Batch) -> tuple[dict, dict]:
+        images = device.normalize(batch["image"], config.data.mean, config.data.std, dtype=config.model.dtype)
+        model = functional.merge(graphdef, variables["params"], variables["batch_stats"])
+        logits = model(images).astype(jnp.float32)
+        labels, weight = batch["label"], batch["weight"]
+        own = jnp.take_along_axis(logits, labels[:, None], axis=1)
+        # The number of classes that score higher; on a tie the lower index wins, as argmax has it.
+        lower = jnp.arange(logits.shape[1]) < labels[:, None]
+        rank = ((logits > own) | ((logits == own) & lower)).sum(1)
+        sums = {
+            "loss": optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels) @ weight,
+            "top1": (rank < 1) @ weight,
+            "top5": (rank < 5) @ weight,
+            "weight": weight.sum(),
+            "corrupt": batch["corrupt"].sum().astype(jnp.float32),
+        }
+        answers = {"prediction": logits.argmax(1), "probability": jax.nn.softmax(logits).max(1)}
+        return sums, answers
+
+    return eval_step

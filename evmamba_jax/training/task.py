@@ -1,0 +1,149 @@
+"""A model, the data it is evaluated on and the mesh it lies on: what training and evaluation share."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from evmamba_jax import create_model, functional
+from evmamba_jax.checkpoint import load_model
+from evmamba_jax.data import loader
+from evmamba_jax.data.sources import open_source
+from evmamba_jax.training import mesh as meshes
+from evmamba_jax.training import pictures
+from evmamba_jax.training.config import Config
+from evmamba_jax.training.step import make_eval_step
+
+PICTURED = 64  # examples in predictions.png
+
+
+class Task:
+    """Opens the evaluation split, settles the model's shapes without allocating it, and evaluates.
+
+    Raises:
+        UserError: data, model, mesh or image size that cannot be.
+    """
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.is_main = jax.process_index() == 0
+        self.mesh = meshes.make_mesh(config)
+        self.eval_source = open_source(config.data, config.data.eval_split)
+        self.num_classes = self.eval_source.num_classes
+        self.abstract = functional.abstract(self.build_model)
+        # Traced once for its errors: an image size that the model cannot take is found before anything is compiled.
+        side, channels = config.data.image_size, config.data.in_channels
+        image = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
+        graphdef, *arrays = self.abstract
+        jax.eval_shape(lambda arrays, image: functional.merge(graphdef, *arrays)(image), arrays, image)
+        self.eval_step = jax.jit(make_eval_step(graphdef, config), out_shardings=meshes.replicated(self.mesh))
+
+    def build_model(self) -> nnx.Module:
+        """Return the model with fresh initial values."""
+        config = self.config
+        options = {
+            "num_classes": self.num_classes,
+            "in_channels": config.data.in_channels,
+            "drop_path_rate": config.model.drop_path_rate,
+            "dtype": config.model.dtype,
+        }
+        return create_model(config.model.name, rngs=nnx.Rngs(config.seed), **options, **config.model.options)
+
+    def load(self, directory: str | os.PathLike[str], *, ema: bool = False) -> dict[str, functional.Arrays]:
+        """Return parameters and batch statistics of a checkpoint, checked against the model's shapes."""
+        params, batch_stats, _ = load_model(directory, ema=ema)
+        functional.check_same_shapes(
+            {**self.abstract.params, **self.abstract.batch_stats},
+            {**params, **batch_stats},
+            f"checkpoint {directory}",
+            f"model {self.config.model.name} with {self.num_classes} classes",
+        )
+        return {"params": params, "batch_stats": batch_stats}
+
+    def global_batch(self, rows: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Make this process's rows part of a batch that lies over all devices."""
+        sharding = meshes.batch_sharding(self.mesh)
+        return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in rows.items()}
+
+    def evaluate(self, state: Mapping[str, Any], *, pictures_in: Path | None = None) -> dict[str, float]:
+        """Evaluate ``state["model"]`` and, where there is one, ``state["ema"]`` on every example exactly once.
+
+        Args:
+            state: ``{"params", "batch_stats"}`` under each of the two names.
+            pictures_in: folder for predictions.png (of the moving average where there is one).
+
+        Returns:
+            ``top1``, ``top5`` (per cent) and ``eval_loss``, the same with ``ema_``, and ``examples``.
+        """
+        config = self.config
+        variants = [name for name in ("model", "ema") if name in state]
+        totals: dict[str, dict[str, jax.Array]] = {}
+        gallery = _Gallery() if pictures_in and self.is_main else None
+        batches = loader.eval_batches(
+            config.data,
+            self.eval_source,
+            global_batch=config.batch_size,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        with batches:
+            for rows in batches:
+                batch = self.global_batch({k: rows[k] for k in ("image", "label", "weight", "corrupt")})
+                answers = {}
+                for name in variants:
+                    sums, answers = self.eval_step(state[name], batch)
+                    totals[name] = jax.tree.map(jnp.add, totals[name], sums) if name in totals else sums
+                if gallery:
+                    gallery.add(rows, jax.device_get(answers))
+        if gallery and pictures_in:
+            gallery.draw(pictures_in, self.eval_source.class_names)
+
+        figures = {}
+        sums = jax.device_get(totals)
+        for name in variants:
+            prefix = "" if name == "model" else f"{name}_"
+            total = {key: float(value) for key, value in sums[name].items()}
+            figures[f"{prefix}top1"] = 100 * total["top1"] / total["weight"]
+            figures[f"{prefix}top5"] = 100 * total["top5"] / total["weight"]
+            figures[f"{prefix}eval_loss"] = total["loss"] / total["weight"]
+        figures["examples"] = float(sums["model"]["weight"])
+        if config.data.on_corrupt == "skip":
+            figures["eval_corrupt"] = float(sums["model"]["corrupt"])
+        return figures
+
+
+class _Gallery:
+    """Collects examples for predictions.png: wrong ones first, then right ones."""
+
+    def __init__(self):
+        self.wrong: list[tuple] = []
+        self.right: list[tuple] = []
+
+    def add(self, rows: Mapping[str, np.ndarray], answers: Mapping[str, np.ndarray]) -> None:
+        """Note the examples of a batch; this process's rows come first in the answers to the global one."""
+        count = len(rows["label"])
+        columns = [rows[k] for k in ("image", "label", "weight")]
+        columns += [answers[k][:count] for k in ("prediction", "probability")]
+        for image, label, weight, prediction, probability in zip(*columns, strict=True):
+            kept = self.right if prediction == label else self.wrong
+            if weight and len(kept) < PICTURED:
+                kept.append((image, label, prediction, probability))
+
+    def draw(self, folder: Path, class_names: tuple[str, ...]) -> None:
+        """Draw the picture."""
+        chosen = (self.wrong + self.right)[:PICTURED]
+        images, labels, predictions, probabilities = (np.stack(column) for column in zip(*chosen, strict=True))
+        pictures.predictions(folder, images, labels, predictions, probabilities, class_names)
+
+
+def told(figures: Mapping[str, float]) -> str:
+    """Return an evaluation's figures in words."""
+    words = f"top-1 {figures['top1']:.2f} %, top-5 {figures['top5']:.2f} %"
+    if "ema_top1" in figures:
+        words += f"; moving average top-1 {figures['ema_top1']:.2f} %, top-5 {figures['ema_top5']:.2f} %"
+    return f"{words} ({figures['examples']:.0f} images)"

@@ -1,0 +1,107 @@
+"""``scan2d``: the selective scan over images, along any orders of their pixels."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.arguments import as_arrays, axis_sizes, choose
+from pallas_kernels.orders import Order
+from pallas_kernels.scan_1d import IMPLEMENTATIONS
+
+
+def scan2d(
+    x: jax.Array,
+    x_dbl: jax.Array,
+    dt_weight: jax.Array,
+    dt_bias: jax.Array,
+    A: jax.Array,
+    D: jax.Array,
+    *,
+    orders: tuple[Order, ...],
+    implementation: str | None = None,
+) -> jax.Array:
+    """Scan an image along K orders, each with parameters of its own, and add up what they write to each pixel.
+
+    The projections act on one pixel and so commute with every order: the caller makes them once, on the image as it is,
+    and only the recurrence follows the orders. Computed in float32, or in float64 if any argument is.
+
+    Args:
+        x: (B, H, W, E) image.
+        x_dbl: (B, H, W, K, R + 2N) what each order projects each pixel to: dt of rank R, then B (N), then C (N).
+        dt_weight: (K, R, E) weights from dt of rank R to the step size of every channel.
+        dt_bias: (K, E) bias of the step size, which then goes through softplus.
+        A: (K, E, N) continuous-time decay, negative.
+        D: (K, E) weight of the skip from x to y.
+        orders: K orders, for example ``CROSS`` or ``ATROUS``.
+        implementation: as for ``selective_scan``.
+
+    Returns:
+        y (B, H, W, E) in the dtype of x: the sum over the orders, which for disjoint orders is a plain write.
+
+    Raises:
+        ValueError: a shape that does not fit the arguments before it, orders that are not K, an unknown implementation.
+        TypeError: an argument that is no array of floating-point numbers, an order that is no Order.
+
+    Source: VMamba, section 4.3 (SS2D); EfficientVMamba, section 3.2 (ES2D).
+    """
+    name = "scan2d"
+    run = choose(name, implementation, IMPLEMENTATIONS)
+    given = as_arrays(name, x=x, dt_weight=dt_weight, dt_bias=dt_bias, A=A, D=D, x_dbl=x_dbl)
+    axes = {
+        "x": "B H W E",
+        "dt_weight": "K R E",
+        "dt_bias": "K E",
+        "A": "K E N",
+        "D": "K E",
+        "x_dbl": "B H W K R+2N",
+    }
+    sizes = axis_sizes(name, given, axes)
+    packed = sizes["R"] + 2 * sizes["N"]
+    if sizes["R+2N"] != packed:
+        raise ValueError(
+            f"{name}: x_dbl has a last axis of {sizes['R+2N']}, expected R + 2N = {packed} "
+            f"with R={sizes['R']} of dt_weight and N={sizes['N']} of A"
+        )
+    orders = tuple(orders)
+    for order in orders:
+        if not isinstance(order, Order):
+            raise TypeError(f"{name}: orders must hold Order values, got {type(order).__name__}")
+    if len(orders) != sizes["K"]:
+        raise ValueError(
+            f"{name}: {len(orders)} orders were given, but dt_weight has K={sizes['K']} sets of parameters"
+        )
+    return _planar(**given, orders=orders, run=run)
+
+
+@functools.partial(jax.jit, static_argnames=("orders", "run"))
+def _planar(x, x_dbl, dt_weight, dt_bias, A, D, *, orders, run):
+    """Read the orders as groups of one scan for each length that occurs, scan, and write back."""
+    wide = functools.reduce(jnp.promote_types, (a.dtype for a in (x, x_dbl, dt_weight, dt_bias, A, D)), jnp.float32)
+    height, width = x.shape[1:3]
+    rank, state = dt_weight.shape[1], A.shape[2]
+    by_length: dict[int, list[int]] = {}
+    for k, order in enumerate(orders):
+        by_length.setdefault(order.length(height, width), []).append(k)
+
+    total = jnp.zeros_like(x, dtype=wide)
+    for ks in by_length.values():
+        u = jnp.stack([orders[k].read(x) for k in ks], 2)
+        packed = jnp.stack([orders[k].read(x_dbl[:, :, :, k]) for k in ks], 2)
+        dt, B, C = jnp.split(packed, [rank, rank + state], -1)
+        own = functools.partial(_rows, ks=ks, dtype=wide)
+        # Highest: an accelerator would else round both factors to bfloat16, and the recurrence compounds the error.
+        delta = jnp.einsum("blkr,kre->blke", dt.astype(wide), own(dt_weight), precision=lax.Precision.HIGHEST)
+        # Made from u, not anew, so that it is sharded as u is.
+        rest = jnp.zeros_like(u[:, 0, :, None], dtype=wide)
+        start = jnp.broadcast_to(rest, (u.shape[0], len(ks), state, u.shape[3]))
+        y, _ = run(u, delta, own(A).swapaxes(1, 2), B, C, own(D), own(dt_bias), start, True, False)
+        for i, k in enumerate(ks):
+            total = total + orders[k].write(y[:, :, i], height, width)
+    return total.astype(x.dtype)
+
+
+def _rows(parameters, ks, dtype):
+    """Return the parameters of the orders ks, by static slices."""
+    return jnp.stack([parameters[k] for k in ks]).astype(dtype)

@@ -1,0 +1,213 @@
+"""The scan token by token, in chunks, with a backward pass that computes the states again.
+
+Forward: a loop over chunks around a loop over tokens; nothing larger than one state lives between tokens. When a
+gradient is wanted, the state at the start of each chunk is kept, and nothing else but the inputs.
+
+Backward: chunk by chunk from the last, the states of one chunk are computed again, then the adjoint runs through it
+from its last token. With g the gradient of the state after token t, and h the state::
+
+    g[t] = C[t] dy[t] + exp(dt[t+1] A) g[t+1]
+
+    s = exp(dt A) g[t]          is passed on to token t - 1, and w = s h[t-1] gives both
+    d_dt = sum_n w A + u sum_n g B        and        dA = sum_t w dt
+    du   = dt sum_n g B + D dy
+    dB   = sum_p g dt u                              dC = sum_p h dy
+
+Memory beside inputs and outputs, in states of (batch, channels, state): one for each border, and two for each token of
+one chunk (its state and its decay); a chunk is about the square root of the length.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.terms import decay, step_sizes, write_in
+
+
+def scan(u, delta, A, B, C, D, delta_bias, initial_state, delta_softplus, reverse):
+    """Scan K groups of P channels (shapes and contract: ``terms.py``)."""
+    arrays = _vary_alike(u, delta, A, B, C, D, delta_bias, initial_state)
+    return _scan(*arrays, delta_softplus, reverse)
+
+
+def _vary_alike(*arrays):
+    """Under ``jax.shard_map``, mark all arrays as varying over every mesh axis over which any of them varies.
+
+    A loop must carry values of one type, and the gradients of shared parameters then get their sum over devices from
+    the transpose of this marking.
+    """
+    axes = [jax.typeof(x).manual_axis_type.varying for x in arrays]
+    every = frozenset().union(*axes)
+    return [
+        lax.pcast(x, tuple(every - own), to="varying") if every - own else x
+        for x, own in zip(arrays, axes, strict=True)
+    ]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9))
+def _scan(u, delta, A, B, C, D, delta_bias, initial_state, delta_softplus, reverse):
+    inputs = (u, delta, A, B, C, D, delta_bias)
+    y, state, _ = _per_platform(_forward, *inputs, initial_state, options=(delta_softplus, reverse, False))
+    return y, state
+
+
+def _scan_fwd(u, delta, A, B, C, D, delta_bias, initial_state, delta_softplus, reverse):
+    inputs = (u, delta, A, B, C, D, delta_bias)
+    y, state, borders = _per_platform(_forward, *inputs, initial_state, options=(delta_softplus, reverse, True))
+    return (y, state), (inputs, borders)
+
+
+def _scan_bwd(delta_softplus, reverse, residuals, cotangents):
+    inputs, borders = residuals
+    return _per_platform(_backward, *inputs, borders, *cotangents, options=(delta_softplus, reverse))
+
+
+_scan.defvjp(_scan_fwd, _scan_bwd)
+
+# Tokens that one turn of the inner loop handles. On a CPU a turn costs next to nothing, and unrolled bodies fuse badly;
+# on an accelerator a turn costs more than its arithmetic.
+UNROLL = {"cpu": 1, "default": 8}
+
+
+def _per_platform(loop, *arrays, options):
+    """Run ``loop`` as the platform likes it that the program is lowered for, which need not be the one tracing it.
+
+    The choice is made here, inside the two rules of the custom gradient, so that whatever is kept between them has one
+    form on all platforms.
+    """
+    choices = {platform: functools.partial(loop, options=options, unroll=n) for platform, n in UNROLL.items()}
+    return lax.platform_dependent(*arrays, **choices)
+
+
+def _forward(u, delta, A, B, C, D, delta_bias, initial_state, *, options, unroll):
+    softplus, reverse, keep_borders = options
+    walk = _Walk(u.shape[1], A.dtype, reverse)
+    u, delta, B, C = map(walk.pad, (u, delta, B, C))
+
+    def chunk(i, carry):
+        state, y, borders = carry
+        c = walk.chunk(i)
+        if keep_borders:
+            borders = lax.dynamic_update_index_in_dim(borders, state, c, 0)
+        u_c, B_c, C_c = (walk.read(x, c) for x in (u, B, C))
+        dt = walk.step_sizes(walk.read(delta, c), c, delta_bias, softplus)
+
+        def token(state, x):
+            dt, dtu, B, C = x
+            state = decay(dt, A) * state + write_in(dtu, B)
+            return state, _sum_states(state, C[..., None])
+
+        state, y_c = lax.scan(token, state, (dt, dt * u_c, B_c, C_c), reverse=reverse, unroll=unroll)
+        return state, walk.write(y, y_c + D * u_c, c), borders
+
+    # Every border is written; broadcasting, unlike new zeros, keeps the sharding of the state.
+    borders = jnp.broadcast_to(initial_state, (walk.chunks, *initial_state.shape)) if keep_borders else None
+    state, y, borders = lax.fori_loop(0, walk.chunks, chunk, (initial_state, jnp.zeros_like(u, dtype=A.dtype), borders))
+    return walk.unpad(y), state, borders
+
+
+def _backward(u, delta, A, B, C, D, delta_bias, borders, dy, d_state, *, options, unroll):
+    softplus, reverse = options
+    walk = _Walk(u.shape[1], A.dtype, reverse)
+    u, delta, B, C, dy = map(walk.pad, (u, delta, B, C, dy))
+
+    def chunk(i, carry):
+        s, dA, dD, d_bias, du, d_delta, dB, dC = carry
+        c = walk.chunk(walk.chunks - 1 - i)
+        u_c, B_c, C_c, dy_c = (walk.read(x, c) for x in (u, B, C, dy))
+        raw = walk.read(delta, c)
+        dt, from_dt = jax.vjp(lambda raw: walk.step_sizes(raw, c, delta_bias, softplus), raw)
+        dtu = dt * u_c
+        decays = decay(dt, A)  # both loops need them, and an exponential costs more than a load
+
+        def again(state, x):
+            decays, dtu, B, dy = x
+            after = decays * state + write_in(dtu, B)
+            return after, (state, _sum_channels(after, dy))
+
+        border = lax.dynamic_index_in_dim(borders, c, 0, keepdims=False)
+        _, (before, dC_c) = lax.scan(again, border, (decays, dtu, B_c, dy_c), reverse=reverse, unroll=unroll)
+
+        def token(carry, x):
+            s, dA = carry
+            decays, dt, dtu, B, C, dy, before = x
+            g = s + write_in(dy, C)
+            s = decays * g
+            w = s * before
+            sums = _sum_states(g, B[..., None]), _sum_states(w, A), _sum_channels(g, dtu)
+            return (s, dA + w * dt[..., None, :]), sums
+
+        xs = (decays, dt, dtu, B_c, C_c, dy_c, before)
+        (s, dA), (gB, wA, dB_c) = lax.scan(token, (s, dA), xs, reverse=not reverse, unroll=unroll)
+        (d_raw,) = from_dt(wA + u_c * gB)
+        return (
+            s,
+            dA,
+            dD + (dy_c * u_c).sum(0),
+            d_bias + d_raw.sum(0),
+            walk.write(du, dt * gB + D * dy_c, c),
+            walk.write(d_delta, d_raw, c),
+            walk.write(dB, dB_c, c),
+            walk.write(dC, dC_c, c),
+        )
+
+    # Gradients shared by the batch keep its axis until the end: one sum over devices instead of one a chunk.
+    wide = jnp.zeros_like(d_state)
+    row = wide[:, :, 0]
+    carry = (d_state, wide, row, row, *(jnp.zeros_like(x) for x in (u, delta, B, C)))
+    s, dA, dD, d_bias, *streams = lax.fori_loop(0, walk.chunks, chunk, carry)
+    du, d_delta, dB, dC = map(walk.unpad, streams)
+    return du, d_delta, dA.sum(0), dB, dC, dD.sum(0), d_bias.sum(0), s
+
+
+class _Walk:
+    """How a sequence is cut into chunks: reading, writing, and the padding that makes the last one whole."""
+
+    def __init__(self, length: int, dtype, reverse: bool):
+        self.length, self.dtype, self.reverse = length, dtype, reverse
+        # Short sequences are one chunk. Else the length that pads least, and of those the nearest to the square root.
+        sizes = range(16, 65) if length > 64 else [length]
+        self.size = min(sizes, key=lambda size: (-length % size, abs(size * size - length)))
+        self.chunks = -(-length // self.size)
+
+    def chunk(self, i):
+        """Return which chunk comes i-th in scan order."""
+        return self.chunks - 1 - i if self.reverse else i
+
+    def pad(self, x):
+        extra = self.chunks * self.size - self.length
+        return jnp.pad(x, [(0, 0), (0, extra)] + [(0, 0)] * (x.ndim - 2)) if extra else x
+
+    def unpad(self, x):
+        return x[:, : self.length]
+
+    def read(self, x, c):
+        """Return chunk c of x (B, L, ...) as (tokens, B, ...): a token is then one contiguous piece."""
+        return jnp.moveaxis(lax.dynamic_slice_in_dim(x, c * self.size, self.size, 1), 1, 0).astype(self.dtype)
+
+    def write(self, x, values, c):
+        return lax.dynamic_update_slice_in_dim(x, jnp.moveaxis(values, 0, 1).astype(x.dtype), c * self.size, 1)
+
+    def step_sizes(self, raw, c, bias, softplus):
+        """Return dt of chunk c (tokens, B, K, P), with 0 in the padding: such a token leaves the state alone."""
+        dt = step_sizes(raw, bias, softplus)
+        if self.chunks * self.size == self.length:
+            return dt
+        inside = c * self.size + jnp.arange(self.size) < self.length
+        return jnp.where(inside[:, None, None, None], dt, 0)
+
+
+def _sum_states(x, y):
+    """Return the sum over the states of x * y, (B, K, P) from (B, K, N, P).
+
+    Written as N shifted products because XLA fuses them, and what x is made of, into one pass; a reduction it computes
+    from a product that it first writes to memory.
+    """
+    return sum(x[..., n, :] * y[..., n, :] for n in range(x.shape[-2]))
+
+
+def _sum_channels(x, y):
+    """Return the sum over the channels of x (B, K, N, P) times y (B, K, P), (B, K, N), in full precision everywhere."""
+    return jnp.einsum("bknp,bkp->bkn", x, y, precision=lax.Precision.HIGHEST)

@@ -1,0 +1,221 @@
+"""Orders as data, and ``scan2d`` along them, against loops over indices in float64."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scan_oracle
+
+from pallas_kernels import ATROUS, CROSS, Order, scan2d
+
+# Unequal steps, so unequal lengths; overlapping, backwards, and one order twice.
+MIXED = (Order(origin=(1, 2), step=(2, 3), column_major=True, reverse=True), Order(), Order())
+EVERY = sorted({*ATROUS, *CROSS, *MIXED, Order(origin=(0, 1), step=(1, 2), reverse=True)}, key=repr)
+GRIDS = [(6, 4), (7, 5), (4, 7), (1, 1), (2, 3)]
+
+
+def close(actual, wanted, tolerance):
+    scale = jax.tree.map(lambda w: np.abs(w).max() + 1e-30, wanted)
+    chex.assert_trees_all_close(
+        jax.tree.map(lambda a, s: np.asarray(a, np.float64) / s, actual, scale),
+        jax.tree.map(lambda w, s: w / s, wanted, scale),
+        atol=tolerance,
+        rtol=0,
+    )
+
+
+def test_atrous_worked_example():
+    """The released gather on a 3x5 map numbered row by row, -1 for padding."""
+    walks = [order.indices(3, 5).tolist() for order in ATROUS]
+    assert walks == [
+        [0, 2, 4, 10, 12, 14],
+        [5, -1, 7, -1, 9, -1],
+        [1, 3, -1, 11, 13, -1],
+        [6, -1, 8, -1, -1, -1],
+    ]
+
+
+def test_cross_worked_example():
+    walks = [order.indices(2, 3).tolist() for order in CROSS]
+    assert walks == [[0, 1, 2, 3, 4, 5], [0, 3, 1, 4, 2, 5], [5, 4, 3, 2, 1, 0], [5, 2, 4, 1, 3, 0]]
+
+
+def test_user_order_worked_example():
+    assert MIXED[0].indices(4, 5).tolist() == [-1, -1, 17, 7]
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("order", EVERY)
+def test_reading_and_writing_follow_the_indices(order, grid):
+    height, width = grid
+    image = np.random.default_rng(0).normal(size=(2, height, width, 3)).astype(np.float32)
+    walk = order.indices(height, width)
+    assert len(walk) == order.length(height, width)
+    sequence = np.zeros((2, len(walk), 3), np.float32)
+    written = np.zeros_like(image)
+    for token, pixel in enumerate(walk):
+        if pixel >= 0:
+            sequence[:, token] = image[:, pixel // width, pixel % width]
+            written[:, pixel // width, pixel % width] = sequence[:, token]
+    chex.assert_trees_all_equal(np.asarray(order.read(image)), sequence)
+    # What a token in the padding holds must not reach the image.
+    sequence[:, walk < 0] = np.nan
+    chex.assert_trees_all_equal(np.asarray(order.write(jnp.asarray(sequence), height, width)), written)
+
+
+def test_no_gather_and_no_scatter():
+    """Index arrays are slow on a TPU: reading and writing must lower to slices, transposes, flips and pads."""
+    problem = {
+        n: jnp.float32(a) for n, a in scan_oracle.make_scan2d(0, height=5, width=6, orders=4, state=2, rank=1).items()
+    }
+
+    def loss(problem):
+        return scan2d(**problem, orders=ATROUS).sum()
+
+    text = jax.jit(jax.grad(loss)).lower(problem).as_text()
+    assert "stablehlo.gather" not in text
+    assert "stablehlo.scatter" not in text
+
+
+@pytest.mark.parametrize(
+    ("implementation", "wide"), [("associative", False), ("sequential", False), ("sequential", True)]
+)
+@pytest.mark.parametrize(
+    ("orders", "grid"),
+    [(ATROUS, (6, 4)), (ATROUS, (7, 5)), (ATROUS, (1, 1)), (CROSS, (9, 8)), (MIXED, (5, 7))],
+    ids=["atrous-even", "atrous-odd", "atrous-one", "cross", "mixed"],
+)
+def test_output_and_gradients(orders, grid, implementation, wide):
+    problem = scan_oracle.make_scan2d(1, height=grid[0], width=grid[1], orders=len(orders), state=3, rank=2)
+    dy = np.random.default_rng(2).normal(size=problem["x"].shape)
+    wanted = scan_oracle.scan2d(problem, [order.indices(*grid) for order in orders], dy)
+
+    @jax.jit
+    def program(problem, dy):
+        y, pull = jax.vjp(lambda p: scan2d(**p, orders=orders, implementation=implementation), problem)
+        return y, *pull(dy)
+
+    dtype = np.float64 if wide else np.float32
+    with jax.enable_x64(wide):
+        actual = program(jax.tree.map(dtype, problem), dtype(dy))
+    chex.assert_trees_all_equal_dtypes(actual, jax.tree.map(dtype, wanted))
+    close(actual, wanted, 1e-12 if wide else 1e-5)
+
+
+def test_bfloat16_image():
+    """Directions add up in float32: the only roundings are those of the inputs and of the result."""
+    problem = scan_oracle.make_scan2d(3, height=6, width=5, orders=4, state=4, rank=2)
+    arrays = jax.tree.map(jnp.float32, problem) | {n: jnp.bfloat16(problem[n]) for n in ("x", "x_dbl")}
+    wanted, _ = scan_oracle.scan2d(arrays, [order.indices(6, 5) for order in CROSS], np.zeros(problem["x"].shape))
+    y = scan2d(**arrays, orders=CROSS)
+    assert y.dtype == jnp.bfloat16
+    error = np.abs(np.asarray(y, np.float64) - wanted)
+    assert (error <= 2.0**-8 * np.abs(wanted) + 1e-5).all()
+
+
+def test_vmap_and_checkpoint():
+    problem = scan_oracle.make_scan2d(4, height=5, width=6, orders=4, state=2, rank=2, batch=6)
+    dy = np.random.default_rng(5).normal(size=problem["x"].shape)
+    _, wanted = scan_oracle.scan2d(problem, [order.indices(5, 6) for order in ATROUS], dy)
+    arrays, weights = jax.tree.map(jnp.float32, problem), jnp.float32(dy).reshape(3, 2, 5, 6, 5)
+
+    def loss(p):
+        x, x_dbl = (p[n].reshape(3, 2, *p[n].shape[1:]) for n in ("x", "x_dbl"))
+        rest = {n: a for n, a in p.items() if n not in ("x", "x_dbl")}
+        y = jax.vmap(lambda x, x_dbl: scan2d(x, x_dbl, **rest, orders=ATROUS))(x, x_dbl)
+        return (y * weights).sum()
+
+    close(jax.jit(jax.grad(jax.checkpoint(loss)))(arrays), wanted, 1e-5)
+
+
+@pytest.mark.parametrize("orders", [ATROUS, CROSS], ids=["atrous", "cross"])
+def test_no_array_of_all_states(orders):
+    batch, side, channels, state, rank = 2, 28, 64, 16, 4
+    s = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    problem = {
+        "x": s((batch, side, side, channels)),
+        "x_dbl": s((batch, side, side, 4, rank + 2 * state)),
+        "dt_weight": s((4, rank, channels)),
+        "dt_bias": s((4, channels)),
+        "A": s((4, channels, state)),
+        "D": s((4, channels)),
+    }
+
+    def loss(problem):
+        return scan2d(**problem, orders=orders).sum()
+
+    tokens = sum(order.length(side, side) for order in orders)
+    states = 4 * batch * tokens * channels * state
+    for function in (loss, jax.grad(loss)):
+        temporary = jax.jit(function).lower(problem).compile().memory_analysis().temp_size_in_bytes
+        assert temporary < states
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_lowers_for_other_platforms(platform):
+    problem = jax.tree.map(jnp.float32, scan_oracle.make_scan2d(0, height=8, width=8, orders=4, state=2, rank=1))
+    traced = jax.jit(jax.grad(lambda p: scan2d(**p, orders=ATROUS).sum())).trace(problem)
+    here, there = (traced.lower(lowering_platforms=(p,)).as_text() for p in ("cpu", platform))
+    unrolled = "tensor<2x8x2x4x5xf32>"  # 16 tokens, eight a turn
+    assert unrolled in there
+    assert unrolled not in here
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": np.ones((2, 3, 5), np.float32)}, ValueError, "x has shape (2, 3, 5), expected (B, H, W, E)"),
+        (
+            {"x_dbl": np.ones((2, 3, 4, 3, 5), np.float32)},
+            ValueError,
+            "x_dbl has shape (2, 3, 4, 3, 5), expected (B=2, H=3, W=4, K=4, R+2N)",
+        ),
+        (
+            {"x_dbl": np.ones((2, 3, 4, 4, 6), np.float32)},
+            ValueError,
+            "x_dbl has a last axis of 6, expected R + 2N = 5 with R=1 of dt_weight and N=2 of A",
+        ),
+        (
+            {"dt_weight": np.ones((4, 1, 6), np.float32)},
+            ValueError,
+            "dt_weight has shape (4, 1, 6), expected (K, R, E=5)",
+        ),
+        ({"dt_bias": np.ones(5, np.float32)}, ValueError, "dt_bias has shape (5,), expected (K=4, E=5)"),
+        ({"A": np.ones((4, 2, 5), np.float32)}, ValueError, "A has shape (4, 2, 5), expected (K=4, E=5, N)"),
+        ({"D": np.ones((5, 4), np.float32)}, ValueError, "D has shape (5, 4), expected (K=4, E=5)"),
+        ({"x": np.ones((2, 0, 4, 5), np.float32)}, ValueError, "x has shape (2, 0, 4, 5), but H must be at least 1"),
+        ({"orders": CROSS[:2]}, ValueError, "2 orders were given, but dt_weight has K=4 sets of parameters"),
+        ({"orders": ("rows",) * 4}, TypeError, "orders must hold Order values, got str"),
+        ({"x": np.ones((2, 3, 4, 5), int)}, TypeError, "x must hold floating-point numbers, got int"),
+        (
+            {"implementation": "asociative"},
+            ValueError,
+            "implementation='asociative' is not known; choose from None, 'associative', 'sequential', "
+            "did you mean 'associative'?",
+        ),
+    ],
+)
+def test_wrong_arguments(change, error, message):
+    problem = jax.tree.map(jnp.float32, scan_oracle.make_scan2d(0, height=3, width=4, orders=4, state=2, rank=1))
+    with pytest.raises(error) as caught:
+        scan2d(**({"orders": CROSS} | problem | change))
+    assert str(caught.value).startswith("scan2d: " + message)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"step": (0, 1)}, "step=(0, 1) must be at least 1"),
+        ({"origin": (2, 0), "step": (2, 2)}, "origin=(2, 0) must lie in [0, step) for step=(2, 2)"),
+        ({"origin": (0, -1)}, "origin=(0, -1) must lie in [0, step)"),
+        ({"step": 2}, "step=2 must be a tuple of two integers"),
+    ],
+)
+def test_wrong_orders(values, message):
+    with pytest.raises(ValueError, match="Order: ") as caught:
+        Order(**values)
+    assert message in str(caught.value)

@@ -1,0 +1,210 @@
+"""The compiled step: the same on every mesh, accumulation, moving average, refusal of what is not finite."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import Mesh
+
+from evmamba_jax import create_model, functional
+from evmamba_jax.data import device
+from evmamba_jax.data.config import DataConfig
+from evmamba_jax.errors import UserError
+from evmamba_jax.training import mesh as meshes
+from evmamba_jax.training.config import Config, MeshConfig, ModelConfig, OptimConfig
+from evmamba_jax.training.step import init_state, make_eval_step, make_train_step
+
+CLASSES = 8
+OPTIONS = {"width": 16, "depths": (1, 1, 1, 1), "d_state": 4, "patch_size": 2, "num_classes": CLASSES}
+
+
+def configured(**changes) -> Config:
+    return Config(
+        model=ModelConfig(dtype="float32"),
+        data=DataConfig(random_erasing=0.25, mixup=0.8, cutmix=1.0, label_smoothing=0.1, image_size=16, eval_resize=16),
+        # Gradients that are zero but for rounding would be blown up to the rate by a smaller epsilon.
+        optim=OptimConfig(eps=1e-4, clip_norm=1.0, ema_decay=0.9),
+        seed=3,
+        batch_size=16,
+        **changes,
+    )
+
+
+@pytest.fixture(scope="module")
+def start():
+    model = create_model("evmamba_t", drop_path_rate=0.2, rngs=nnx.Rngs(0), **OPTIONS)
+    model.train()
+    return functional.split(model)
+
+
+def batches(count):
+    rng = np.random.default_rng(0)
+    for _ in range(count):
+        yield {
+            "image": rng.integers(0, 256, (16, 16, 16, 3), dtype=np.uint8),
+            "label": rng.integers(0, CLASSES, 16, dtype=np.int32),
+            "corrupt": np.zeros(16, np.int32),
+        }
+
+
+def compiled(config, start, mesh, tx=None):
+    """Return the step on a mesh and its first state."""
+    tx = tx or optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, eps=1e-4))
+    make = lambda p, s: init_state(p, s, tx, ema=True)  # noqa: E731
+    shardings = meshes.state_shardings(mesh, jax.eval_shape(make, *start[1:]))
+    step = make_train_step(start.graphdef, tx, config, num_classes=CLASSES, log_every=2)
+    state = jax.device_put(make(*start[1:]), shardings)
+    return jax.jit(step, out_shardings=shardings), state
+
+
+def trained(config, start, mesh, steps=4):
+    step, state = compiled(config, start, mesh)
+    losses = []
+    for batch in batches(steps):
+        state = step(state, jax.device_put(batch, meshes.batch_sharding(mesh)))
+        losses.append(float(state["train"]["last"]["loss"]))
+    return losses, jax.device_get({name: state[name] for name in ("model", "ema")}), state
+
+
+def mesh_of(data, fsdp):
+    return Mesh(np.array(jax.devices()[: data * fsdp]).reshape(data, fsdp), ("data", "fsdp"))
+
+
+@pytest.fixture(scope="module")
+def alone(start):
+    return trained(configured(), start, mesh_of(1, 1))
+
+
+@pytest.mark.parametrize("shape", [(8, 1), (4, 2), (1, 8)])
+def test_every_mesh_gives_the_single_device_run(start, alone, shape):
+    losses, final, state = trained(configured(), start, mesh_of(*shape))
+    chex.assert_trees_all_close(losses, alone[0], rtol=1e-5)
+    chex.assert_trees_all_close(final, alone[1], rtol=1e-4, atol=2e-5)
+    kernel = state["model"]["params"]["stages.3.blocks.0.pw1.kernel"]  # (128, 512)
+    expected = (128, 512 // shape[1])
+    assert kernel.addressable_shards[0].data.shape == expected
+    moment = state["train"]["opt_state"][1][0].mu["stages.3.blocks.0.pw1.kernel"]
+    assert moment.addressable_shards[0].data.shape == expected
+
+
+def test_the_run_did_change_the_model(start, alone):
+    moved = {name: float(jnp.abs(p - start.params[name]).max()) for name, p in alone[1]["model"]["params"].items()}
+    assert sum(distance > 1e-3 for distance in moved.values()) > 0.9 * len(moved)
+
+
+def test_moving_average_follows_parameters_and_statistics(start):
+    step, state = compiled(configured(), start, mesh_of(1, 1))
+    expected = jax.device_get(state["ema"])
+    for batch in batches(3):
+        state = step(state, batch)
+        now = jax.device_get(state["model"])
+        expected = jax.tree.map(lambda e, n: 0.9 * e + 0.1 * n, expected, now)
+    chex.assert_trees_all_close(jax.device_get(state["ema"]), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_accumulation_averages_gradients_of_the_rounds(start):
+    """Against plain gradients of each half of the batch, taken one after the other."""
+    config = configured(accumulation=2)
+    kept = {}
+
+    def observe(updates, state, params=None):
+        return jax.tree.map(jnp.zeros_like, updates), {"seen": updates}
+
+    tx = optax.GradientTransformation(lambda params: {"seen": jax.tree.map(jnp.zeros_like, params)}, observe)
+    step, state = compiled(config, start, mesh_of(1, 1), tx)
+    batch = next(batches(1))
+    state = step(state, batch)
+    kept = state["train"]["opt_state"]["seen"]
+
+    augment_key, drop_key = jax.random.split(jax.random.fold_in(jax.random.key(3), 0))
+    images, targets = device.train_augment(augment_key, batch["image"], batch["label"], config.data, CLASSES)
+
+    @jax.jit
+    def gradient(stats, images, targets, key):
+        def loss(params):
+            model = functional.merge(start.graphdef, params, stats)
+            value = -(targets * jax.nn.log_softmax(model(images, key=key))).sum(1).mean()
+            return value, functional.split(model).batch_stats
+
+        return jax.grad(loss, has_aux=True)(start.params)
+
+    stats, total = start.batch_stats, jax.tree.map(jnp.zeros_like, start.params)
+    for i in range(2):
+        grads, stats = gradient(stats, images[i::2], targets[i::2], jax.random.fold_in(drop_key, i))
+        total = jax.tree.map(lambda t, g: t + g / 2, total, grads)
+    chex.assert_trees_all_close(kept, total, rtol=2e-3, atol=1e-5)
+    chex.assert_trees_all_close(state["model"]["batch_stats"], stats, rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_that_is_not_finite_changes_nothing(start):
+    config = configured()
+    step, state = compiled(config, start, mesh_of(1, 1))
+    good, bad, after = batches(3)
+    state = step(state, good)
+    before = jax.device_get(state)
+    poisoned = {**state, "model": {**state["model"], "params": dict(state["model"]["params"])}}
+    poisoned["model"]["params"]["head.bias"] = state["model"]["params"]["head.bias"].at[0].set(jnp.inf)
+    broken = step(poisoned, bad)
+    assert not np.isfinite(broken["train"]["last"]["loss"])
+    assert int(broken["train"]["step"]) == 1
+    later = step(broken, after)  # nor do the steps after it
+    for state in (broken, later):
+        state = jax.device_get(state)
+        state["model"]["params"]["head.bias"] = before["model"]["params"]["head.bias"]
+        last, old_last = state["train"].pop("last"), dict(before["train"])["last"]
+        assert not np.isfinite(last["loss"])
+        assert np.isfinite(old_last["loss"])
+        chex.assert_trees_all_equal(
+            state, {**before, "train": {k: v for k, v in before["train"].items() if k != "last"}}
+        )
+
+
+def test_the_window_sums_since_the_last_log_line(start):
+    step, state = compiled(configured(), start, mesh_of(1, 1))
+    losses = []
+    for index, batch in enumerate(batches(5)):
+        state = step(state, batch)
+        losses.append(float(state["train"]["last"]["loss"]))
+        since = losses[index - index % 2 :]
+        np.testing.assert_allclose(state["train"]["window"]["loss"], sum(since), rtol=1e-6)
+        assert int(state["train"]["window"]["steps"]) == len(since)
+
+
+def test_evaluation_counts_by_weight(start):
+    config = configured()
+    graphdef, params, stats = functional.split(create_model("evmamba_t", rngs=nnx.Rngs(0), **OPTIONS))
+    batch = next(batches(1)) | {"weight": np.float32([1] * 11 + [0] * 5)}
+    sums, answers = jax.jit(make_eval_step(graphdef, config))({"params": params, "batch_stats": stats}, batch)
+    images = (batch["image"] / 255.0 - np.array(config.data.mean)) / np.array(config.data.std)
+    logits = np.asarray(jax.jit(functional.merge(graphdef, params, stats).__call__)(jnp.float32(images)), np.float64)
+    order = np.argsort(-logits, axis=1, kind="stable")
+    labels, real = batch["label"], slice(0, 11)
+    assert float(sums["weight"]) == 11
+    assert float(sums["top1"]) == (order[real, 0] == labels[real]).sum()
+    assert float(sums["top5"]) == (order[real, :5] == labels[real, None]).sum()
+    log_z = np.log(np.exp(logits).sum(1))
+    expected = (log_z - logits[np.arange(16), labels])[real].sum()
+    np.testing.assert_allclose(sums["loss"], expected, rtol=1e-4)
+    np.testing.assert_array_equal(answers["prediction"], order[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("mesh", "changes", "message"),
+    [
+        (MeshConfig(data=3), {}, "config.mesh is data=3, fsdp=1; their product must be the 8 devices"),
+        (MeshConfig(fsdp=3), {}, "config.mesh is data=-1, fsdp=3"),
+        (
+            MeshConfig(),
+            {"batch_size": 20},
+            "config.batch_size is 20; it must be a multiple of devices x accumulation = 8 x 1",
+        ),
+        (MeshConfig(), {"batch_size": 24, "accumulation": 2}, "= 8 x 2 = 16"),
+    ],
+)
+def test_meshes_that_do_not_fit_are_refused(mesh, changes, message):
+    with pytest.raises(UserError, match=message):
+        meshes.make_mesh(Config(mesh=mesh, **changes))
+    assert dict(meshes.make_mesh(Config(mesh=MeshConfig(fsdp=4), batch_size=16)).shape) == {"data": 2, "fsdp": 4}

@@ -1,0 +1,229 @@
+"""from_torch and the convert command: every name used once, every parameter filled, mistakes named."""
+
+import subprocess
+import sys
+
+import chex
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from official_weights import weights
+from recorded import MODELS, abstract, facts
+from safetensors.numpy import save_file
+
+from evmamba_jax import checkpoint, create_model, functional
+from evmamba_jax.errors import UserError
+from evmamba_jax.models.efficientvmamba import EfficientVMamba
+from evmamba_jax.weights import efficientvmamba, from_torch
+from evmamba_jax.weights.__main__ import main
+
+SMALL = {"width": 16, "depths": (1, 2, 1, 3), "num_classes": 5, "d_state": 2}
+
+
+def small(**options):
+    return nnx.eval_shape(lambda: EfficientVMamba(**{**SMALL, **options}, rngs=nnx.Rngs(0)))
+
+
+def arrays_of(model):
+    _, params, batch_stats = functional.split(model)
+    return {**params, **batch_stats}
+
+
+def official_shapes(model):
+    """Return {official name: shape} by the table."""
+    shapes = {path: array.shape for path, array in arrays_of(model).items()}
+    return {
+        row.official: row.layout.to_official(np.zeros(shapes[row.ours], np.int8)).shape
+        for row in efficientvmamba.table(model)
+    }
+
+
+def state_dict(model):
+    """Return weights by the rule for a model of any size."""
+    return weights(official_shapes(model))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_table_has_the_official_names_and_shapes(name):
+    counters = "num_batches_tracked"
+    manifest = {k: tuple(v) for k, v in facts(MODELS[name])["state_dict"].items() if not k.endswith(counters)}
+    assert official_shapes(abstract(name)) == manifest
+
+
+def test_the_deeper_third_stage_of_b_moves_its_downsampling():
+    shapes = official_shapes(abstract("evmamba_b"))
+    assert shapes["layers.2.11.reduction.weight"] == (768, 4 * 384)
+    assert {name.split(".")[2] for name in shapes if name.startswith("layers.2.")} == set(map(str, [*range(1, 10), 11]))
+
+
+def test_a_headless_model_has_no_head_in_its_table():
+    assert not [name for name in official_shapes(small(num_classes=0)) if "classifier.head" in name]
+
+
+def test_each_layout_element_by_element():
+    model = small()
+    official = state_dict(model)
+    from_torch(model, official)
+    ours = arrays_of(model)
+    k, inner, states, rank = 4, 32, 2, 1
+    for index in np.ndindex(4, 4, 3, 16):
+        assert (
+            ours["patch_embed.proj.kernel"][index] == official["patch_embed.0.weight"][index[3], index[2], *index[:2]]
+        )
+    for name, size in (("dw.kernel", "0.weight"), ("pw.kernel", "3.weight")):
+        kernel, weight = (
+            ours[f"stages.0.blocks.0.conv_branch.{name}"],
+            official[f"layers.0.blocks.0.conv_branch.{size}"],
+        )
+        for i, o in np.ndindex(3 if name == "dw.kernel" else 16, 16):
+            if name == "dw.kernel":
+                assert kernel[i, 1, 0, o] == weight[o, 0, i, 1]
+            else:
+                assert kernel[i, o] == weight[o, i, 0, 0]
+    scan, reference = "stages.0.blocks.0.op", "layers.0.blocks.0.op"
+    for d, e in np.ndindex(k, inner):
+        assert ours[f"{scan}.D"][d, e] == official[f"{reference}.Ds"][d * inner + e]
+        assert ours[f"{scan}.dt_proj_bias"][d, e] == official[f"{reference}.dt_projs_bias"][d, e]
+        for n in range(states):
+            assert ours[f"{scan}.A_log"][d, e, n] == official[f"{reference}.A_logs"][d * inner + e, n]
+        for c in range(rank + 2 * states):
+            assert ours[f"{scan}.x_proj_weight"][d, e, c] == official[f"{reference}.x_proj_weight"][d, c, e]
+        for r in range(rank):
+            assert ours[f"{scan}.dt_proj_weight"][d, r, e] == official[f"{reference}.dt_projs_weight"][d, e, r]
+    chex.assert_trees_all_equal(
+        [np.asarray(ours[f"stages.3.blocks.2.norm2.{name}"]) for name in ("scale", "bias", "mean", "var")],
+        [official[f"layers.3.3.conv_dw.1.{name}"] for name in ("weight", "bias", "running_mean", "running_var")],
+    )
+    chex.assert_trees_all_equal(np.asarray(ours["head.kernel"]), official["classifier.head.weight"].T)
+
+
+def test_layouts_have_an_inverse():
+    model = small()
+    official = state_dict(model)
+    for row in efficientvmamba.table(model):
+        there_and_back = row.layout.to_official(row.layout.to_ours(official[row.official]))
+        chex.assert_trees_all_equal(there_and_back, official[row.official])
+
+
+def test_types_of_the_arrays():
+    model, wide = small(), small()
+    official = state_dict(model)
+    half = {name: array.astype(ml_dtypes.bfloat16) for name, array in official.items()}
+    double = {name: array.astype(np.float64) for name, array in official.items()}
+    from_torch(model, half)
+    assert {str(a.dtype) for a in arrays_of(model).values()} == {"float32"}
+    from_torch(model, double)  # 64 bits are off
+    assert {str(a.dtype) for a in arrays_of(model).values()} == {"float32"}
+    with jax.enable_x64(True):
+        from_torch(wide, double)
+        assert {str(a.dtype) for a in arrays_of(wide).values()} == {"float64"}
+
+
+def test_the_model_keeps_its_own_memory():
+    model = small()
+    official = state_dict(model)
+    from_torch(model, official)
+    before = {path: np.array(array) for path, array in arrays_of(model).items()}
+    for array in official.values():
+        array[...] = np.nan
+    chex.assert_trees_all_equal({path: np.asarray(array) for path, array in arrays_of(model).items()}, before)
+
+
+def without(official, name):
+    return {k: v for k, v in official.items() if k != name}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: without(s, "patch_embed.2.bias"), "(1 missing: 'patch_embed.2.bias')"),
+        (lambda s: s | {"outnorm0.weight": s["patch_embed.2.bias"]}, "(1 unexpected: 'outnorm0.weight')"),
+        (
+            lambda s: s | {"classifier.head.weight": np.zeros((1000, 128))},
+            "(1 of another shape: 'classifier.head.weight' is (1000, 128) instead of (5, 128))",
+        ),
+        (lambda s: {f"module.{k}": v for k, v in s.items()}, "unexpected: 'module.patch_embed.0.weight', "),
+        (lambda s: {}, "missing: 'patch_embed.0.weight', 'patch_embed.0.bias', 'patch_embed.2.weight' and "),
+    ],
+)
+def test_weights_that_do_not_fit_are_named_and_change_nothing(change, message):
+    model = small()
+    official = state_dict(model)
+    from_torch(model, official)
+    before = arrays_of(model)
+    with pytest.raises(UserError) as error:
+        from_torch(model, change(official))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    chex.assert_trees_all_equal(arrays_of(model), before)
+
+
+def test_counters_are_ignored():
+    model = small()
+    from_torch(model, state_dict(model) | {"layers.2.1.conv_pw.1.num_batches_tracked": np.asarray(3)})
+
+
+def test_a_foreign_module_is_refused():
+    with pytest.raises(UserError, match="no table of official names for Linear; there is one for EfficientVMamba"):
+        from_torch(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), {})
+
+
+@pytest.fixture(scope="module")
+def tiny_file(tmp_path_factory):
+    """Return a file with the weights of EfficientVMamba-T under names as an averaged parallel model saves them."""
+    path = tmp_path_factory.mktemp("official") / "tiny.safetensors"
+    official = weights(facts(MODELS["evmamba_t"])["state_dict"])
+    save_file({f"module.module.{name}": array for name, array in official.items()}, path)
+    return path
+
+
+def test_the_command_makes_a_checkpoint_that_create_model_reads(tiny_file, tmp_path, capsys):
+    out = tmp_path / "converted"
+    assert main(["convert", "--model", "evmamba_t", "--torch", str(tiny_file), "--out", str(out)]) == 0
+    assert "evmamba_t" in capsys.readouterr().out
+    direct = abstract("evmamba_t")
+    from_torch(direct, weights(facts(MODELS["evmamba_t"])["state_dict"]))
+    restored = create_model("evmamba_t", pretrained=out)
+    chex.assert_trees_all_equal(arrays_of(restored), arrays_of(direct))
+    assert checkpoint.load_model(out)[2] == {"model": "evmamba_t", "converted_from": tiny_file.name, "key": None}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"--model": "evmamba_x"}, "unknown model 'evmamba_x'"),
+        (
+            {"--model": "evmamba_s"},
+            "of another shape: 'patch_embed.0.weight' is (48, 3, 4, 4) instead of (64, 3, 4, 4)",
+        ),
+        ({"--torch": "absent.pth"}, "'absent.pth' is not an existing file"),
+        ({"--out": "{full}"}, "is not an empty folder"),
+        ({"--key": "model"}, "safetensors file, which has no entries"),
+    ],
+)
+def test_mistakes_at_the_command_line(tiny_file, tmp_path, capsys, changed, message):
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "precious").touch()
+    out = tmp_path / "out"
+    options = {"--model": "evmamba_t", "--torch": str(tiny_file), "--out": str(out)}
+    options |= {name: value.format(full=full) for name, value in changed.items()}
+    assert main(["convert", *(text for option in options.items() for text in option)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert not out.exists()
+    assert [path.name for path in full.iterdir()] == ["precious"]
+
+
+def test_the_command_leaves_with_code_2_and_no_traceback(tmp_path):
+    command = [sys.executable, "-m", "evmamba_jax.weights", "convert", "--model", "evmamba_t"]
+    command += ["--torch", str(tmp_path / "absent.pth"), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in done.stderr
