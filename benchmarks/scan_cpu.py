@@ -1,8 +1,8 @@
 """Time and temporary memory of every implementation of ``selective_scan`` on this CPU.
 
-The peer is ``associative``: ``jax.lax.associative_scan`` over (decay, input) pairs, as JAX ports of Mamba write it, with
-the state laid out (state, channels). ``associative, state last`` is the same with (channels, state), the layout of the
-papers and of most ports. Ratios say how many times slower, or larger, a peer is than the default.
+The peer is ``jax.lax.associative_scan`` over pairs of decay and input, the usual way to write a scan in JAX, in two
+layouts of the state: ``associative``, ours, has (state, channels); ``associative, state last`` has (channels, state),
+as the papers' formulas. Ratios say how many times slower, or larger, a peer is than the default.
 
     python benchmarks/scan_cpu.py [--runs 9] [--out FILE]
 """
@@ -37,8 +37,8 @@ BATCH, DIRECTIONS, STATE = 4, 4, 16
 
 
 def state_last(u, delta, A, B, C, D, *, delta_bias, delta_softplus):
-    """Associative scan with the state as (channels, state), the layout of the papers and of most ports."""
-    batch, length, channels = u.shape
+    """Associative scan with the state as (channels, state), as in the papers' formulas."""
+    batch, length, _ = u.shape
     dt = jax.nn.softplus(delta + delta_bias) if delta_softplus else delta + delta_bias
     dt, u_ = (x.reshape(batch, length, DIRECTIONS, -1, 1) for x in (dt, u))
     decays = jnp.exp(dt * A.reshape(DIRECTIONS, -1, STATE))
@@ -48,8 +48,7 @@ def state_last(u, delta, A, B, C, D, *, delta_bias, delta_softplus):
 
 
 SCANS = {
-    "default": selective_scan,
-    "sequential": functools.partial(selective_scan, implementation="sequential"),
+    "sequential (default)": selective_scan,
     "associative": functools.partial(selective_scan, implementation="associative"),
     "associative, state last": state_last,
 }
@@ -87,16 +86,19 @@ def programs(scan, args):
 
 
 def measure(length, share, runs):
-    """Return {(implementation, pass): (median milliseconds, temporary MiB)}; runs are interleaved."""
+    """Return {(implementation, pass): (median milliseconds, temporary MiB)}; runs are interleaved.
+
+    Each timed run follows an untimed one of the same program, so that none pays for the caches and pages of another.
+    """
     args = arguments(length, share)
     compiled = {(name, what): p for name, scan in SCANS.items() for what, p in programs(scan, args).items()}
     times = {key: [] for key in compiled}
-    for run in range(runs + 1):
+    for _ in range(runs):
         for key, (program, inputs) in compiled.items():
+            jax.block_until_ready(program(*inputs))
             start = time.perf_counter()
             jax.block_until_ready(program(*inputs))
-            if run:  # the first warms up
-                times[key].append(time.perf_counter() - start)
+            times[key].append(time.perf_counter() - start)
     return {
         key: (1e3 * statistics.median(times[key]), program.memory_analysis().temp_size_in_bytes / 2**20)
         for key, (program, _) in compiled.items()
@@ -109,8 +111,9 @@ def machine():
         line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
     ]
     load = os.getloadavg()[0]
+    noise = " (other work was running: the times are noisy)" if load > 0.5 else ""
     return (
-        f"{names[0] if names else platform.processor()}, {os.cpu_count()} logical cores, load {load:.1f} at the start; "
+        f"{names[0] if names else platform.processor()}, {os.cpu_count()} logical cores, load {load:.1f} at the start{noise}; "
         f"Python {platform.python_version()}, jax {jax.__version__}, jaxlib {jaxlib.__version__}; "
         f"{datetime.date.today().isoformat()}"
     )
@@ -127,7 +130,7 @@ def main():
         machine() + ".",
         "",
         f"Batch {BATCH}, {DIRECTIONS} directions (groups), N = {STATE}, float32, softplus, bias and D. Median of "
-        f"{options.runs} interleaved runs; temporary bytes as the compiler reports them. Ratios: that row over `default`.",
+        f"{options.runs} interleaved runs; temporary bytes as the compiler reports them. Ratios: row over default.",
         "",
         "| shape (tokens x channels) | pass | implementation | ms | ratio | temporaries, MiB | ratio |",
         "| --- | --- | --- | ---: | ---: | ---: | ---: |",
@@ -137,7 +140,7 @@ def main():
         results = measure(length, share, options.runs)
         for what in ("forward", "forward + backward"):
             for name in SCANS:
-                (ms, mib), (base_ms, base_mib) = results[name, what], results["default", what]
+                (ms, mib), (base_ms, base_mib) = results[name, what], results["sequential (default)", what]
                 lines.append(
                     f"| {shape} ({length} x {DIRECTIONS}x{share}) | {what} | {name} | {ms:.1f} | {ms / base_ms:.1f} "
                     f"| {mib:.1f} | {mib / base_mib:.1f} |"

@@ -14,7 +14,7 @@ from its last token. With g the gradient of the state after token t, and h the s
     dB   = sum_p g dt u                              dC = sum_p h dy
 
 Memory beside inputs and outputs, in states of (batch, channels, state): one for each border, and two for each token of
-one chunk (its state and its decay); a chunk is about the square root of the length.
+one chunk (its state and its decay). Both numbers are near the square root of the length.
 """
 
 import functools
@@ -167,9 +167,10 @@ class _Walk:
 
     def __init__(self, length: int, dtype, reverse: bool):
         self.length, self.dtype, self.reverse = length, dtype, reverse
-        # Short sequences are one chunk. Else the length that pads least, and of those the nearest to the square root.
-        sizes = range(16, 65) if length > 64 else [length]
-        self.size = min(sizes, key=lambda size: (-length % size, abs(size * size - length)))
+        # Short sequences are one chunk. Else the size that pads least, and of those the one that needs least memory:
+        # in the backward pass two states for each token of a chunk, and one for each chunk.
+        sizes = range(8, 65) if length > 64 else [length]
+        self.size = min(sizes, key=lambda size: (-length % size, 2 * size + length // size))
         self.chunks = -(-length // self.size)
 
     def chunk(self, i):

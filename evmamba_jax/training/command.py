@@ -22,24 +22,32 @@ def parse_command(argv: list[str]) -> tuple[Config, Path]:
     """
     _check_names(argv)
     values = flags.FlagValues()
-    file = config_flags.DEFINE_config_file("config", flag_values=values)
+    file = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     workdir = flags.DEFINE_string("workdir", None, "work folder", flag_values=values)
     try:
         rest = values(argv)[1:]
+        name = config_flags.get_config_filename(values["config"]) if values["config"].present else ""
+        path = name.partition(".py:")[0].removesuffix(".py") + ".py"
+        if not Path(path).is_file():
+            raise UserError(f"--config {name or '(not given)'}: there is no file {path}; see --help")
         flags.FLAGS.mark_as_parsed()  # grain reads absl's global flags
         config = file.value
-        name = config_flags.get_config_filename(values["config"]) if config is not None else ""
-    except UserError:
-        raise
-    except (flags.Error, KeyError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(" ".join(str(error).split())) from error
-    except Exception as error:  # whatever the user's own file raises
-        raise UserError(f"--config cannot be loaded: {type(error).__name__}: {error}") from error
+    except Exception as error:  # absl's own kinds, and whatever the user's file raises, which absl wraps in a traceback
+        raise UserError(_in_one_line(error)) from error
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}; options look like --config.optim.lr=1e-3, see --help")
     if not isinstance(config, Config):
-        raise UserError("--config FILE is missing or its get_config() does not return a Config; see --help")
-    return config, Path(workdir.value or Path("runs") / Path(name).stem)
+        raise UserError(f"--config {name}: get_config() returned a {type(config).__name__}; it must return a Config")
+    return config, Path(workdir.value or Path("runs") / Path(name.replace(".py:", "_")).stem)
+
+
+def _in_one_line(error: BaseException) -> str:
+    if not isinstance(error, flags.Error) or "Traceback" in str(error):
+        while error.__context__:
+            error = error.__context__
+    text = " ".join(str(error).split())
+    understood = isinstance(error, UserError | flags.Error)
+    return text if understood else f"--config cannot be loaded: {type(error).__name__}: {text}"
 
 
 def _check_names(argv: list[str]) -> None:

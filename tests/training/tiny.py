@@ -1,0 +1,33 @@
+"""A run of seconds on the digits, with everything on: the config of the tests that start the command."""
+
+from evmamba_jax.data.config import DataConfig
+from evmamba_jax.training.config import Config, Duration, ModelConfig, OptimConfig
+
+
+def get_config() -> Config:
+    return Config(
+        model=ModelConfig(
+            name="evmamba_t",
+            drop_path_rate=0.1,
+            dtype="float32",
+            options={"width": 8, "depths": (1, 1, 1, 1), "patch_size": 2, "d_state": 2},
+        ),
+        data=DataConfig(
+            name="digits",
+            eval_split="test",
+            image_size=8,
+            eval_resize=8,
+            in_channels=1,
+            mean=(0.3,),
+            std=(0.38,),
+            hflip=0.0,
+            num_threads=2,
+        ),
+        optim=OptimConfig(lr=2e-3, warmup=Duration(steps=10), ema_decay=0.9),
+        batch_size=32,
+        duration=Duration(steps=40),
+        log_every=Duration(steps=5),
+        eval_every=Duration(steps=20),
+        save_every=Duration(steps=10),
+        keep_last=2,
+    )
