@@ -113,9 +113,9 @@ def machine():
     load = os.getloadavg()[0]
     noise = " (other work was running: the times are noisy)" if load > 0.5 else ""
     return (
-        f"{names[0] if names else platform.processor()}, {os.cpu_count()} logical cores, load {load:.1f} at the start{noise}; "
-        f"Python {platform.python_version()}, jax {jax.__version__}, jaxlib {jaxlib.__version__}; "
-        f"{datetime.date.today().isoformat()}"
+        f"{names[0] if names else platform.processor()}, {os.cpu_count()} logical cores, "
+        f"load {load:.1f} at the start{noise}; Python {platform.python_version()}, "
+        f"jax {jax.__version__}, jaxlib {jaxlib.__version__}; {datetime.date.today().isoformat()}"
     )
 
 
