@@ -7,7 +7,7 @@ it as the reference whose every line can be checked against the paper.
 import jax
 from jax import lax
 
-from pallas_kernels.terms import decay, step_sizes, write_in
+from pallas_kernels.terms import decay, softplus, write_in
 
 
 def scan(
@@ -24,7 +24,8 @@ def scan(
 ) -> tuple[jax.Array, jax.Array]:
     """Scan K groups of P channels (shapes and contract: ``terms.py``)."""
     wide = A.dtype
-    dt = step_sizes(delta.astype(wide), delta_bias, delta_softplus)
+    raw = delta.astype(wide) + delta_bias
+    dt = softplus(raw) if delta_softplus else raw
     a = decay(dt, A)
     b = write_in(dt * u.astype(wide), B.astype(wide))
     first = -1 if reverse else 0

@@ -13,7 +13,7 @@ from pallas_kernels.scan_1d import IMPLEMENTATIONS
 
 def scan2d(
     x: jax.Array,
-    x_dbl: jax.Array,
+    x_weight: jax.Array,
     dt_weight: jax.Array,
     dt_bias: jax.Array,
     A: jax.Array,
@@ -24,12 +24,13 @@ def scan2d(
 ) -> jax.Array:
     """Scan an image along K orders, each with parameters of its own, and add up what they write to each pixel.
 
-    The projections act on one pixel and so commute with every order: the caller makes them once, on the image as it is,
-    and only the recurrence follows the orders. Computed in float32, or in float64 if any argument is.
+    The projections act on one pixel and so commute with every order: only the recurrence follows the orders, and an
+    implementation is free to project before or after it reads them. Each order projects only the pixels it visits.
+    Computed in float32, or in float64 if any argument is.
 
     Args:
         x: (B, H, W, E) image.
-        x_dbl: (B, H, W, K, R + 2N) what each order projects each pixel to: dt of rank R, then B (N), then C (N).
+        x_weight: (K, E, R + 2N) what each order projects a pixel with: to dt of rank R, then B (N), then C (N).
         dt_weight: (K, R, E) weights from dt of rank R to the step size of every channel.
         dt_bias: (K, E) bias of the step size, which then goes through softplus.
         A: (K, E, N) continuous-time decay, negative.
@@ -48,20 +49,20 @@ def scan2d(
     """
     name = "scan2d"
     run = choose(name, implementation, IMPLEMENTATIONS)
-    given = as_arrays(name, x=x, dt_weight=dt_weight, dt_bias=dt_bias, A=A, D=D, x_dbl=x_dbl)
+    given = as_arrays(name, x=x, dt_weight=dt_weight, dt_bias=dt_bias, A=A, D=D, x_weight=x_weight)
     axes = {
         "x": "B H W E",
         "dt_weight": "K R E",
         "dt_bias": "K E",
         "A": "K E N",
         "D": "K E",
-        "x_dbl": "B H W K R+2N",
+        "x_weight": "K E R+2N",
     }
     sizes = axis_sizes(name, given, axes)
     packed = sizes["R"] + 2 * sizes["N"]
     if sizes["R+2N"] != packed:
         raise ValueError(
-            f"{name}: x_dbl has a last axis of {sizes['R+2N']}, expected R + 2N = {packed} "
+            f"{name}: x_weight has a last axis of {sizes['R+2N']}, expected R + 2N = {packed} "
             f"with R={sizes['R']} of dt_weight and N={sizes['N']} of A"
         )
     orders = tuple(orders)
@@ -76,9 +77,9 @@ def scan2d(
 
 
 @functools.partial(jax.jit, static_argnames=("orders", "run"))
-def _planar(x, x_dbl, dt_weight, dt_bias, A, D, *, orders, run):
+def _planar(x, x_weight, dt_weight, dt_bias, A, D, *, orders, run):
     """Read the orders as groups of one scan for each length that occurs, scan, and write back."""
-    wide = functools.reduce(jnp.promote_types, (a.dtype for a in (x, x_dbl, dt_weight, dt_bias, A, D)), jnp.float32)
+    wide = functools.reduce(jnp.promote_types, (a.dtype for a in (x, x_weight, dt_weight, dt_bias, A, D)), jnp.float32)
     height, width = x.shape[1:3]
     rank, state = dt_weight.shape[1], A.shape[2]
     by_length: dict[int, list[int]] = {}
@@ -88,11 +89,11 @@ def _planar(x, x_dbl, dt_weight, dt_bias, A, D, *, orders, run):
     total = jnp.zeros_like(x, dtype=wide)
     for ks in by_length.values():
         u = jnp.stack([orders[k].read(x) for k in ks], 2)
-        packed = jnp.stack([orders[k].read(x_dbl[:, :, :, k]) for k in ks], 2)
-        dt, B, C = jnp.split(packed, [rank, rank + state], -1)
         own = functools.partial(_rows, ks=ks, dtype=wide)
+        projected = jnp.einsum("blke,kec->blkc", u.astype(wide), own(x_weight))
+        dt, B, C = jnp.split(projected, [rank, rank + state], -1)
         # Highest: an accelerator would else round both factors to bfloat16, and the recurrence compounds the error.
-        delta = jnp.einsum("blkr,kre->blke", dt.astype(wide), own(dt_weight), precision=lax.Precision.HIGHEST)
+        delta = jnp.einsum("blkr,kre->blke", dt, own(dt_weight), precision=lax.Precision.HIGHEST)
         # Made from u, not anew, so that it is sharded as u is.
         rest = jnp.zeros_like(u[:, 0, :, None], dtype=wide)
         start = jnp.broadcast_to(rest, (u.shape[0], len(ks), state, u.shape[3]))

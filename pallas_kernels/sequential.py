@@ -23,13 +23,24 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.terms import decay, step_sizes, write_in
+from pallas_kernels.terms import decay, softplus, write_in
 
 
 def scan(u, delta, A, B, C, D, delta_bias, initial_state, delta_softplus, reverse):
     """Scan K groups of P channels (shapes and contract: ``terms.py``)."""
-    arrays = _vary_alike(u, delta, A, B, C, D, delta_bias, initial_state)
-    return _scan(*arrays, delta_softplus, reverse)
+    raw = delta.astype(A.dtype) + delta_bias
+    dt = _softplus(raw) if delta_softplus else raw
+    return _scan(*_vary_alike(u, dt, A, B, C, D, initial_state), reverse)
+
+
+@jax.custom_vjp
+def _softplus(raw):
+    """The softplus of ``terms.py``, which keeps nothing but its own result for the backward pass."""
+    return softplus(raw)
+
+
+# With y = log(1 + exp(x)), the derivative exp(x) / (1 + exp(x)) is 1 - exp(-y).
+_softplus.defvjp(lambda raw: (softplus(raw),) * 2, lambda dt, d_dt: (d_dt * -jnp.expm1(-dt),))
 
 
 def _vary_alike(*arrays):
@@ -46,22 +57,21 @@ def _vary_alike(*arrays):
     ]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9))
-def _scan(u, delta, A, B, C, D, delta_bias, initial_state, delta_softplus, reverse):
-    inputs = (u, delta, A, B, C, D, delta_bias)
-    y, state, _ = _per_platform(_forward, *inputs, initial_state, options=(delta_softplus, reverse, False))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
+def _scan(u, dt, A, B, C, D, initial_state, reverse):
+    y, state, _ = _per_platform(_forward, u, dt, A, B, C, D, initial_state, reverse=reverse, keep_borders=False)
     return y, state
 
 
-def _scan_fwd(u, delta, A, B, C, D, delta_bias, initial_state, delta_softplus, reverse):
-    inputs = (u, delta, A, B, C, D, delta_bias)
-    y, state, borders = _per_platform(_forward, *inputs, initial_state, options=(delta_softplus, reverse, True))
+def _scan_fwd(u, dt, A, B, C, D, initial_state, reverse):
+    inputs = (u, dt, A, B, C, D)
+    y, state, borders = _per_platform(_forward, *inputs, initial_state, reverse=reverse, keep_borders=True)
     return (y, state), (inputs, borders)
 
 
-def _scan_bwd(delta_softplus, reverse, residuals, cotangents):
+def _scan_bwd(reverse, residuals, cotangents):
     inputs, borders = residuals
-    return _per_platform(_backward, *inputs, borders, *cotangents, options=(delta_softplus, reverse))
+    return _per_platform(_backward, *inputs, borders, *cotangents, reverse=reverse)
 
 
 _scan.defvjp(_scan_fwd, _scan_bwd)
@@ -71,35 +81,33 @@ _scan.defvjp(_scan_fwd, _scan_bwd)
 UNROLL = {"cpu": 1, "default": 8}
 
 
-def _per_platform(loop, *arrays, options):
+def _per_platform(loop, *arrays, **options):
     """Run ``loop`` as the platform likes it that the program is lowered for, which need not be the one tracing it.
 
     The choice is made here, inside the two rules of the custom gradient, so that whatever is kept between them has one
     form on all platforms.
     """
-    choices = {platform: functools.partial(loop, options=options, unroll=n) for platform, n in UNROLL.items()}
+    choices = {platform: functools.partial(loop, unroll=n, **options) for platform, n in UNROLL.items()}
     return lax.platform_dependent(*arrays, **choices)
 
 
-def _forward(u, delta, A, B, C, D, delta_bias, initial_state, *, options, unroll):
-    softplus, reverse, keep_borders = options
+def _forward(u, dt, A, B, C, D, initial_state, *, reverse, keep_borders, unroll):
     walk = _Walk(u.shape[1], A.dtype, reverse)
-    u, delta, B, C = map(walk.pad, (u, delta, B, C))
+    u, dt, B, C = map(walk.pad, (u, dt, B, C))
 
     def chunk(i, carry):
         state, y, borders = carry
         c = walk.chunk(i)
         if keep_borders:
             borders = lax.dynamic_update_index_in_dim(borders, state, c, 0)
-        u_c, B_c, C_c = (walk.read(x, c) for x in (u, B, C))
-        dt = walk.step_sizes(walk.read(delta, c), c, delta_bias, softplus)
+        u_c, dt_c, B_c, C_c = (walk.read(x, c) for x in (u, dt, B, C))
 
         def token(state, x):
             dt, dtu, B, C = x
             state = decay(dt, A) * state + write_in(dtu, B)
             return state, _sum_states(state, C[..., None])
 
-        state, y_c = lax.scan(token, state, (dt, dt * u_c, B_c, C_c), reverse=reverse, unroll=unroll)
+        state, y_c = lax.scan(token, state, (dt_c, dt_c * u_c, B_c, C_c), reverse=reverse, unroll=unroll)
         return state, walk.write(y, y_c + D * u_c, c), borders
 
     # Every border is written; broadcasting, unlike new zeros, keeps the sharding of the state.
@@ -108,19 +116,16 @@ def _forward(u, delta, A, B, C, D, delta_bias, initial_state, *, options, unroll
     return walk.unpad(y), state, borders
 
 
-def _backward(u, delta, A, B, C, D, delta_bias, borders, dy, d_state, *, options, unroll):
-    softplus, reverse = options
+def _backward(u, dt, A, B, C, D, borders, dy, d_state, *, reverse, unroll):
     walk = _Walk(u.shape[1], A.dtype, reverse)
-    u, delta, B, C, dy = map(walk.pad, (u, delta, B, C, dy))
+    u, dt, B, C, dy = map(walk.pad, (u, dt, B, C, dy))
 
     def chunk(i, carry):
-        s, dA, dD, d_bias, du, d_delta, dB, dC = carry
+        s, dA, dD, du, d_dt, dB, dC = carry
         c = walk.chunk(walk.chunks - 1 - i)
-        u_c, B_c, C_c, dy_c = (walk.read(x, c) for x in (u, B, C, dy))
-        raw = walk.read(delta, c)
-        dt, from_dt = jax.vjp(lambda raw: walk.step_sizes(raw, c, delta_bias, softplus), raw)
-        dtu = dt * u_c
-        decays = decay(dt, A)  # both loops need them, and an exponential costs more than a load
+        u_c, dt_c, B_c, C_c, dy_c = (walk.read(x, c) for x in (u, dt, B, C, dy))
+        dtu = dt_c * u_c
+        decays = decay(dt_c, A)  # both loops need them, and an exponential costs more than a load
 
         def again(state, x):
             decays, dtu, B, dy = x
@@ -139,31 +144,31 @@ def _backward(u, delta, A, B, C, D, delta_bias, borders, dy, d_state, *, options
             sums = _sum_states(g, B[..., None]), _sum_states(w, A), _sum_channels(g, dtu)
             return (s, dA + w * dt[..., None, :]), sums
 
-        xs = (decays, dt, dtu, B_c, C_c, dy_c, before)
+        xs = (decays, dt_c, dtu, B_c, C_c, dy_c, before)
         (s, dA), (gB, wA, dB_c) = lax.scan(token, (s, dA), xs, reverse=not reverse, unroll=unroll)
-        (d_raw,) = from_dt(wA + u_c * gB)
         return (
             s,
             dA,
             dD + (dy_c * u_c).sum(0),
-            d_bias + d_raw.sum(0),
-            walk.write(du, dt * gB + D * dy_c, c),
-            walk.write(d_delta, d_raw, c),
+            walk.write(du, dt_c * gB + D * dy_c, c),
+            walk.write(d_dt, wA + u_c * gB, c),
             walk.write(dB, dB_c, c),
             walk.write(dC, dC_c, c),
         )
 
     # Gradients shared by the batch keep its axis until the end: one sum over devices instead of one a chunk.
     wide = jnp.zeros_like(d_state)
-    row = wide[:, :, 0]
-    carry = (d_state, wide, row, row, *(jnp.zeros_like(x) for x in (u, delta, B, C)))
-    s, dA, dD, d_bias, *streams = lax.fori_loop(0, walk.chunks, chunk, carry)
-    du, d_delta, dB, dC = map(walk.unpad, streams)
-    return du, d_delta, dA.sum(0), dB, dC, dD.sum(0), d_bias.sum(0), s
+    carry = (d_state, wide, wide[:, :, 0], *(jnp.zeros_like(x) for x in (u, dt, B, C)))
+    s, dA, dD, *streams = lax.fori_loop(0, walk.chunks, chunk, carry)
+    du, d_dt, dB, dC = map(walk.unpad, streams)
+    return du, d_dt, dA.sum(0), dB, dC, dD.sum(0), s
 
 
 class _Walk:
-    """How a sequence is cut into chunks: reading, writing, and the padding that makes the last one whole."""
+    """How a sequence is cut into chunks: reading, writing, and the padding that makes the last one whole.
+
+    A token of the padding has dt = 0, which leaves the state alone and lets no gradient through.
+    """
 
     def __init__(self, length: int, dtype, reverse: bool):
         self.length, self.dtype, self.reverse = length, dtype, reverse
@@ -190,14 +195,6 @@ class _Walk:
 
     def write(self, x, values, c):
         return lax.dynamic_update_slice_in_dim(x, jnp.moveaxis(values, 0, 1).astype(x.dtype), c * self.size, 1)
-
-    def step_sizes(self, raw, c, bias, softplus):
-        """Return dt of chunk c (tokens, B, K, P), with 0 in the padding: such a token leaves the state alone."""
-        dt = step_sizes(raw, bias, softplus)
-        if self.chunks * self.size == self.length:
-            return dt
-        inside = c * self.size + jnp.arange(self.size) < self.length
-        return jnp.where(inside[:, None, None, None], dt, 0)
 
 
 def _sum_states(x, y):

@@ -22,13 +22,10 @@ import jax
 import jax.numpy as jnp
 
 
-def step_sizes(delta: jax.Array, bias: jax.Array, softplus: bool) -> jax.Array:
-    """Return dt (..., K, P) from delta (..., K, P) and its bias (K, P)."""
-    raw = delta + bias
-    if not softplus:
-        return raw
-    # PyTorch's softplus: the identity beyond 20. The inner minimum keeps the unused branch, and its gradient, finite.
-    return jnp.where(raw > 20, raw, jnp.log1p(jnp.exp(jnp.minimum(raw, 20))))
+def softplus(x: jax.Array) -> jax.Array:
+    """Return log(1 + exp(x)), as PyTorch has it: the identity beyond 20."""
+    # The inner minimum keeps the unused branch, and its gradient, finite.
+    return jnp.where(x > 20, x, jnp.log1p(jnp.exp(jnp.minimum(x, 20))))
 
 
 def decay(dt: jax.Array, A: jax.Array) -> jax.Array:

@@ -62,7 +62,7 @@ class SS2D(nnx.Module):
         x = nnx.silu(self.conv2d(x))
         y = scan2d(
             x,
-            jnp.einsum("bhwe,kec->bhwkc", x, self.x_proj_weight[...]),
+            self.x_proj_weight[...],
             self.dt_proj_weight[...],
             self.dt_proj_bias[...],
             -jnp.exp(self.A_log[...].astype(jnp.promote_types(x.dtype, self.A_log.dtype))),

@@ -78,15 +78,13 @@ def scan2d(problem, indices, dy):
     rank, state = p["dt_weight"].shape[1], p["A"].shape[2]
     # One more pixel, of zeros, stands for the padding.
     x = np.concatenate([p["x"].reshape(batch, pixels, channels), np.zeros((batch, 1, channels))], 1)
-    x_dbl = p["x_dbl"].reshape(batch, pixels, len(indices), -1)
-    x_dbl = np.concatenate([x_dbl, np.zeros_like(x_dbl[:, :1])], 1)
     dy = np.concatenate(
         [np.asarray(dy, np.float64).reshape(batch, pixels, channels), np.zeros((batch, 1, channels))], 1
     )
     y = np.zeros_like(x)
-    grads = {name: np.zeros_like(a) for name, a in p.items()} | {"x": np.zeros_like(x), "x_dbl": np.zeros_like(x_dbl)}
+    grads = {name: np.zeros_like(a) for name, a in p.items()} | {"x": np.zeros_like(x)}
     for k, order in enumerate(indices):
-        dt, B, C = np.split(x_dbl[:, order, k], [rank, rank + state], -1)
+        dt, B, C = np.split(x[:, order] @ p["x_weight"][k], [rank, rank + state], -1)
         one = {
             "u": x[:, order],
             "delta": dt @ p["dt_weight"][k],
@@ -100,12 +98,11 @@ def scan2d(problem, indices, dy):
         d_dbl = np.concatenate([d["delta"] @ p["dt_weight"][k].T, d["B"][:, :, 0], d["C"][:, :, 0]], -1)
         for t, pixel in enumerate(order):
             y[:, pixel] += y_k[:, t]
-            grads["x"][:, pixel] += d["u"][:, t]
-            grads["x_dbl"][:, pixel, k] += d_dbl[:, t]
+            grads["x"][:, pixel] += d["u"][:, t] + d_dbl[:, t] @ p["x_weight"][k].T
+        grads["x_weight"][k] = np.einsum("ble,blc->ec", x[:, order], d_dbl)
         grads["dt_weight"][k] = np.einsum("blr,ble->re", dt, d["delta"])
         grads["dt_bias"][k], grads["A"][k], grads["D"][k] = d["delta_bias"], d["A"], d["D"]
     grads["x"] = grads["x"][:, :pixels].reshape(p["x"].shape)
-    grads["x_dbl"] = grads["x_dbl"][:, :pixels].reshape(p["x_dbl"].shape)
     return y[:, :pixels].reshape(p["x"].shape), grads
 
 
@@ -132,7 +129,7 @@ def make_scan2d(seed, *, height, width, orders, state, rank, batch=2, channels=5
     rng = np.random.default_rng(seed)
     return {
         "x": rng.normal(size=(batch, height, width, channels)),
-        "x_dbl": rng.normal(size=(batch, height, width, orders, rank + 2 * state)),
+        "x_weight": rng.normal(size=(orders, channels, rank + 2 * state)) / channels**0.5,
         "dt_weight": rng.normal(size=(orders, rank, channels)) / rank,
         "dt_bias": rng.normal(-2, 1, (orders, channels)),
         "A": -np.exp(rng.normal(size=(orders, channels, state))),

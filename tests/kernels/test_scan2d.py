@@ -108,7 +108,7 @@ def test_output_and_gradients(orders, grid, implementation, wide):
 def test_bfloat16_image():
     """Directions add up in float32: the only roundings are those of the inputs and of the result."""
     problem = scan_oracle.make_scan2d(3, height=6, width=5, orders=4, state=4, rank=2)
-    arrays = jax.tree.map(jnp.float32, problem) | {n: jnp.bfloat16(problem[n]) for n in ("x", "x_dbl")}
+    arrays = jax.tree.map(jnp.float32, problem) | {"x": jnp.bfloat16(problem["x"])}
     wanted, _ = scan_oracle.scan2d(arrays, [order.indices(6, 5) for order in CROSS], np.zeros(problem["x"].shape))
     y = scan2d(**arrays, orders=CROSS)
     assert y.dtype == jnp.bfloat16
@@ -123,9 +123,9 @@ def test_vmap_and_checkpoint():
     arrays, weights = jax.tree.map(jnp.float32, problem), jnp.float32(dy).reshape(3, 2, 5, 6, 5)
 
     def loss(p):
-        x, x_dbl = (p[n].reshape(3, 2, *p[n].shape[1:]) for n in ("x", "x_dbl"))
-        rest = {n: a for n, a in p.items() if n not in ("x", "x_dbl")}
-        y = jax.vmap(lambda x, x_dbl: scan2d(x, x_dbl, **rest, orders=ATROUS))(x, x_dbl)
+        x = p["x"].reshape(3, 2, *p["x"].shape[1:])
+        rest = {n: a for n, a in p.items() if n != "x"}
+        y = jax.vmap(lambda x: scan2d(x, **rest, orders=ATROUS))(x)
         return (y * weights).sum()
 
     close(jax.jit(jax.grad(jax.checkpoint(loss)))(arrays), wanted, 1e-5)
@@ -137,7 +137,7 @@ def test_no_array_of_all_states(orders):
     s = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     problem = {
         "x": s((batch, side, side, channels)),
-        "x_dbl": s((batch, side, side, 4, rank + 2 * state)),
+        "x_weight": s((4, channels, rank + 2 * state)),
         "dt_weight": s((4, rank, channels)),
         "dt_bias": s((4, channels)),
         "A": s((4, channels, state)),
@@ -169,14 +169,14 @@ def test_lowers_for_other_platforms(platform):
     [
         ({"x": np.ones((2, 3, 5), np.float32)}, ValueError, "x has shape (2, 3, 5), expected (B, H, W, E)"),
         (
-            {"x_dbl": np.ones((2, 3, 4, 3, 5), np.float32)},
+            {"x_weight": np.ones((3, 5, 5), np.float32)},
             ValueError,
-            "x_dbl has shape (2, 3, 4, 3, 5), expected (B=2, H=3, W=4, K=4, R+2N)",
+            "x_weight has shape (3, 5, 5), expected (K=4, E=5, R+2N)",
         ),
         (
-            {"x_dbl": np.ones((2, 3, 4, 4, 6), np.float32)},
+            {"x_weight": np.ones((4, 5, 6), np.float32)},
             ValueError,
-            "x_dbl has a last axis of 6, expected R + 2N = 5 with R=1 of dt_weight and N=2 of A",
+            "x_weight has a last axis of 6, expected R + 2N = 5 with R=1 of dt_weight and N=2 of A",
         ),
         (
             {"dt_weight": np.ones((4, 1, 6), np.float32)},

@@ -72,7 +72,9 @@ def test_the_command_refuses_archives_that_are_not_imagenet(prepared, tmp_path):
     assert done.returncode == 2
     assert "1281167" in done.stderr.replace(",", "")
     assert len(done.stderr.strip().splitlines()) == 1
-    done = subprocess.run(command + ["--train", "no.tar", *tars[2:]], capture_output=True, text=True, env=env, cwd=ROOT, check=False)
+    done = subprocess.run(
+        command + ["--train", "no.tar", *tars[2:]], capture_output=True, text=True, env=env, cwd=ROOT, check=False
+    )
     assert done.returncode == 2
     assert "no.tar" in done.stderr
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").rglob("*array_record*"))
@@ -120,7 +122,9 @@ def test_a_corrupt_image_is_named_or_skipped_and_counted(prepared, corrupt, tmp_
     assert "data.on_corrupt" in err
 
     skip = ("--config.data.on_corrupt=skip", "--config.duration.steps=64", "--config.log_every.steps=16")
-    code, out, err = run("--workdir", tmp_path / "skip", *skip, "--config.eval_every.steps=64", config=config, env=corrupt)
+    code, out, err = run(
+        "--workdir", tmp_path / "skip", *skip, "--config.eval_every.steps=64", config=config, env=corrupt
+    )
     assert code == 0, out + err
     rows = [json.loads(line) for line in (tmp_path / "skip" / "metrics.jsonl").read_text().splitlines()]
     # 64 steps of 16 images: one pass over the 1000 training images and a little more
