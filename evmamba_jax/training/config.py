@@ -54,7 +54,16 @@ class MeshConfig:
 
     data: int = -1  # -1 = all that fsdp leaves
     fsdp: int = 1
-    distributed: bool = False  # several processes: call jax.distributed.initialize() first
+
+
+@dataclass
+class DistributedConfig:
+    """Several processes, one or more a host; the last three are found by JAX on Cloud TPU, Slurm and the like."""
+
+    enabled: bool = False
+    coordinator_address: str = ""  # host:port of process 0
+    num_processes: int = 0
+    process_id: int = -1
 
 
 @dataclass
@@ -65,6 +74,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     seed: int = 0
     batch_size: int = 1024  # images a step over all devices and accumulation rounds
     accumulation: int = 1  # rounds of forward and backward a step

@@ -42,8 +42,7 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
         SystemExit: after SIGTERM or SIGINT, once the state is saved; its code is 128 + the signal's number.
     """
     config.validate()
-    if config.mesh.distributed:
-        jax.distributed.initialize()
+    meshes.join_processes(config.distributed)
     task = Task(config)
     return _evaluate_only(task, Path(workdir)) if config.eval_only else _train(task, Path(workdir))
 
@@ -80,7 +79,7 @@ def _train(task: Task, workdir: Path) -> dict[str, float]:
         figures, evaluated = meta["figures"], meta["evaluated"]  # of the last evaluation, and its step
         if start == evaluated == total:
             print(
-                f"the run in {workdir} has ended at step {total}: {told(figures)}; choose another --workdir for a new one"
+                f"the run in {workdir} has ended at step {total}: {told(figures)}; another --workdir starts a new one"
             )
             return figures
         report = Reporter(workdir, total_steps=total, steps_per_epoch=steps_per_epoch, is_main=task.is_main)

@@ -8,7 +8,28 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from evmamba_jax.errors import UserError
-from evmamba_jax.training.config import Config
+from evmamba_jax.training.config import Config, DistributedConfig
+
+
+def join_processes(config: DistributedConfig) -> None:
+    """Connect this process with the others of the run, before any device is used.
+
+    Raises:
+        UserError: the others cannot be found or reached.
+    """
+    if not config.enabled:
+        return
+    try:
+        jax.distributed.initialize(
+            config.coordinator_address or None,
+            config.num_processes or None,
+            config.process_id if config.process_id >= 0 else None,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"config.distributed.enabled, but the processes cannot be joined ({str(error).splitlines()[0]}); set "
+            "config.distributed.coordinator_address, num_processes and process_id"
+        ) from error
 
 
 def make_mesh(config: Config) -> Mesh:

@@ -171,3 +171,9 @@ def test_a_config_file_that_fails_is_told_in_one_line(tmp_path):
     assert refused(config=str(tmp_path / "broken.py")).endswith("ZeroDivisionError: division by zero")
     (tmp_path / "other.py").write_text("def get_config():\n    return {'lr': 1}\n")
     assert "get_config() returned a" in refused(config=str(tmp_path / "other.py"))
+
+
+def test_processes_that_cannot_be_joined():
+    line = refused("--config.distributed.enabled=True")
+    assert "the processes cannot be joined" in line
+    assert "config.distributed.coordinator_address" in line

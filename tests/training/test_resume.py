@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command import environment, run, start
+from command import TINY, environment, run, start
 
 from evmamba_jax.checkpoint import Checkpoints, load_model
 
@@ -20,10 +21,8 @@ ARGUMENTS = (f"--config.duration.steps={STEPS}", "--config.save_every.steps=3", 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    """Data and compiled programs that all runs of this file share."""
-    folder = tmp_path_factory.mktemp("shared")
-    env = environment(TFDS_DATA_DIR=str(folder / "data"), JAX_COMPILATION_CACHE_DIR=str(folder / "cache"))
-    return env | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    """Return the environment of all runs of this file, with data that they share."""
+    return environment(TFDS_DATA_DIR=str(tmp_path_factory.mktemp("data")))
 
 
 @pytest.fixture(scope="module")
@@ -130,10 +129,22 @@ def test_what_orders_the_data_cannot_change(shared, uninterrupted, name, value, 
     assert len(err.strip().splitlines()) == 1
 
 
-def test_a_checkpoint_of_other_shapes_lists_the_first_few(shared, uninterrupted):
-    code, _, err = run(*ARGUMENTS, "--workdir", uninterrupted, "--config.model.name=evmamba_b", env=shared)
-    # The variants differ in their sizes, which this config gives itself; the depth of stage 3 does not.
-    assert (code, err) == (0, "") or "is of another model or other settings" in err
+def test_a_checkpoint_of_other_shapes_lists_the_first_few(shared, uninterrupted, tmp_path):
+    wider = tmp_path / "wider.py"
+    wider.write_text(Path(TINY).read_text().replace('"width": 8', '"width": 16'))
+    message = r"head.kernel is float32\[64, 10\] there and float32\[128, 10\] here; .* and \d+ more"
+    code, _, err = run(*ARGUMENTS, "--workdir", uninterrupted, config=str(wider), env=shared)
+    assert code == 2
+    assert "is of another model or other settings" in err
+    assert re.search(message, err), err
+    pretrained = f"--config.model.pretrained={uninterrupted}"
+    code, _, err = run(*ARGUMENTS, "--workdir", tmp_path / "new", pretrained, config=str(wider), env=shared)
+    assert code == 2
+    assert "does not fit model evmamba_t with 10 classes: head.kernel: (64, 10), expected (128, 10)" in err
+    assert len(err.strip().splitlines()) == 1
+    code, _, err = run("--workdir", tmp_path / "nothing", "--config.eval_only=True", env=shared)
+    assert code == 2
+    assert f"{tmp_path / 'nothing'} is not a folder" in err
 
 
 def test_what_the_work_folder_holds(uninterrupted):

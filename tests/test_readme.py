@@ -1,0 +1,72 @@
+"""What the README and the docs show is what there is."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from evmamba_jax import list_models
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/training.md", "pallas_kernels/README.md"]
+
+
+def blocks(document):
+    return re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / document).read_text(), re.MULTILINE | re.DOTALL)
+
+
+def test_the_first_block_is_two_self_sufficient_lines():
+    kind, text = blocks("README.md")[0]
+    train, test = text.splitlines()
+    assert kind == "sh"
+    for line in (train, test):
+        assert line.startswith("python3 -m venv")
+        assert "-m pip" in line
+    assert train.endswith("train_tpu.py --config configs/digits.py")
+    assert test.endswith("-m pytest")
+
+
+def test_python_blocks_run():
+    namespace: dict = {}
+    for kind, text in blocks("README.md"):
+        if kind == "python":
+            exec(text, namespace)
+    assert namespace["logits"].shape == (1, 1000)
+    assert [stage.shape for stage in namespace["stages"]] == [
+        (1, 56, 56, 48),
+        (1, 28, 28, 96),
+        (1, 14, 14, 192),
+        (1, 7, 7, 384),
+    ]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_files_and_modules_that_are_named_exist(document):
+    text = (ROOT / document).read_text()
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert ((ROOT / document).parent / target).exists(), target
+    for path in re.findall(r"\b(?:configs|evmamba_jax|tests|docs|benchmarks|pallas_kernels)/[\w./-]*\w", text):
+        if "FAMILY" not in path and "NAME" not in path:
+            assert (ROOT / path).exists(), path
+    for _, block in blocks(document):
+        for module in re.findall(r"-m (evmamba_jax[\w.]*)", block):
+            assert (ROOT / module.replace(".", "/")).exists(), module
+
+
+def test_every_model_has_a_config_and_a_row():
+    text = (ROOT / "README.md").read_text()
+    for name in list_models():
+        assert (ROOT / "configs" / f"{name}.py").exists()
+        assert f"`{name}`" in text
+
+
+def test_flags_that_are_shown_are_known():
+    from evmamba_jax.training.command import _fields
+    from evmamba_jax.training.config import Config
+
+    known = dict(_fields(Config))
+    for document in ["README.md", "docs/training.md", "CONTRIBUTING.md"]:
+        for name in re.findall(r"--config\.([a-z_.]+)=", (ROOT / document).read_text()):
+            assert name in known, f"{document}: {name}"
+    assert shlex.split(blocks("README.md")[0][1])

@@ -1,0 +1,48 @@
+"""Two processes with two devices each, over jax.distributed, give the run of one process."""
+
+import json
+import socket
+
+import pytest
+from command import environment, run, start
+
+ARGUMENTS = ("--config.duration.steps=12", "--config.eval_every.steps=6", "--config.mesh.fsdp=2")
+DEVICES = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={}"
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    # More threads than the machine may have cores: with two, the two processes wait for each other for ever.
+    return {"TFDS_DATA_DIR": str(tmp_path_factory.mktemp("data")), "PJRT_NPROC": "16"}
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_train_as_one(shared, tmp_path):
+    env = environment(XLA_FLAGS=DEVICES.format(4), **shared)
+    code, out, err = run(*ARGUMENTS, "--workdir", tmp_path / "one", env=env)
+    assert code == 0, out + err
+
+    env = environment(XLA_FLAGS=DEVICES.format(2), JAX_CPU_COLLECTIVES_IMPLEMENTATION="gloo", **shared)
+    joined = {"enabled": True, "coordinator_address": f"127.0.0.1:{free_port()}", "num_processes": 2}
+    flags = [f"--config.distributed.{name}={value}" for name, value in joined.items()]
+    processes = [
+        start(*ARGUMENTS, *flags, f"--config.distributed.process_id={i}", "--workdir", tmp_path / "two", env=env)
+        for i in range(2)
+    ]
+    told = [process.communicate(timeout=240) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], told
+    one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
+    assert [row["step"] for row in one] == [row["step"] for row in two]
+    for a, b in zip(one, two, strict=True):
+        assert b == pytest.approx(a, rel=1e-4)
+    assert "evmamba_t on digits, step 12" in told[0][0]
+    assert not told[1][0]  # only the first process reports
