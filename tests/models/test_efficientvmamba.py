@@ -252,19 +252,18 @@ def test_depthwise_convolution_equals_a_slow_one():
 
 def test_bfloat16_stays_within_two_per_cent_with_finite_gradients():
     x = images(4, 64, 64, 3)
-    exact = create_model("evmamba_t", num_classes=100)
-    half = create_model("evmamba_t", num_classes=100, dtype=jnp.bfloat16)
-    graphdef, params, stats = functional.split(half)
-
-    def loss(params, x):
-        logits = functional.merge(graphdef, params, stats)(x)
-        return jnp.square(logits.astype(jnp.float32)).sum(), logits
-
-    (_, logits), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, x)
+    reference = run(create_model("evmamba_t"), x)
+    logits = run(create_model("evmamba_t", dtype=jnp.bfloat16), x)
     assert logits.dtype == jnp.bfloat16
-    reference = run(exact, x)
     error = jnp.linalg.norm(logits.astype(jnp.float32) - reference) / jnp.linalg.norm(reference)
     assert 1e-5 < error < 0.02  # above zero: it did compute in bfloat16
+
+    graphdef, params, stats = functional.split(create_model("evmamba_t", dtype=jnp.bfloat16, **SMALL))
+
+    def loss(params, x):
+        return jnp.square(functional.merge(graphdef, params, stats)(x).astype(jnp.float32)).sum()
+
+    grads = jax.jit(jax.grad(loss), compiler_options={"xla_backend_optimization_level": 0})(params, x)
     chex.assert_tree_all_finite(grads)
     assert all(g.dtype == jnp.float32 for g in grads.values())
 

@@ -17,7 +17,7 @@ from evmamba_jax.training.config import Config, Duration, ModelConfig, OptimConf
 
 def get_config():
     return Config(
-        model=ModelConfig("evmamba_t", 0.1, "float32", options={"width": 8, "depths": (1, 1, 1, 1), "d_state": 2}),
+        model=ModelConfig("evmamba_t", 0.1, "float32", options={"width": 8, "depths": (1, 0, 1, 0), "d_state": 2}),
         data=DataConfig("imagenet2012", image_size=32, eval_resize=36, num_threads=2),
         optim=OptimConfig(warmup=Duration(steps=2)),
         batch_size=16,
@@ -97,19 +97,19 @@ def corrupt(prepared, tmp_path_factory):
 
 def test_a_corrupt_image_is_named_or_skipped_and_counted(prepared, corrupt, tmp_path):
     config = str(prepared[0] / "config.py")
-    code, _, err = run("--workdir", tmp_path / "run", "--config.duration.steps=70", config=config, env=corrupt)
+    # 64 steps of 16 images: one pass over the 1000 training images and a little more
+    lengths = ("duration", 64), ("log_every", 16), ("eval_every", 64)
+    arguments = [f"--config.{name}.steps={steps}" for name, steps in lengths]
+    code, _, err = run("--workdir", tmp_path / "run", *arguments, config=config, env=corrupt)
     assert code == 2
     assert len(err.strip().splitlines()) == 1
     assert "n01440764_0.JPEG" in err or "ILSVRC2012_val_00000001.JPEG" in err
     assert "data.on_corrupt" in err
 
-    skip = ("--config.data.on_corrupt=skip", "--config.duration.steps=64", "--config.log_every.steps=16")
-    code, out, err = run(
-        "--workdir", tmp_path / "skip", *skip, "--config.eval_every.steps=64", config=config, env=corrupt
-    )
+    skip = "--config.data.on_corrupt=skip"
+    code, out, err = run("--workdir", tmp_path / "skip", skip, *arguments, config=config, env=corrupt)
     assert code == 0, out + err
     rows = [json.loads(line) for line in (tmp_path / "skip" / "metrics.jsonl").read_text().splitlines()]
-    # 64 steps of 16 images: one pass over the 1000 training images and a little more
     assert 1 <= sum(row["corrupt"] for row in rows if "loss" in row) <= 2
     evaluation = rows[-1]
     assert (evaluation["eval_corrupt"], evaluation["examples"]) == (1, 49)

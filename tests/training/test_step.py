@@ -18,7 +18,7 @@ from evmamba_jax.training.config import Config, MeshConfig, ModelConfig, OptimCo
 from evmamba_jax.training.step import init_state, make_eval_step, make_train_step
 
 CLASSES = 8
-OPTIONS = {"width": 16, "depths": (1, 1, 1, 1), "d_state": 4, "patch_size": 2, "num_classes": CLASSES}
+OPTIONS = {"width": 16, "depths": (1, 0, 1, 0), "d_state": 4, "patch_size": 2, "num_classes": CLASSES}
 
 
 def configured(**changes) -> Config:
@@ -57,13 +57,19 @@ def compiled(config, start, mesh, tx=None):
     shardings = meshes.state_shardings(mesh, jax.eval_shape(make, *start[1:]))
     step = make_train_step(start.graphdef, tx, config, num_classes=CLASSES, log_every=2)
     state = jax.device_put(make(*start[1:]), shardings)
-    return jax.jit(step, out_shardings=shardings), state
+    # Compiling takes far longer than the few steps of these tests.
+    return jax.jit(step, out_shardings=shardings, compiler_options={"xla_backend_optimization_level": 0}), state
 
 
-def trained(config, start, mesh, steps=4):
-    step, state = compiled(config, start, mesh)
+@pytest.fixture(scope="module")
+def on_one_device(start):
+    """Return the step compiled for one device; its first state is only read."""
+    return compiled(configured(), start, mesh_of(1, 1))
+
+
+def trained(step, state, mesh):
     losses = []
-    for batch in batches(steps):
+    for batch in batches(4):
         state = step(state, jax.device_put(batch, meshes.batch_sharding(mesh)))
         losses.append(float(state["train"]["last"]["loss"]))
     return losses, jax.device_get({name: state[name] for name in ("model", "ema")}), state
@@ -74,29 +80,30 @@ def mesh_of(data, fsdp):
 
 
 @pytest.fixture(scope="module")
-def alone(start):
-    return trained(configured(), start, mesh_of(1, 1))
+def alone(on_one_device):
+    return trained(*on_one_device, mesh_of(1, 1))
 
 
 @pytest.mark.parametrize("shape", [(8, 1), (4, 2), (1, 8)])
 def test_every_mesh_gives_the_single_device_run(start, alone, shape):
-    losses, final, state = trained(configured(), start, mesh_of(*shape))
+    losses, final, state = trained(*compiled(configured(), start, mesh_of(*shape)), mesh_of(*shape))
     chex.assert_trees_all_close(losses, alone[0], rtol=1e-5)
     chex.assert_trees_all_close(final, alone[1], rtol=1e-4, atol=2e-5)
-    kernel = state["model"]["params"]["stages.3.blocks.0.pw1.kernel"]  # (128, 512)
-    expected = (128, 512 // shape[1])
+    kernel = state["model"]["params"]["stages.2.blocks.0.pw1.kernel"]  # (64, 256)
+    expected = (64, 256 // shape[1])
     assert kernel.addressable_shards[0].data.shape == expected
-    moment = state["train"]["opt_state"][1][0].mu["stages.3.blocks.0.pw1.kernel"]
+    moment = state["train"]["opt_state"][1][0].mu["stages.2.blocks.0.pw1.kernel"]
     assert moment.addressable_shards[0].data.shape == expected
 
 
 def test_the_run_did_change_the_model(start, alone):
     moved = {name: float(jnp.abs(p - start.params[name]).max()) for name, p in alone[1]["model"]["params"].items()}
-    assert sum(distance > 1e-3 for distance in moved.values()) > 0.9 * len(moved)
+    assert sum(distance > 1e-3 for distance in moved.values()) > 0.7 * len(moved)
+    assert min(moved.values()) > 0
 
 
-def test_moving_average_follows_parameters_and_statistics(start):
-    step, state = compiled(configured(), start, mesh_of(1, 1))
+def test_moving_average_follows_parameters_and_statistics(on_one_device):
+    step, state = on_one_device
     expected = jax.device_get(state["ema"])
     for batch in batches(3):
         state = step(state, batch)
@@ -139,9 +146,8 @@ def test_accumulation_averages_gradients_of_the_rounds(start):
     chex.assert_trees_all_close(state["model"]["batch_stats"], stats, rtol=1e-4, atol=1e-5)
 
 
-def test_a_step_that_is_not_finite_changes_nothing(start):
-    config = configured()
-    step, state = compiled(config, start, mesh_of(1, 1))
+def test_a_step_that_is_not_finite_changes_nothing(on_one_device):
+    step, state = on_one_device
     good, bad, after = batches(3)
     state = step(state, good)
     before = jax.device_get(state)
@@ -162,8 +168,8 @@ def test_a_step_that_is_not_finite_changes_nothing(start):
         )
 
 
-def test_the_window_sums_since_the_last_log_line(start):
-    step, state = compiled(configured(), start, mesh_of(1, 1))
+def test_the_window_sums_since_the_last_log_line(on_one_device):
+    step, state = on_one_device
     losses = []
     for index, batch in enumerate(batches(5)):
         state = step(state, batch)

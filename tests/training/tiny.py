@@ -10,7 +10,7 @@ def get_config() -> Config:
             name="evmamba_t",
             drop_path_rate=0.1,
             dtype="float32",
-            options={"width": 8, "depths": (1, 1, 1, 1), "patch_size": 2, "d_state": 2},
+            options={"width": 8, "depths": (1, 0, 1, 0), "patch_size": 2, "d_state": 2},
         ),
         data=DataConfig(
             name="digits",
