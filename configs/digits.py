@@ -23,7 +23,7 @@ def get_config() -> Config:
             image_size=8,
             eval_resize=8,
             in_channels=1,
-            mean=(0.3,),
+            mean=(0.3,),  # of the training images, in [0, 1]
             std=(0.38,),
             crop_scale=(0.6, 1.0),
             hflip=0.0,

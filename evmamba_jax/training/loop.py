@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from evmamba_jax import __version__, functional
-from evmamba_jax.checkpoint import Checkpoints, load_model, storage_errors
+from evmamba_jax.checkpoint import Checkpoints, storage_errors
 from evmamba_jax.data import loader
 from evmamba_jax.data.sources import open_source
 from evmamba_jax.errors import UserError
@@ -50,9 +50,10 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
 def _evaluate_only(task: Task, workdir: Path) -> dict[str, float]:
     """Evaluate ``model.pretrained``, or the newest checkpoint of the work folder."""
     directory = task.config.model.pretrained or workdir
-    state = {"model": task.load(directory)}
-    if load_model(directory)[2].get("ema"):
-        state["ema"] = task.load(directory, ema=True)
+    model, meta = task.load(directory)
+    state = {"model": model}
+    if meta.get("ema"):
+        state["ema"], _ = task.load(directory, ema=True)
     figures = task.evaluate(jax.device_put(state, meshes.replicated(task.mesh)))
     if task.is_main:
         print(f"{task.config.model.name} of {directory} on {task.config.data.name}: {told(figures)}")
@@ -171,7 +172,7 @@ class _Layout:
         """Return the state of step 0: initial values, or those of ``model.pretrained``."""
         pretrained = self.task.config.model.pretrained
         if pretrained:
-            return jax.jit(self.init, out_shardings=self.shardings)(**self.task.load(pretrained))
+            return jax.jit(self.init, out_shardings=self.shardings)(**self.task.load(pretrained)[0])
         return jax.jit(
             lambda: self.init(*functional.split(self.task.build_model())[1:]), out_shardings=self.shardings
         )()

@@ -81,7 +81,8 @@ class Reporter:
         Args:
             step: updates made.
             metrics: reproducible figures; ``loss`` and ``lr`` are shown.
-            speed: figures that depend on the clock; ``images_per_second`` is shown.
+            speed: figures that depend on the clock; ``images_per_second`` and ``input_wait``, the share of the
+                time spent waiting for a batch, are shown.
         """
         if not self.is_main:
             return
@@ -97,6 +98,8 @@ class Reporter:
         text = " ".join(f"{name} {value}" for name, value in shown.items())
         if "images_per_second" in speed:
             text += f" {speed['images_per_second']:.0f} images/s"
+        if "input_wait" in speed:
+            text += f" input wait {speed['input_wait']:.0%}"
         text += self._time_left(step)
         if self._bar is None:
             self.line(f"step {step}/{self.total_steps} {text}")

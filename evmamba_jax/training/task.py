@@ -54,16 +54,18 @@ class Task:
         }
         return create_model(config.model.name, rngs=nnx.Rngs(config.seed), **options, **config.model.options)
 
-    def load(self, directory: str | os.PathLike[str], *, ema: bool = False) -> dict[str, functional.Arrays]:
-        """Return parameters and batch statistics of a checkpoint, checked against the model's shapes."""
-        params, batch_stats, _ = load_model(directory, ema=ema)
+    def load(
+        self, directory: str | os.PathLike[str], *, ema: bool = False
+    ) -> tuple[dict[str, functional.Arrays], dict[str, Any]]:
+        """Return a checkpoint's ``{"params", "batch_stats"}``, checked against the model's shapes, and its meta."""
+        params, batch_stats, meta = load_model(directory, ema=ema)
         functional.check_same_shapes(
             {**self.abstract.params, **self.abstract.batch_stats},
             {**params, **batch_stats},
             f"checkpoint {directory}",
             f"model {self.config.model.name} with {self.num_classes} classes",
         )
-        return {"params": params, "batch_stats": batch_stats}
+        return {"params": params, "batch_stats": batch_stats}, meta
 
     def global_batch(self, rows: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """Make this process's rows part of a batch that lies over all devices."""

@@ -1,6 +1,6 @@
 """Bad input: the command leaves with exit code 2, one line that says what to do, and nothing half-written."""
 
-import os
+import resource
 import shutil
 from pathlib import Path
 
@@ -138,11 +138,24 @@ def test_unknown_model(tmp_path, data_dir):
     assert "unknown model 'evmamba_x', did you mean 'evmamba_" in line
 
 
-@pytest.mark.skipif(os.geteuid() == 0 and not shutil.which("chattr"), reason="root writes everywhere here")
 def test_unwritable_work_folder(data_dir, tmp_path):
     (tmp_path / "file").write_text("not a folder")
     line = refused(f"--config.data.data_dir={data_dir}", "--workdir", tmp_path / "file" / "run")
     assert str(tmp_path / "file" / "run") in line
+
+
+def test_full_work_folder(data_dir, tmp_path):
+    def no_large_files():
+        # What a full disk is to a test without the rights to make one: no file grows beyond 40 kB.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+
+    code, out, err = run(f"--config.data.data_dir={data_dir}", "--workdir", tmp_path, preexec_fn=no_large_files)
+    assert code == 2, out + err
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert f"cannot write in {tmp_path}" in line
+    assert "File too large" in line
+    assert "Traceback" not in err
+    assert not [path for path in (tmp_path / "checkpoints").iterdir() if path.name.isdecimal()]
 
 
 def test_help_is_short_and_names_the_options():

@@ -22,6 +22,16 @@ def shared(tmp_path_factory):
     return {"TFDS_DATA_DIR": str(tmp_path_factory.mktemp("data")), "PJRT_NPROC": "16"}
 
 
+def pair(*arguments, shared):
+    """Start two joined processes; return exit code and output of each."""
+    env = environment(XLA_FLAGS=DEVICES.format(2), JAX_CPU_COLLECTIVES_IMPLEMENTATION="gloo", **shared)
+    joined = {"enabled": True, "coordinator_address": f"127.0.0.1:{free_port()}", "num_processes": 2}
+    flags = [f"--config.distributed.{name}={value}" for name, value in joined.items()]
+    processes = [start(*arguments, *flags, f"--config.distributed.process_id={i}", env=env) for i in range(2)]
+    told = [process.communicate(timeout=240) for process in processes]
+    return [(process.returncode, *texts) for process, texts in zip(processes, told, strict=True)]
+
+
 def rows(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
@@ -31,18 +41,20 @@ def test_two_processes_train_as_one(shared, tmp_path):
     code, out, err = run(*ARGUMENTS, "--workdir", tmp_path / "one", env=env)
     assert code == 0, out + err
 
-    env = environment(XLA_FLAGS=DEVICES.format(2), JAX_CPU_COLLECTIVES_IMPLEMENTATION="gloo", **shared)
-    joined = {"enabled": True, "coordinator_address": f"127.0.0.1:{free_port()}", "num_processes": 2}
-    flags = [f"--config.distributed.{name}={value}" for name, value in joined.items()]
-    processes = [
-        start(*ARGUMENTS, *flags, f"--config.distributed.process_id={i}", "--workdir", tmp_path / "two", env=env)
-        for i in range(2)
-    ]
-    told = [process.communicate(timeout=240) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], told
+    told = pair(*ARGUMENTS, "--workdir", tmp_path / "two", shared=shared)
+    assert [code for code, *_ in told] == [0, 0], told
     one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
     assert [row["step"] for row in one] == [row["step"] for row in two]
     for a, b in zip(one, two, strict=True):
         assert b == pytest.approx(a, rel=1e-4)
-    assert "evmamba_t on digits, step 12" in told[0][0]
-    assert "step" not in told[1][0]  # only the first process reports
+    assert "evmamba_t on digits, step 12" in told[0][1]
+    assert "step" not in told[1][1]  # only the first process reports
+
+
+def test_more_processes_than_examples_are_refused(shared, tmp_path):
+    few = ("--config.data.train_split=train[:1]", "--config.optim.warmup.steps=1")
+    for code, _, err in pair(*ARGUMENTS, *few, "--workdir", tmp_path / "run", shared=shared):
+        assert code == 2, err
+        (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert "2 processes" in line
+        assert "Traceback" not in err

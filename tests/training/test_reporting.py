@@ -159,9 +159,11 @@ def test_plain_lines_without_a_terminal(tmp_path, capsys):
     report.close()
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
-    assert lines[0] == "step 100/300 epoch 13.33 loss 0.0100 lr 3.33e-04 812 images/s"
+    assert lines[0] == "step 100/300 epoch 13.33 loss 0.0100 lr 3.33e-04 812 images/s input wait 1%"
     assert lines[1] == "step 100/300 epoch 13.33 evaluation: top1 99 ema_top1 90 examples 360"
-    assert re.fullmatch(r"step 110/300 epoch 14.67 loss 0.0091 lr 3.33e-04 812 images/s left \d\d:\d\d", lines[2])
+    assert re.fullmatch(
+        r"step 110/300 epoch 14.67 loss 0.0091 lr 3.33e-04 812 images/s input wait 1% left \d\d:\d\d", lines[2]
+    )
     assert lines[3:] == ["hello", "done"]
     assert captured.err == ""
 
