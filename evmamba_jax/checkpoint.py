@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -152,6 +153,7 @@ class Checkpoints:
             )
         self._handler.about = about
         args = _Items(**{name: ocp.args.StandardSave(tree) for name, tree in items.items()})
+        self._check_room(items)
         with storage_errors(self.directory):
             self._sweep()
             self._checkpointer.save(self.directory / str(step), args=args)
@@ -242,6 +244,18 @@ class Checkpoints:
             self.wait()
         finally:
             self._checkpointer.close()
+
+    def _check_room(self, items: Mapping[str, Any]) -> None:
+        """Refuse a save that the disk has no room for before anything of it is written."""
+        if "://" in str(self.directory):  # a bucket
+            return
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(dict(items)))
+        free = shutil.disk_usage(self.directory).free
+        if needed > free:
+            raise UserError(
+                f"cannot write in {self.directory}: a checkpoint needs {needed / 2**20:.1f} MiB and "
+                f"{free / 2**20:.1f} are free; make room, or choose another work folder"
+            )
 
     def _ranked(self) -> list[int]:
         known = {step: top1 for step, top1 in self._top1.items() if top1 is not None}

@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "tests" / "training" / "tiny.py")
@@ -16,16 +15,16 @@ def environment(**more: str) -> dict[str, str]:
     return kept | {"XLA_FLAGS": "--xla_backend_optimization_level=0"} | more
 
 
-def start(*arguments: object, config: str = TINY, env: dict[str, str] | None = None, **more: Any) -> subprocess.Popen:
-    """Start the command; stdout and stderr are pipes of text. ``more`` goes to ``subprocess.Popen``."""
+def start(*arguments: object, config: str = TINY, env: dict[str, str] | None = None) -> subprocess.Popen:
+    """Start the command; stdout and stderr are pipes of text."""
     command = [sys.executable, str(ROOT / "train_tpu.py"), "--config", config, *map(str, arguments)]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env or environment(), cwd=ROOT, **more
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env or environment(), cwd=ROOT
     )
 
 
-def run(*arguments: object, config: str = TINY, env: dict[str, str] | None = None, **more: Any) -> tuple[int, str, str]:
+def run(*arguments: object, config: str = TINY, env: dict[str, str] | None = None) -> tuple[int, str, str]:
     """Run the command to its end; return exit code, stdout and stderr."""
-    with start(*arguments, config=config, env=env, **more) as process:
+    with start(*arguments, config=config, env=env) as process:
         out, err = process.communicate(timeout=300)
     return process.returncode, out, err
