@@ -95,20 +95,25 @@ def _forward(u, dt, A, B, C, D, initial_state, *, reverse, keep_borders, unroll)
     walk = _Walk(u.shape[1], A.dtype, reverse)
     u, dt, B, C = map(walk.pad, (u, dt, B, C))
 
+    def at(x, t):
+        return lax.dynamic_index_in_dim(x, t, 1, keepdims=False).astype(A.dtype)
+
     def chunk(i, carry):
         state, y, borders = carry
         c = walk.chunk(i)
         if keep_borders:
             borders = lax.dynamic_update_index_in_dim(borders, state, c, 0)
-        u_c, dt_c, B_c, C_c = (walk.read(x, c) for x in (u, dt, B, C))
 
-        def token(state, x):
-            dt, dtu, B, C = x
-            state = decay(dt, A) * state + write_in(dtu, B)
-            return state, _sum_states(state, C[..., None])
+        # Tokens are read where they are: copying a chunk together first costs a CPU a sixth of the whole scan.
+        def token(i, carry):
+            state, y = carry
+            t = c * walk.size + (walk.size - 1 - i if reverse else i)
+            dt_t, u_t = at(dt, t), at(u, t)
+            state = decay(dt_t, A) * state + write_in(dt_t * u_t, at(B, t))
+            y_t = _sum_states(state, at(C, t)[..., None]) + D * u_t
+            return state, lax.dynamic_update_index_in_dim(y, y_t, t, 1)
 
-        state, y_c = lax.scan(token, state, (dt_c, dt_c * u_c, B_c, C_c), reverse=reverse, unroll=unroll)
-        return state, walk.write(y, y_c + D * u_c, c), borders
+        return *lax.fori_loop(0, walk.size, token, (state, y), unroll=unroll), borders
 
     # Every border is written; broadcasting, unlike new zeros, keeps the sharding of the state.
     borders = jnp.broadcast_to(initial_state, (walk.chunks, *initial_state.shape)) if keep_borders else None
