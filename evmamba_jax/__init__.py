@@ -1,7 +1,7 @@
 """Vision state-space models in JAX and Flax."""
 
-from evmamba_jax.models import create_model, list_models
+from evmamba_jax.models import create_model, list_models, model_card
 
 __version__ = "0.1.0"
 
-__all__ = ["create_model", "list_models"]
+__all__ = ["create_model", "list_models", "model_card"]

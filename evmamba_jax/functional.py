@@ -5,7 +5,6 @@ Training, checkpoints and weight tables all speak of parameters as one flat dict
 in an error message. Modules are split once at the start and merged only inside a traced step.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -48,12 +47,6 @@ def merge(graphdef: Any, params: Arrays, batch_stats: Arrays) -> Any:
 def fill(model: nnx.Module, params: Arrays, batch_stats: Arrays) -> None:
     """Replace the arrays of a module in place."""
     nnx.update(model, _nested(params, nnx.Param), _nested(batch_stats, nnx.BatchStat))
-
-
-def abstract(build: Callable[[], nnx.Module]) -> Split:
-    """Split a module that is never allocated: ``jax.ShapeDtypeStruct`` stands for every array."""
-    model = nnx.eval_shape(build)
-    return split(model)
 
 
 def check_same_shapes(wanted: Arrays, given: Arrays, given_name: str, wanted_name: str) -> None:

@@ -9,6 +9,7 @@ Reading and writing are slices, transposes and flips, never a gather by index ar
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -91,6 +92,51 @@ class Order:
         flat = np.where((row < height) & (column < width), row * width + column, -1)
         walk = flat.T.ravel() if self.column_major else flat.ravel()
         return walk[::-1] if self.reverse else walk
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """Several orders walked one after another by a single scan, whose state runs on from each into the next.
+
+    A pixel that two of them visit is read twice, and what the scan writes there is summed.
+
+    Attributes:
+        orders: the walks, at least one, in the order of time.
+
+    Raises:
+        ValueError: no orders.
+        TypeError: an entry that is no Order.
+
+    Source: YuHengsss/MSVMamba, whose three low-resolution scans are one sequence.
+    """
+
+    orders: tuple[Order, ...]
+
+    def __post_init__(self):
+        if not self.orders:
+            raise ValueError("Chain: orders is empty; give at least one Order")
+        for order in self.orders:
+            if not isinstance(order, Order):
+                raise TypeError(f"Chain: orders must hold Order values, got {type(order).__name__}")
+
+    def length(self, height: int, width: int) -> int:
+        """Return the number of tokens on a (height, width) grid, padding included."""
+        return sum(order.length(height, width) for order in self.orders)
+
+    def read(self, image: jax.Array) -> jax.Array:
+        """Return the sequence (B, L, ...) of an image (B, H, W, ...), with zeros for tokens in the padding."""
+        return jnp.concatenate([order.read(image) for order in self.orders], 1)
+
+    def write(self, sequence: jax.Array, height: int, width: int) -> jax.Array:
+        """Return the image (B, height, width, ...) with each token of (B, L, ...) added to its pixel."""
+        borders = np.cumsum([order.length(height, width) for order in self.orders])[:-1].tolist()
+        parts = jnp.split(sequence, borders, axis=1)
+        images = (order.write(part, height, width) for order, part in zip(self.orders, parts, strict=True))
+        return functools.reduce(jnp.add, images)
+
+    def indices(self, height: int, width: int) -> np.ndarray:
+        """Return the flat pixel index ``row * width + column`` of every token (L,), or -1 where it is padding."""
+        return np.concatenate([order.indices(height, width) for order in self.orders])
 
 
 # VMamba's cross-scan: the whole grid by rows, by columns, and both backwards. Source: VMamba, section 4.3.

@@ -93,7 +93,7 @@ def _grouped(u, delta, A, B, C, D, delta_bias, initial_state, *, groups, delta_s
     def split(x, axis):
         return x.reshape(*x.shape[:axis], groups, -1, *x.shape[axis + 1 :])
 
-    y, state = run(
+    y, state = recurrence(
         split(u, 2),
         split(delta, 2),
         split(A, 0).swapaxes(1, 2).astype(wide),
@@ -102,7 +102,14 @@ def _grouped(u, delta, A, B, C, D, delta_bias, initial_state, *, groups, delta_s
         split(D, 0).astype(wide),
         split(delta_bias, 0).astype(wide),
         split(initial_state, 1).swapaxes(2, 3).astype(wide),
-        delta_softplus,
-        reverse,
+        run=run,
+        delta_softplus=delta_softplus,
+        reverse=reverse,
     )
     return y.reshape(u.shape).astype(u.dtype), state.swapaxes(2, 3).reshape(initial_state.shape)
+
+
+@functools.partial(jax.jit, static_argnames=("run", "delta_softplus", "reverse"))
+def recurrence(*arrays, run, delta_softplus, reverse):
+    """Call an implementation; whoever reads a traced program finds its scans, and their shapes, by this name."""
+    return run(*arrays, delta_softplus, reverse)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.arguments import as_arrays, axis_sizes, choose
-from pallas_kernels.orders import Order
-from pallas_kernels.scan_1d import IMPLEMENTATIONS
+from pallas_kernels.orders import Chain, Order
+from pallas_kernels.scan_1d import IMPLEMENTATIONS, recurrence
 
 
 def scan2d(
@@ -19,7 +19,7 @@ def scan2d(
     A: jax.Array,
     D: jax.Array,
     *,
-    orders: tuple[Order, ...],
+    orders: tuple[Order | Chain, ...],
     implementation: str | None = None,
 ) -> jax.Array:
     """Scan an image along K orders, each with parameters of its own, and add up what they write to each pixel.
@@ -35,7 +35,7 @@ def scan2d(
         dt_bias: (K, E) bias of the step size, which then goes through softplus.
         A: (K, E, N) continuous-time decay, negative.
         D: (K, E) weight of the skip from x to y.
-        orders: K orders, for example ``CROSS`` or ``ATROUS``.
+        orders: K orders, for example ``CROSS`` or ``ATROUS``; a ``Chain`` is walked by one scan.
         implementation: as for ``selective_scan``.
 
     Returns:
@@ -43,7 +43,8 @@ def scan2d(
 
     Raises:
         ValueError: a shape that does not fit the arguments before it, orders that are not K, an unknown implementation.
-        TypeError: an argument that is no array of floating-point numbers, an order that is no Order.
+        TypeError: an argument that is no array of floating-point numbers, an order that is neither
+            Order nor Chain.
 
     Source: VMamba, section 4.3 (SS2D); EfficientVMamba, section 3.2 (ES2D).
     """
@@ -67,8 +68,8 @@ def scan2d(
         )
     orders = tuple(orders)
     for order in orders:
-        if not isinstance(order, Order):
-            raise TypeError(f"{name}: orders must hold Order values, got {type(order).__name__}")
+        if not isinstance(order, Order | Chain):
+            raise TypeError(f"{name}: orders must hold Order or Chain values, got {type(order).__name__}")
     if len(orders) != sizes["K"]:
         raise ValueError(
             f"{name}: {len(orders)} orders were given, but dt_weight has K={sizes['K']} sets of parameters"
@@ -97,7 +98,8 @@ def _planar(x, x_weight, dt_weight, dt_bias, A, D, *, orders, run):
         # Made from u, not anew, so that it is sharded as u is.
         rest = jnp.zeros_like(u[:, 0, :, None], dtype=wide)
         start = jnp.broadcast_to(rest, (u.shape[0], len(ks), state, u.shape[3]))
-        y, _ = run(u, delta, own(A).swapaxes(1, 2), B, C, own(D), own(dt_bias), start, True, False)
+        arrays = (u, delta, own(A).swapaxes(1, 2), B, C, own(D), own(dt_bias), start)
+        y, _ = recurrence(*arrays, run=run, delta_softplus=True, reverse=False)
         for i, k in enumerate(ks):
             total = total + orders[k].write(y[:, :, i], height, width)
     return total.astype(x.dtype)

@@ -43,6 +43,7 @@ def tensor(name: str, shape: Shape) -> np.ndarray:
     """Return one tensor; its kind is read off the last parts of its name and its rank."""
     *path, leaf = name.split(".")
     parent = path[-1] if path else ""
+    of_time_step, of_projection = parent.startswith("dt_proj"), parent.startswith("x_proj")
     match leaf:
         case "num_batches_tracked":
             return np.ones(shape, np.int64)
@@ -50,24 +51,34 @@ def tensor(name: str, shape: Shape) -> np.ndarray:
             values = _uniform(name, shape, 0.5, 1.5)
         case "running_mean":
             values = 0.1 * _bell(name, shape)
-        case "A_logs":
+        case "A_logs" | "A_log" | "A_b_log":
             values = np.log(np.arange(1, shape[-1] + 1)).round(6) + 0.1 * _bell(name, shape)
-        case "Ds":
+        case "Ds" | "D" | "D_b":
             values = 1.0 + 0.2 * _bell(name, shape)
-        case "dt_projs_bias":  # softplus of these is 0.001 to 0.1
+        case _ if leaf == "dt_projs_bias" or (of_time_step and leaf == "bias"):  # softplus of these is 0.001 to 0.1
             values = _uniform(name, shape, -6.9, -2.25)
-        case "dt_projs_weight":
+            if path and path[0] == "levels":  # MambaVision adds this bias twice
+                values = 0.5 * values
+        case _ if leaf == "dt_projs_weight" or (of_time_step and leaf == "weight"):
             values = _bell(name, shape) * (0.5 / sqrt(shape[-1]))
-        case "x_proj_weight":
+        case _ if leaf == "x_proj_weight" or (of_projection and leaf == "weight"):
             values = _bell(name, shape) * (1.6 / sqrt(shape[-1]))
+        case "gamma_1" | "gamma_2":
+            values = 0.5 + 0.1 * _bell(name, shape)
+        case "pos_embed":
+            values = 0.2 * _bell(name, shape)
+        case "cls_token":
+            values = 0.5 * _bell(name, shape)
         case "weight" if len(shape) == 1:
             values = 1.0 + 0.1 * _bell(name, shape)
         case "bias":
             values = 0.1 * _bell(name, shape)
         case "weight" if parent == "head":
-            values = _bell(name, shape) * (2.0 / sqrt(shape[-1]))
+            values = _bell(name, shape) * ((2.0 if len(path) > 1 else 0.5) / sqrt(shape[-1]))
         case "weight":
-            values = _bell(name, shape) * (1.25 / sqrt(prod(shape[1:])))
+            # The second convolution of MambaVision's residual blocks has no LayerNorm after it.
+            gain = 0.5 if parent == "conv2" and len(shape) == 4 else 1.25
+            values = _bell(name, shape) * (gain / sqrt(prod(shape[1:])))
         case _:
             raise KeyError(f"no rule for {name} {shape}")
     return values.astype(np.float32)

@@ -15,9 +15,13 @@ ALLOWED = {
         *("evmamba_jax.models", "evmamba_jax.layers", "evmamba_jax.errors", "evmamba_jax.functional"),
         *("evmamba_jax.checkpoint", "pallas_kernels"),
     },
+    "evmamba_jax/analysis": {
+        *("evmamba_jax.analysis", "evmamba_jax.models", "evmamba_jax.layers", "evmamba_jax.errors"),
+        *("evmamba_jax.functional", "pallas_kernels"),
+    },
     "evmamba_jax/weights": {
-        *("evmamba_jax.weights", "evmamba_jax.models", "evmamba_jax.errors", "evmamba_jax.functional"),
-        "evmamba_jax.checkpoint",
+        *("evmamba_jax.weights", "evmamba_jax.models", "evmamba_jax.layers", "evmamba_jax.errors"),
+        *("evmamba_jax.functional", "evmamba_jax.checkpoint"),
     },
 }
 

@@ -1,7 +1,10 @@
 """Stochastic depth."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 
@@ -25,3 +28,14 @@ class DropPath(nnx.Module):
             )
         keep = jax.random.bernoulli(key, 1 - self.rate, (x.shape[0],) + (1,) * (x.ndim - 1))
         return jnp.where(keep, x / (1 - self.rate), 0)
+
+
+def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
+    """Return the rate of every block of every stage: from 0 for the first, linearly to ``rate`` for the last."""
+    rates = iter(np.linspace(0, rate, sum(depths)).tolist())
+    return [[next(rates) for _ in range(depth)] for depth in depths]
+
+
+def fold_in(key: jax.Array | None, index: int) -> jax.Array | None:
+    """Return the key of part ``index``, or None when there is no key to begin with."""
+    return None if key is None else jax.random.fold_in(key, index)

@@ -11,6 +11,9 @@ from flax.typing import Dtype
 # last place of the official ones.
 LayerNorm = partial(nnx.LayerNorm, epsilon=1e-5, use_fast_variance=False)
 
+# Computed in the type of its input and scale: the compute type would round a float32 residual stream before its mean.
+RMSNorm = partial(nnx.RMSNorm, epsilon=1e-5)
+
 
 class BatchNorm(nnx.Module):
     """Batch normalisation over all axes but the last, as ``torch.nn.BatchNorm2d`` computes it.

@@ -1,6 +1,11 @@
 """The model families, one file each, and their registry."""
 
 from evmamba_jax.models import efficientvmamba as efficientvmamba
-from evmamba_jax.models.registry import create_model, list_models
+from evmamba_jax.models import mambavision as mambavision
+from evmamba_jax.models import msvmamba as msvmamba
+from evmamba_jax.models import vim as vim
+from evmamba_jax.models import vmamba as vmamba
+from evmamba_jax.models.cards import model_card
+from evmamba_jax.models.registry import abstract_model, create_model, list_models
 
-__all__ = ["create_model", "list_models"]
+__all__ = ["abstract_model", "create_model", "list_models", "model_card"]

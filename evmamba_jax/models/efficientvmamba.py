@@ -4,18 +4,19 @@ Source: Pei, Huang, Xu, EfficientVMamba (arXiv:2403.09977); TerryPei/EfficientVM
 ``classification/models/vmamba_efficient.py`` at 0bc5ee2, whose released weights this file computes exactly.
 """
 
+import functools
 from collections.abc import Sequence
 
 import jax
-import numpy as np
 from flax import nnx
 from flax.typing import Dtype
 
-from evmamba_jax.errors import UserError
 from evmamba_jax.layers.drop_path import DropPath
+from evmamba_jax.layers.mlp import gelu
 from evmamba_jax.layers.norm import BatchNorm, LayerNorm
 from evmamba_jax.layers.patches import PatchEmbed, PatchMerging
 from evmamba_jax.layers.projections import Linear, depthwise_conv, pointwise_conv
+from evmamba_jax.layers.pyramid import Pyramid, Stage, stage_parts
 from evmamba_jax.layers.ss2d import SS2D
 from evmamba_jax.models.registry import register
 from pallas_kernels import ATROUS
@@ -35,8 +36,7 @@ class ChannelGate(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Scale the channels of ``x`` (B, H, W, C)."""
         g = self.norm(x).mean((1, 2), keepdims=True)
-        g = nnx.gelu(self.reduce(g), approximate=False)
-        return x * nnx.sigmoid(self.expand(g))
+        return x * nnx.sigmoid(self.expand(gelu(self.reduce(g))))
 
 
 class ConvBranch(nnx.Module):
@@ -49,7 +49,7 @@ class ConvBranch(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map (B, H, W, C) to (B, H, W, C)."""
-        return self.pw(nnx.gelu(self.norm(self.dw(x)), approximate=False))
+        return self.pw(gelu(self.norm(self.dw(x))))
 
 
 class EVSSBlock(nnx.Module):
@@ -103,16 +103,11 @@ class InvertedResidual(nnx.Module):
         return x + self.drop_path(self.norm3(self.pw2(y)), key)
 
 
-class Stage(nnx.Module):
-    """Blocks of one resolution, then the downsampling to the next (the last stage has none)."""
-
-    def __init__(self, blocks: Sequence[nnx.Module], downsample: nnx.Module | None):
-        self.blocks = nnx.List(blocks)
-        self.downsample = downsample
-
-
-class EfficientVMamba(nnx.Module):
+class EfficientVMamba(Pyramid):
     """EfficientVMamba: EVSS blocks in the first two stages, inverted residuals in the last two.
+
+    Images of any size from one patch up; odd maps are padded with zeros below and right, and the padding advances the
+    states, as it does in the official code.
 
     Args:
         width: channels C of the first stage; every stage doubles them.
@@ -123,6 +118,7 @@ class EfficientVMamba(nnx.Module):
         d_state: state size N of the scans.
         ssm_ratio: inner width of the scans over C.
         drop_path_rate: stochastic depth of the last block; it rises linearly from 0 over all blocks.
+        out_norms: build the backbone for detection and segmentation (:class:`~evmamba_jax.layers.pyramid.Pyramid`).
         dtype: compute type, e.g. ``jnp.bfloat16``; ``None`` takes the promoted type of images and parameters.
             Parameters, time steps, decays, the recurrence and all statistics stay float32 or wider.
         rngs: source of the initial values.
@@ -139,63 +135,29 @@ class EfficientVMamba(nnx.Module):
         d_state: int = 16,
         ssm_ratio: float = 2.0,
         drop_path_rate: float = 0.0,
+        out_norms: bool = False,
         dtype: Dtype | None = None,
         rngs: nnx.Rngs,
     ):
-        if len(depths) != 4:
-            raise UserError(f"depths must name the blocks of four stages, e.g. (2, 2, 4, 2); got {tuple(depths)}")
-        self.in_channels = in_channels
-        self.patch_size = patch_size
-        self.patch_embed = PatchEmbed(in_channels, width, patch_size, dtype=dtype, rngs=rngs)
-        rates = iter(np.linspace(0, drop_path_rate, sum(depths)).tolist())
-        stages = []
-        for i, depth in enumerate(depths):
-            c = width * 2**i
-            if i < 2:
-                blocks = [
-                    EVSSBlock(c, d_state=d_state, ssm_ratio=ssm_ratio, drop_path=next(rates), dtype=dtype, rngs=rngs)
-                    for _ in range(depth)
-                ]
-            else:
-                blocks = [InvertedResidual(c, drop_path=next(rates), dtype=dtype, rngs=rngs) for _ in range(depth)]
-            stages.append(Stage(blocks, PatchMerging(c, dtype=dtype, rngs=rngs) if i < 3 else None))
-        self.stages = nnx.List(stages)
-        self.norm = LayerNorm(width * 8, dtype=dtype, rngs=rngs)
-        self.head = Linear(width * 8, num_classes, dtype=dtype, rngs=rngs) if num_classes else None
+        patch_embed = PatchEmbed(in_channels, width, patch_size, dtype=dtype, rngs=rngs)
 
-    def features(self, images: jax.Array, *, key: jax.Array | None = None) -> list[jax.Array]:
-        """Return the four stage maps [(B, h, w, C), ...], each before its downsampling.
+        def block(stage: int, _: int, c: int, drop_path: float) -> nnx.Module:
+            if stage < 2:
+                return EVSSBlock(c, d_state=d_state, ssm_ratio=ssm_ratio, drop_path=drop_path, dtype=dtype, rngs=rngs)
+            return InvertedResidual(c, drop_path=drop_path, dtype=dtype, rngs=rngs)
 
-        Args:
-            images: (B, H, W, in_channels) normalised floats; H and W at least ``patch_size``, odd sizes included.
-            key: random key for drop path; needed in training mode when ``drop_path_rate`` is not zero.
-
-        Raises:
-            UserError: images of another rank, another number of channels, or smaller than one patch.
-        """
-        shape = images.shape
-        if len(shape) != 4 or shape[3] != self.in_channels:
-            raise UserError(f"images must be (batch, height, width, {self.in_channels}) floats; got shape {shape}")
-        if min(shape[1:3]) < self.patch_size:
-            raise UserError(
-                f"image size {shape[1]}x{shape[2]} is too small: height and width must be at least {self.patch_size}"
-            )
-        x = self.patch_embed(images)
-        maps = []
-        index = 0
-        for stage in self.stages:
-            for block in stage.blocks:
-                x = block(x, None if key is None else jax.random.fold_in(key, index))
-                index += 1
-            maps.append(x)
-            if stage.downsample is not None:
-                x = stage.downsample(x)
-        return maps
-
-    def __call__(self, images: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
-        """Return the logits (B, num_classes); arguments and errors as for :meth:`features`."""
-        x = self.norm(self.features(images, key=key)[-1]).mean((1, 2))
-        return x if self.head is None else self.head(x)
+        downsample = functools.partial(PatchMerging, dtype=dtype, rngs=rngs)
+        parts = stage_parts(width, depths, drop_path_rate, block, downsample)
+        super().__init__(
+            patch_embed,
+            [Stage(*part) for part in parts],
+            width,
+            num_classes=num_classes,
+            out_norms=out_norms,
+            in_channels=in_channels,
+            dtype=dtype,
+            rngs=rngs,
+        )
 
 
 # The yaml of S says width 96; its training log and its weights have 64, which alone gives the published 11 M.

@@ -5,10 +5,12 @@ import inspect
 from os import PathLike
 from typing import Any
 
+import jax
 from flax import nnx
 
 from evmamba_jax import functional
 from evmamba_jax.errors import UserError, nearest
+from evmamba_jax.layers.pyramid import CLASSIFIER_ONLY, initial_out_norms
 
 _VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {}  # the class and its sizes
 
@@ -30,7 +32,8 @@ def create_model(
 
     Args:
         name: one of :func:`list_models`.
-        pretrained: folder of a converted model, of a training run, or of one of its checkpoints.
+        pretrained: folder of a converted model, of a training run, or of one of its checkpoints. A backbone
+            (``out_norms=True``) takes the weights of a classifier: without its last norm and head, out norms 1 and 0.
         rngs: source of the initial values; ``nnx.Rngs(0)`` when not given.
         **options: arguments of the family's class (``num_classes``, ``in_channels``, ``drop_path_rate``, ``dtype``
             and its sizes).
@@ -52,18 +55,40 @@ def create_model(
                 f"allowed: {', '.join(sorted(allowed))}"
             )
 
-    def make() -> nnx.Module:
-        return family(**{**defaults, **options}, rngs=rngs or nnx.Rngs(0))
-
-    model = make() if pretrained is None else _restored(functional.abstract(make), pretrained, name)
+    if pretrained is None:
+        model = family(**{**defaults, **options}, rngs=rngs or nnx.Rngs(0))
+    else:
+        model = _restored(functional.split(abstract_model(name, **options)), pretrained, name)
     model.eval()
     return model
+
+
+def abstract_model(name: str, **options: Any) -> Any:
+    """Build a model as :func:`create_model` does, but of shapes: ``jax.ShapeDtypeStruct`` stands for every array."""
+
+    def build() -> nnx.Module:
+        rngs: Any = nnx.Rngs(0)
+        rngs.params = _SameKey(0, tag="params")
+        return create_model(name, rngs=rngs, **options)
+
+    return nnx.eval_shape(build)
+
+
+class _SameKey(nnx.RngStream):
+    """A stream of random keys that stands still: shapes need no randomness, and tracing it takes most of the time."""
+
+    def __call__(self) -> jax.Array:
+        return self.key[...]
 
 
 def _restored(target: functional.Split, directory: str | PathLike[str], name: str) -> nnx.Module:
     from evmamba_jax import checkpoint
 
     params, batch_stats, _ = checkpoint.load_model(directory)
+    fresh = initial_out_norms(target.params)
+    if fresh and fresh.keys().isdisjoint(params):
+        params = {path: a for path, a in params.items() if not path.startswith(CLASSIFIER_ONLY)} | fresh
+        batch_stats = {path: a for path, a in batch_stats.items() if not path.startswith(CLASSIFIER_ONLY)}
     functional.check_same_shapes(
         {**target.params, **target.batch_stats}, {**params, **batch_stats}, f"checkpoint {directory}", f"model {name}"
     )

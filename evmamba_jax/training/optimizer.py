@@ -7,13 +7,20 @@ from evmamba_jax.errors import UserError
 from evmamba_jax.training.config import OptimConfig
 
 # The official trainers spare 1-D tensors and names ending in ".bias". That leaves A_log and the stacked dt biases
-# decayed although their code marks them otherwise (spec: recipes 7.1); D is 1-D there and a matrix here.
-_NOT_DECAYED = ("bias", "scale", "D")
+# decayed although their code marks them otherwise (spec: recipes 7.1); D is 1-D there and a matrix here. Vim also
+# spares its position embedding and class token.
+_NOT_DECAYED = ("bias", "scale", "D", "gamma_1", "gamma_2", "pos_embed", "cls_token")
 
 
 def decay_mask(params: dict) -> dict[str, bool]:
     """Return for every parameter path whether weight decay touches it."""
-    return {name: name.rsplit(".", 1)[-1] not in _NOT_DECAYED for name in params}
+
+    def decayed(name: str) -> bool:
+        leaf = name.rsplit(".", 1)[-1]
+        # The dt bias of a scan with a single set of parameters is 1-D in the official code, and a matrix here.
+        return leaf not in _NOT_DECAYED and not (leaf == "dt_bias" and params[name].shape[0] == 1)
+
+    return {name: decayed(name) for name in params}
 
 
 def learning_rate(config: OptimConfig, *, total_steps: int, steps_per_epoch: float) -> optax.Schedule:

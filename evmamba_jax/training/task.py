@@ -14,6 +14,7 @@ from evmamba_jax import create_model, functional
 from evmamba_jax.checkpoint import load_model
 from evmamba_jax.data import loader
 from evmamba_jax.data.sources import open_source
+from evmamba_jax.models import abstract_model
 from evmamba_jax.training import mesh as meshes
 from evmamba_jax.training import pictures
 from evmamba_jax.training.config import Config
@@ -35,7 +36,7 @@ class Task:
         self.mesh = meshes.make_mesh(config)
         self.eval_source = open_source(config.data, config.data.eval_split)
         self.num_classes = self.eval_source.num_classes
-        self.abstract = functional.abstract(self.build_model)
+        self.abstract = functional.split(abstract_model(config.model.name, **self._model_options()))
         # Traced once for its errors: an image size that the model cannot take is found before anything is compiled.
         side, channels = config.data.image_size, config.data.in_channels
         image = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
@@ -45,14 +46,17 @@ class Task:
 
     def build_model(self) -> nnx.Module:
         """Return the model with fresh initial values."""
+        return create_model(self.config.model.name, rngs=nnx.Rngs(self.config.seed), **self._model_options())
+
+    def _model_options(self) -> dict[str, Any]:
         config = self.config
-        options = {
+        return {
             "num_classes": self.num_classes,
             "in_channels": config.data.in_channels,
             "drop_path_rate": config.model.drop_path_rate,
             "dtype": config.model.dtype,
+            **config.model.options,
         }
-        return create_model(config.model.name, rngs=nnx.Rngs(config.seed), **options, **config.model.options)
 
     def load(
         self, directory: str | os.PathLike[str], *, ema: bool = False

@@ -1,6 +1,6 @@
 """Official PyTorch weights: reading the files, and putting them into our models."""
 
-from evmamba_jax.weights.convert import from_torch
+from evmamba_jax.weights.convert import from_torch, to_torch
 from evmamba_jax.weights.torch_file import load_torch_file
 
-__all__ = ["from_torch", "load_torch_file"]
+__all__ = ["from_torch", "load_torch_file", "to_torch"]

@@ -4,17 +4,19 @@ Source: the ``state_dict`` of ``EfficientVSSM`` in TerryPei/EfficientVMamba,
 ``classification/models/vmamba_efficient.py`` at 0bc5ee2.
 """
 
+from evmamba_jax.layers.patches import PatchEmbed, PatchMerging
 from evmamba_jax.models.efficientvmamba import EfficientVMamba
 from evmamba_jax.weights.layers import (
     CONV,
     LINEAR,
+    PATCH_ROWS,
     POINTWISE,
     Row,
     batch_norm,
     below,
     kernel,
     layer_norm,
-    patch_merging,
+    out_norms,
     ss2d,
 )
 
@@ -26,7 +28,7 @@ CHANNEL_GATE = [
 
 EVSS_BLOCK = [
     *layer_norm("norm", "norm"),
-    *below("op", "op", ss2d(directions=4)),
+    *below("op", "op", ss2d(sets=4)),
     *kernel("conv_branch.dw", "conv_branch.0", CONV),
     *batch_norm("conv_branch.norm", "conv_branch.1"),
     *kernel("conv_branch.pw", "conv_branch.3", POINTWISE),
@@ -34,13 +36,13 @@ EVSS_BLOCK = [
 ]
 
 INVERTED_RESIDUAL = [
-    *kernel("pw1", "conv_pw.0", POINTWISE, bias=False),
+    *kernel("pw1", "conv_pw.0", POINTWISE),
     *batch_norm("norm1", "conv_pw.1"),
-    *kernel("dw", "conv_dw.0", CONV, bias=False),
+    *kernel("dw", "conv_dw.0", CONV),
     *batch_norm("norm2", "conv_dw.1"),
     *kernel("se_reduce", "se.conv_reduce", POINTWISE),
     *kernel("se_expand", "se.conv_expand", POINTWISE),
-    *kernel("pw2", "conv_pw2.0", POINTWISE, bias=False),
+    *kernel("pw2", "conv_pw2.0", POINTWISE),
     *batch_norm("norm3", "conv_pw2.1"),
 ]
 
@@ -50,7 +52,7 @@ def table(model: EfficientVMamba) -> list[Row]:
 
     The official stages 3 and 4 are flat: a permutation, the blocks, a permutation, and in stage 3 the downsampling.
     """
-    rows = [*kernel("patch_embed.proj", "patch_embed.0", CONV), *layer_norm("patch_embed.norm", "patch_embed.2")]
+    rows = below("patch_embed", "patch_embed", PATCH_ROWS[PatchEmbed])
     for i, stage in enumerate(model.stages):
         for j in range(len(stage.blocks)):
             ours = f"stages.{i}.blocks.{j}"
@@ -61,8 +63,5 @@ def table(model: EfficientVMamba) -> list[Row]:
             )
         if stage.downsample is not None:
             official = "downsample" if i < 2 else len(stage.blocks) + 2
-            rows += below(f"stages.{i}.downsample", f"layers.{i}.{official}", patch_merging())
-    rows += layer_norm("norm", "classifier.norm")
-    if model.head is not None:
-        rows += kernel("head", "classifier.head", LINEAR)
-    return rows
+            rows += below(f"stages.{i}.downsample", f"layers.{i}.{official}", PATCH_ROWS[PatchMerging])
+    return [*rows, *layer_norm("norm", "classifier.norm"), *kernel("head", "classifier.head", LINEAR), *out_norms()]

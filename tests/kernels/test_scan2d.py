@@ -9,11 +9,17 @@ import numpy as np
 import pytest
 import scan_oracle
 
-from pallas_kernels import ATROUS, CROSS, Order, scan2d
+from pallas_kernels import ATROUS, CROSS, Chain, Order, scan2d
 
 # Unequal steps, so unequal lengths; overlapping, backwards, and one order twice.
 MIXED = (Order(origin=(1, 2), step=(2, 3), column_major=True, reverse=True), Order(), Order())
-EVERY = sorted({*ATROUS, *CROSS, *MIXED, Order(origin=(0, 1), step=(1, 2), reverse=True)}, key=repr)
+# Two walks that share pixels and pass through padding; a chain of one, as long as the order beside it.
+CHAINED = (
+    Chain((Order(step=(2, 2), reverse=True), Order(column_major=True), Order(origin=(1, 0), step=(2, 3)))),
+    Order(),
+    Chain((Order(column_major=True, reverse=True),)),
+)
+EVERY = sorted({*ATROUS, *CROSS, *MIXED, *CHAINED, Order(origin=(0, 1), step=(1, 2), reverse=True)}, key=repr)
 GRIDS = [(6, 4), (7, 5), (4, 7), (1, 1), (2, 3)]
 
 
@@ -47,33 +53,62 @@ def test_user_order_worked_example():
     assert MIXED[0].indices(4, 5).tolist() == [-1, -1, 17, 7]
 
 
+def test_chain_worked_example():
+    """The three low-resolution walks of MSVMamba, one after another."""
+    chain = Chain((Order(reverse=True), Order(column_major=True), Order(column_major=True, reverse=True)))
+    assert chain.indices(2, 3).tolist() == [5, 4, 3, 2, 1, 0, 0, 3, 1, 4, 2, 5, 5, 2, 4, 1, 3, 0]
+
+
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("order", EVERY)
 def test_reading_and_writing_follow_the_indices(order, grid):
     height, width = grid
-    image = np.random.default_rng(0).normal(size=(2, height, width, 3)).astype(np.float32)
+    rng = np.random.default_rng(0)
+    image = rng.normal(size=(2, height, width, 3)).astype(np.float32)
     walk = order.indices(height, width)
     assert len(walk) == order.length(height, width)
-    sequence = np.zeros((2, len(walk), 3), np.float32)
-    written = np.zeros_like(image)
+    read, written = np.zeros((2, len(walk), 3), np.float32), np.zeros_like(image)
+    sequence = rng.normal(size=read.shape).astype(np.float32)
     for token, pixel in enumerate(walk):
         if pixel >= 0:
-            sequence[:, token] = image[:, pixel // width, pixel % width]
-            written[:, pixel // width, pixel % width] = sequence[:, token]
-    chex.assert_trees_all_equal(np.asarray(order.read(image)), sequence)
+            read[:, token] = image[:, pixel // width, pixel % width]
+            written[:, pixel // width, pixel % width] += sequence[:, token]
+    chex.assert_trees_all_equal(np.asarray(order.read(image)), read)
     # What a token in the padding holds must not reach the image.
     sequence[:, walk < 0] = np.nan
-    chex.assert_trees_all_equal(np.asarray(order.write(jnp.asarray(sequence), height, width)), written)
+    actual = np.asarray(order.write(jnp.asarray(sequence), height, width))
+    # Equal to the bit where each pixel is visited once; a chain may add up in another order.
+    chex.assert_trees_all_close(actual, written, rtol=0, atol=1e-6 if isinstance(order, Chain) else 0)
 
 
-def test_no_gather_and_no_scatter():
+def test_the_state_of_a_chain_runs_on():
+    """Two pixels, each an order of its own: what the second one writes, from the written recurrence."""
+    first, second = Order(step=(1, 2)), Order(origin=(0, 1), step=(1, 2))
+    x, step, decay = np.array([3.0, -2.0]), np.log1p(np.exp(0.7)), -0.4
+    own = x[1] * (step * x[1] * x[1])  # B = C = x
+    carried = x[1] * np.exp(step * decay) * (step * x[0] * x[0])
+
+    def run(orders):
+        one = functools.partial(np.full, dtype=np.float32)
+        weights = (one((1, 1, 3), 1), one((1, 1, 1), 0), one((1, 1), 0.7), one((1, 1, 1), decay), one((1, 1), 0))
+        weights = [np.repeat(w, len(orders), 0) for w in weights]
+        return scan2d(jnp.float32(x).reshape(1, 1, 2, 1), *weights, orders=orders)[0, 0, 1, 0]
+
+    np.testing.assert_allclose(run((Chain((first, second)),)), own + carried, rtol=1e-6)
+    np.testing.assert_allclose(run((first, second)), own, rtol=1e-6)
+    np.testing.assert_allclose(run((Chain((second, first)),)), own, rtol=1e-6)
+
+
+@pytest.mark.parametrize("orders", [ATROUS, CHAINED], ids=["atrous", "chained"])
+def test_no_gather_and_no_scatter(orders):
     """Index arrays are slow on a TPU: reading and writing must lower to slices, transposes, flips and pads."""
     problem = {
-        n: jnp.float32(a) for n, a in scan_oracle.make_scan2d(0, height=5, width=6, orders=4, state=2, rank=1).items()
+        n: jnp.float32(a)
+        for n, a in scan_oracle.make_scan2d(0, height=5, width=6, orders=len(orders), state=2, rank=1).items()
     }
 
     def loss(problem):
-        return scan2d(**problem, orders=ATROUS).sum()
+        return scan2d(**problem, orders=orders).sum()
 
     text = jax.jit(jax.grad(loss)).lower(problem).as_text()
     assert "stablehlo.gather" not in text
@@ -85,8 +120,8 @@ def test_no_gather_and_no_scatter():
 )
 @pytest.mark.parametrize(
     ("orders", "grid"),
-    [(ATROUS, (6, 4)), (ATROUS, (7, 5)), (ATROUS, (1, 1)), (CROSS, (9, 8)), (MIXED, (5, 7))],
-    ids=["atrous-even", "atrous-odd", "atrous-one", "cross", "mixed"],
+    [(ATROUS, (6, 4)), (ATROUS, (7, 5)), (ATROUS, (1, 1)), (CROSS, (9, 8)), (MIXED, (5, 7)), (CHAINED, (5, 4))],
+    ids=["atrous-even", "atrous-odd", "atrous-one", "cross", "mixed", "chained"],
 )
 def test_output_and_gradients(orders, grid, implementation, wide):
     problem = scan_oracle.make_scan2d(1, height=grid[0], width=grid[1], orders=len(orders), state=3, rank=2)
@@ -188,7 +223,7 @@ def test_lowers_for_other_platforms(platform):
         ({"D": np.ones((5, 4), np.float32)}, ValueError, "D has shape (5, 4), expected (K=4, E=5)"),
         ({"x": np.ones((2, 0, 4, 5), np.float32)}, ValueError, "x has shape (2, 0, 4, 5), but H must be at least 1"),
         ({"orders": CROSS[:2]}, ValueError, "2 orders were given, but dt_weight has K=4 sets of parameters"),
-        ({"orders": ("rows",) * 4}, TypeError, "orders must hold Order values, got str"),
+        ({"orders": ("rows",) * 4}, TypeError, "orders must hold Order or Chain values, got str"),
         ({"x": np.ones((2, 3, 4, 5), int)}, TypeError, "x must hold floating-point numbers, got int"),
         (
             {"implementation": "asociative"},
@@ -219,3 +254,17 @@ def test_wrong_orders(values, message):
     with pytest.raises(ValueError, match="Order: ") as caught:
         Order(**values)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("orders", "error", "message"),
+    [
+        ((), ValueError, "Chain: orders is empty; give at least one Order"),
+        ((Order(), "rows"), TypeError, "Chain: orders must hold Order values, got str"),
+        ((Chain((Order(),)),), TypeError, "Chain: orders must hold Order values, got Chain"),
+    ],
+)
+def test_wrong_chains(orders, error, message):
+    with pytest.raises(error) as caught:
+        Chain(orders)
+    assert str(caught.value) == message

@@ -11,6 +11,7 @@ from flax import nnx
 
 from evmamba_jax import create_model, functional, list_models
 from evmamba_jax.errors import UserError
+from evmamba_jax.models import abstract_model
 
 SMALL = {"width": 16, "depths": (1, 1, 1, 1), "num_classes": 10, "d_state": 4}
 
@@ -32,7 +33,7 @@ def images(*shape):
     ("name", "count"), [("evmamba_t", 6_493_660), ("evmamba_s", 11_273_688), ("evmamba_b", 33_717_136)]
 )
 def test_parameter_counts_are_the_official_ones(name, count):
-    params = functional.abstract(lambda: create_model(name)).params
+    params = functional.split(abstract_model(name)).params
     assert sum(math.prod(p.shape) for p in params.values()) == count
 
 
@@ -69,14 +70,14 @@ def test_a_log_d_and_norms_start_at_their_constants(fresh):
     for a_log in selected(fresh, "A_log").values():
         expected = np.broadcast_to(np.log(np.arange(1, 17)), a_log.shape)
         chex.assert_trees_all_close(a_log, expected, atol=1e-6)
-    ones = selected(fresh, "op.D", "norm.scale", "out_norm.scale", "norm1.scale", "norm3.scale", "var")
+    ones = selected(fresh, "scan.D", "norm.scale", "out_norm.scale", "norm1.scale", "norm3.scale", "var")
     zeros = selected(fresh, "norm.bias", "out_norm.bias", "norm2.bias", "mean", "head.bias", "se.reduce.bias")
     assert all((a == 1).all() for a in ones.values())
     assert all((a == 0).all() for a in zeros.values())
 
 
 def test_time_steps_start_log_uniform_between_a_thousandth_and_a_tenth(fresh):
-    dt = np.concatenate([np.log1p(np.exp(b)).ravel() for b in selected(fresh, "dt_proj_bias").values()])
+    dt = np.concatenate([np.log1p(np.exp(b)).ravel() for b in selected(fresh, "dt_bias").values()])
     assert 0.00099 < dt.min() < 0.0012
     assert 0.09 < dt.max() < 0.1001
     # log-uniform: deciles of log(dt) are evenly spaced
@@ -92,9 +93,9 @@ def uniform_within(array, bound):
 
 
 def test_scan_projections_are_uniform(fresh):
-    for w in selected(fresh, "x_proj_weight").values():  # (K, E, R + 2N)
+    for w in selected(fresh, "x_proj").values():  # (K, E, R + 2N)
         uniform_within(w, w.shape[1] ** -0.5)
-    for w in selected(fresh, "dt_proj_weight").values():  # (K, R, E)
+    for w in selected(fresh, "dt_proj").values():  # (K, R, E)
         uniform_within(w, w.shape[1] ** -0.5)
 
 

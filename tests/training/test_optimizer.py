@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from evmamba_jax import create_model, functional
+from evmamba_jax import functional
 from evmamba_jax.errors import UserError
+from evmamba_jax.models import abstract_model
 from evmamba_jax.training.config import Duration, OptimConfig
 from evmamba_jax.training.optimizer import adamw, decay_mask, learning_rate
 
@@ -42,18 +43,18 @@ def test_a_warm_up_as_long_as_the_run_is_refused():
 
 
 def test_decay_touches_what_the_official_trainers_decay():
-    params = functional.abstract(lambda: create_model("evmamba_t")).params
+    params = functional.split(abstract_model("evmamba_t")).params
     mask = decay_mask(params)
     block = "stages.0.blocks.0."
     decayed = (
-        "op.A_log",
-        "op.dt_proj_bias",
-        "op.x_proj_weight",
-        "op.dt_proj_weight",
+        "op.scan.A_log",
+        "op.scan.dt_bias",
+        "op.scan.x_proj",
+        "op.scan.dt_proj",
         "op.in_proj.kernel",
         "op.conv2d.kernel",
     )
-    spared = ("op.D", "norm.scale", "norm.bias", "op.conv2d.bias", "conv_branch.norm.scale", "se.reduce.bias")
+    spared = ("op.scan.D", "norm.scale", "norm.bias", "op.conv2d.bias", "conv_branch.norm.scale", "se.reduce.bias")
     assert all(mask[block + name] for name in decayed)
     assert not any(mask[block + name] for name in spared)
     # The official rule is about 1-D tensors; the only ones of ours that are 1-D there and not here are the D.

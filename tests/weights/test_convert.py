@@ -11,13 +11,15 @@ import pytest
 from flax import nnx
 from official_weights import weights
 from recorded import MODELS, abstract, facts
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
-from evmamba_jax import checkpoint, create_model, functional
+from evmamba_jax import checkpoint, create_model, functional, list_models
 from evmamba_jax.errors import UserError
+from evmamba_jax.models import abstract_model
 from evmamba_jax.models.efficientvmamba import EfficientVMamba
-from evmamba_jax.weights import efficientvmamba, from_torch
+from evmamba_jax.weights import from_torch, to_torch
 from evmamba_jax.weights.__main__ import main
+from evmamba_jax.weights.convert import table
 
 SMALL = {"width": 16, "depths": (1, 2, 1, 3), "num_classes": 5, "d_state": 2}
 
@@ -35,8 +37,9 @@ def official_shapes(model):
     """Return {official name: shape} by the table."""
     shapes = {path: array.shape for path, array in arrays_of(model).items()}
     return {
-        row.official: row.layout.to_official(np.zeros(shapes[row.ours], np.int8)).shape
-        for row in efficientvmamba.table(model)
+        row.official: row.layout.to_official(np.broadcast_to(np.int8(0), shapes[row.ours])).shape
+        for row in table(model)
+        if row.ours in shapes
     }
 
 
@@ -46,10 +49,76 @@ def state_dict(model):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_table_has_the_official_names_and_shapes(name):
-    counters = "num_batches_tracked"
-    manifest = {k: tuple(v) for k, v in facts(MODELS[name])["state_dict"].items() if not k.endswith(counters)}
-    assert official_shapes(abstract(name)) == manifest
+def test_official_weights_go_there_and_back_to_the_bit(name):
+    official = weights(facts(MODELS[name])["state_dict"])
+    model = abstract(name)
+    from_torch(model, official)
+    back = to_torch(model)
+    assert set(back) == set(official)
+    for key, array in official.items():
+        if key.endswith("num_batches_tracked"):
+            assert back[key] == 0
+        else:
+            chex.assert_trees_all_equal(back[key], array)
+
+
+BACKBONES = ["evmamba_t", "vmamba_t", "vmamba_t_v0", "msvmamba_n", "msvmamba_t_v2", "mambavision_t"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [*((name, {}) for name in list_models()), *((name, {"out_norms": True}) for name in BACKBONES)]
+)
+def test_every_parameter_of_every_model_has_one_official_name(name, options):
+    model = abstract(name, **options)
+    ours = arrays_of(model)
+    rows = [row for row in table(model) if row.ours in ours]
+    assert sorted(row.ours for row in rows) == sorted(ours)
+    assert len({row.official for row in rows}) == len(rows)
+
+
+def test_a_backbone_takes_its_own_weights_and_those_of_a_classifier():
+    backbone, classifier = small(out_norms=True), small()
+    own = state_dict(backbone)
+    assert {name for name in own if name.startswith(("outnorm", "classifier"))} == {
+        f"outnorm{i}.{kind}" for i in range(4) for kind in ("weight", "bias")
+    }
+    from_torch(backbone, own)
+    chex.assert_trees_all_equal({k: v for k, v in to_torch(backbone).items() if k in own}, own)
+
+    official = state_dict(classifier)
+    from_torch(backbone, official)
+    arrays = arrays_of(backbone)
+    assert all((arrays[f"out_norms.{i}.scale"] == 1).all() for i in range(4))
+    assert all((arrays[f"out_norms.{i}.bias"] == 0).all() for i in range(4))
+    chex.assert_trees_all_equal(
+        np.asarray(arrays["stages.3.blocks.2.pw2.kernel"]), official["layers.3.3.conv_pw2.0.weight"][:, :, 0, 0].T
+    )
+
+
+def test_a_backbone_reads_the_checkpoint_of_a_classifier(tmp_path):
+    _, params, batch_stats = functional.split(create_model("evmamba_t", **SMALL))
+    checkpoint.save_model(tmp_path / "saved", params=params, batch_stats=batch_stats, meta={})
+    backbone = create_model("evmamba_t", **SMALL, out_norms=True, pretrained=tmp_path / "saved")
+    arrays = arrays_of(backbone)
+    shared = {path for path in params if not path.startswith(("norm.", "head."))}
+    chex.assert_trees_all_equal({path: arrays[path] for path in shared}, {path: params[path] for path in shared})
+    assert (arrays["out_norms.2.scale"] == 1).all()
+
+
+def test_older_names_and_four_dimensional_matrices_are_understood():
+    model = abstract_model("vmamba_t", width=8, depths=(1, 1, 1, 1), num_classes=3)
+    official = state_dict(model)
+    from_torch(model, official)
+    expected = arrays_of(model)
+    old = {}
+    for name, array in official.items():
+        name = name.replace(".blocks.0.norm.", ".blocks.0.ln_1.").replace(".op.", ".self_attention.")
+        name = name.replace("classifier.", "").replace("patch_embed.0.", "patch_embed.proj.")
+        is_layer = name.endswith(("in_proj.weight", "fc1.weight", "fc2.weight"))
+        old[name] = array[:, :, None, None] if is_layer else array
+    assert old.keys() != official.keys()
+    from_torch(model, old)
+    chex.assert_trees_all_equal(arrays_of(model), expected)
 
 
 def test_the_deeper_third_stage_of_b_moves_its_downsampling():
@@ -82,29 +151,21 @@ def test_each_layout_element_by_element():
                 assert kernel[i, 1, 0, o] == weight[o, 0, i, 1]
             else:
                 assert kernel[i, o] == weight[o, i, 0, 0]
-    scan, reference = "stages.0.blocks.0.op", "layers.0.blocks.0.op"
+    scan, reference = "stages.0.blocks.0.op.scan", "layers.0.blocks.0.op"
     for d, e in np.ndindex(k, inner):
         assert ours[f"{scan}.D"][d, e] == official[f"{reference}.Ds"][d * inner + e]
-        assert ours[f"{scan}.dt_proj_bias"][d, e] == official[f"{reference}.dt_projs_bias"][d, e]
+        assert ours[f"{scan}.dt_bias"][d, e] == official[f"{reference}.dt_projs_bias"][d, e]
         for n in range(states):
             assert ours[f"{scan}.A_log"][d, e, n] == official[f"{reference}.A_logs"][d * inner + e, n]
         for c in range(rank + 2 * states):
-            assert ours[f"{scan}.x_proj_weight"][d, e, c] == official[f"{reference}.x_proj_weight"][d, c, e]
+            assert ours[f"{scan}.x_proj"][d, e, c] == official[f"{reference}.x_proj_weight"][d, c, e]
         for r in range(rank):
-            assert ours[f"{scan}.dt_proj_weight"][d, r, e] == official[f"{reference}.dt_projs_weight"][d, e, r]
+            assert ours[f"{scan}.dt_proj"][d, r, e] == official[f"{reference}.dt_projs_weight"][d, e, r]
     chex.assert_trees_all_equal(
         [np.asarray(ours[f"stages.3.blocks.2.norm2.{name}"]) for name in ("scale", "bias", "mean", "var")],
         [official[f"layers.3.3.conv_dw.1.{name}"] for name in ("weight", "bias", "running_mean", "running_var")],
     )
     chex.assert_trees_all_equal(np.asarray(ours["head.kernel"]), official["classifier.head.weight"].T)
-
-
-def test_layouts_have_an_inverse():
-    model = small()
-    official = state_dict(model)
-    for row in efficientvmamba.table(model):
-        there_and_back = row.layout.to_official(row.layout.to_ours(official[row.official]))
-        chex.assert_trees_all_equal(there_and_back, official[row.official])
 
 
 def test_types_of_the_arrays():
@@ -187,7 +248,35 @@ def test_the_command_makes_a_checkpoint_that_create_model_reads(tiny_file, tmp_p
     from_torch(direct, weights(facts(MODELS["evmamba_t"])["state_dict"]))
     restored = create_model("evmamba_t", pretrained=out)
     chex.assert_trees_all_equal(arrays_of(restored), arrays_of(direct))
-    assert checkpoint.load_model(out)[2] == {"model": "evmamba_t", "converted_from": tiny_file.name, "key": None}
+    assert checkpoint.load_model(out)[2] == {
+        "model": "evmamba_t",
+        "options": {},
+        "converted_from": tiny_file.name,
+        "key": None,
+    }
+
+
+def test_a_fine_tuned_file_goes_to_a_checkpoint_and_back_to_a_file(tmp_path, capsys):
+    options = ["--option", "width=16", "--option", "depths=(1, 2, 1, 3)", "--option", "num_classes=5"]
+    options += ["--option", "d_state=2"]
+    official = state_dict(small())
+    given, folder, out = tmp_path / "given.safetensors", tmp_path / "converted", tmp_path / "new" / "out.safetensors"
+    save_file(official, given)
+    convert = ["convert", "--model", "evmamba_t", "--torch", str(given), "--out", str(folder), *options]
+    assert main(convert) == 0
+    export = ["export", "--model", "evmamba_t", "--checkpoint", str(folder), "--out", str(out), *options]
+    assert main(export) == 0
+    written = load_file(out)
+    chex.assert_trees_all_equal({k: written[k] for k in official}, official)
+    assert {name.rsplit(".", 1)[-1] for name in written.keys() - official.keys()} == {"num_batches_tracked"}
+
+    capsys.readouterr()
+    assert main(export) == 2
+    assert "out.safetensors' exists; name a new file" in capsys.readouterr().err
+    assert main([*export[:6], str(tmp_path / "out.pth"), *options]) == 2
+    assert "must end in .safetensors" in capsys.readouterr().err
+    assert main([*export, "--option", "width"]) == 2
+    assert "--option 'width' must be NAME=VALUE" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,48 @@
+"""The recipes of Vim's released scripts: DeiT's, in float32, and a fine-tuning with overlapping patches.
+
+RandAugment (rand-m9-mstd0.5-inc1) and repeated augmentation (each image three times an epoch), part of both, are not in
+this library yet. The official learning rate changes once an epoch, and the warm-up hides the first epochs of a cosine
+over all of them; here the cosine follows the warm-up, and falls with every step. The rest is as published. The paper
+differs from the scripts: weight decay 0.05 for Ti too, batches of 1024 for S too.
+
+Fine-tuning starts from ``config.model.pretrained``, a folder of weights for the new stride. A file of the pre-trained
+model gets there in two steps::
+
+    weights = load_torch_file("vim_t.pth")
+    weights["pos_embed"] = np.asarray(resize_pos_embed(weights["pos_embed"], (14, 14), (27, 27)))
+    safetensors.numpy.save_file(weights, "resized.safetensors")
+
+    python -m evmamba_jax.weights convert --model vim_t_stride8 --torch resized.safetensors --out FOLDER
+
+with ``resize_pos_embed`` of :mod:`evmamba_jax.models.vim`.
+"""
+
+from evmamba_jax.data.config import DataConfig
+from evmamba_jax.training.config import Config, Duration, ModelConfig, OptimConfig
+
+
+def recipe(model: str, *, batch_size: int, weight_decay: float, drop_path_rate: float) -> Config:
+    """Return the recipe of pre-training for ``model``."""
+    return Config(
+        model=ModelConfig(name=model, drop_path_rate=drop_path_rate, dtype="float32"),
+        data=DataConfig(name="imagenet2012", mixup=0.8, cutmix=1.0),
+        optim=OptimConfig(
+            lr=1e-3,
+            min_lr=1e-5,
+            warmup_lr=1e-6,
+            warmup=Duration(epochs=5),
+            weight_decay=weight_decay,
+            clip_norm=0.0,
+            ema_decay=0.99996,
+        ),
+        batch_size=batch_size,
+        duration=Duration(epochs=300),
+    )
+
+
+def fine_tuning(model: str) -> Config:
+    """Return the recipe of fine-tuning for ``model``: 30 epochs at a rate that stays as it is."""
+    config = recipe(model, batch_size=1024, weight_decay=1e-8, drop_path_rate=0.0)
+    config.optim.lr = config.optim.min_lr = config.optim.warmup_lr = 1e-5
+    config.duration = Duration(epochs=30)
+    return config

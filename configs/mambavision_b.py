@@ -1,0 +1,14 @@
+"""MambaVision-B on ImageNet-1K, 224 px.
+
+Published top-1: 84.2 (arXiv:2407.08083, table 1). Not yet run here.
+
+The weights pre-trained on ImageNet-21K (84.9) have the same shapes.
+"""
+
+from configs._mambavision import recipe
+from evmamba_jax.training.config import Config
+
+
+def get_config() -> Config:
+    """Return the configuration."""
+    return recipe("mambavision_b", drop_path_rate=0.3, weight_decay=0.075, warmup_epochs=35)

@@ -1,0 +1,14 @@
+"""MambaVision-L on ImageNet-1K, 224 px.
+
+Published top-1: 85.0 (arXiv:2407.08083, table 1). Not yet run here.
+
+The weights pre-trained on ImageNet-21K (86.1) have the same shapes.
+"""
+
+from configs._mambavision import recipe
+from evmamba_jax.training.config import Config
+
+
+def get_config() -> Config:
+    """Return the configuration."""
+    return recipe("mambavision_l", drop_path_rate=0.3, weight_decay=0.12)

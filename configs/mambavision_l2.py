@@ -1,0 +1,12 @@
+"""MambaVision-L2 on ImageNet-1K, 224 px.
+
+Published top-1: 85.3 (arXiv:2407.08083, table 1). Not yet run here.
+"""
+
+from configs._mambavision import recipe
+from evmamba_jax.training.config import Config
+
+
+def get_config() -> Config:
+    """Return the configuration."""
+    return recipe("mambavision_l2", drop_path_rate=0.3, weight_decay=0.12)

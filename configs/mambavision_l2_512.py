@@ -1,0 +1,15 @@
+"""MambaVision-L2-512-21K on ImageNet-1K, 512 px.
+
+Published top-1: 87.3 (the official README). Not yet run here.
+
+Published after pre-training on ImageNet-21K, which is not this run; neither that recipe nor the fine-tuning one was
+released, so this is L2's with the model's own drop path.
+"""
+
+from configs._mambavision import recipe
+from evmamba_jax.training.config import Config
+
+
+def get_config() -> Config:
+    """Return the configuration."""
+    return recipe("mambavision_l2_512", drop_path_rate=0.3, weight_decay=0.12, image_size=512, crop=0.93)

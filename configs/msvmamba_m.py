@@ -1,0 +1,12 @@
+"""MSVMamba-Micro (arXiv v1) on ImageNet-1K, 224 px.
+
+Published top-1: 79.8 (README of YuHengsss/MSVMamba, branch master: ImageNet-1K table). Not yet run here.
+"""
+
+from configs._msvmamba import recipe
+from evmamba_jax.training.config import Config
+
+
+def get_config() -> Config:
+    """Return the configuration."""
+    return recipe("msvmamba_m", drop_path_rate=0.2)

@@ -1,0 +1,12 @@
+"""Vim-S on ImageNet-1K, 224 px.
+
+Published top-1: 80.5 (official README; 80.3 in arXiv:2401.09417v3, table 1). Not yet run here.
+"""
+
+from configs._vim import recipe
+from evmamba_jax.training.config import Config
+
+
+def get_config() -> Config:
+    """Return the configuration."""
+    return recipe("vim_s", batch_size=512, weight_decay=0.05, drop_path_rate=0.05)

@@ -1,0 +1,12 @@
+"""Vim-S+, Vim-S fine-tuned on ImageNet-1K with patches that overlap by half, 224 px.
+
+Published top-1: 81.6 (official README; 81.4 in arXiv:2401.09417v3, table 1). Not yet run here.
+"""
+
+from configs._vim import fine_tuning
+from evmamba_jax.training.config import Config
+
+
+def get_config() -> Config:
+    """Return the configuration."""
+    return fine_tuning("vim_s_stride8")

@@ -1,0 +1,12 @@
+"""VMamba-B with ssm_ratio 1 and 20 blocks in stage 3 on ImageNet-1K, 224 px.
+
+Published top-1: 83.8 (arXiv:2401.10166, table 6). Not yet run here.
+"""
+
+from configs._vmamba import recipe
+from evmamba_jax.training.config import Config
+
+
+def get_config() -> Config:
+    """Return the configuration."""
+    return recipe("vmamba_b_s1l20", drop_path_rate=0.5)

@@ -1,0 +1,14 @@
+"""Vanilla-VMamba-B, the first version on ImageNet-1K, 224 px.
+
+Published top-1: 83.7 (arXiv:2401.10166, table 6). Not yet run here.
+
+The released weights were trained with drop path 0.6 (their file name), the official yaml says 0.5.
+"""
+
+from configs._vmamba import recipe
+from evmamba_jax.training.config import Config
+
+
+def get_config() -> Config:
+    """Return the configuration."""
+    return recipe("vmamba_b_v0", drop_path_rate=0.6)

@@ -1,0 +1,12 @@
+"""Vanilla-VMamba-S, the first version on ImageNet-1K, 224 px.
+
+Published top-1: 83.5 (arXiv:2401.10166, table 6). Not yet run here.
+"""
+
+from configs._vmamba import recipe
+from evmamba_jax.training.config import Config
+
+
+def get_config() -> Config:
+    """Return the configuration."""
+    return recipe("vmamba_s_v0", drop_path_rate=0.3)

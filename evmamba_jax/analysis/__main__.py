@@ -1,0 +1,52 @@
+"""Command: ``python -m evmamba_jax.analysis NAME ... [--image-size SIDE | HEIGHT WIDTH]`` prints what models cost."""
+
+import argparse
+import sys
+
+from evmamba_jax.analysis.flops import count_flops, count_parameters, flops_by_operation, xla_flops
+from evmamba_jax.errors import UserError
+from evmamba_jax.models.cards import model_card
+
+_OPERATIONS = ("products", "convolutions", "scans", "attention")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command with ``argv``; return the exit code, 2 for a user's mistake."""
+    parser = argparse.ArgumentParser(
+        prog="python -m evmamba_jax.analysis",
+        description="Parameters, multiply-adds of one image by operation, and XLA's own count, in units of 1e6.",
+    )
+    parser.add_argument("models", nargs="+", metavar="NAME", help="e.g. vmamba_t")
+    parser.add_argument(
+        "--image-size", nargs="+", type=int, metavar="N", help="side, or height and width (default: the card's)"
+    )
+    args = parser.parse_args(argv)
+    if args.image_size and len(args.image_size) > 2:
+        parser.error(f"--image-size takes a side, or height and width; got {len(args.image_size)} numbers")
+    titles = ("parameters", "FLOPs", "published", *_OPERATIONS, "XLA's count")
+    print(f"{'model':<18}", *(f"{title:>12}" for title in titles))
+    for name in args.models:
+        try:
+            figures = _figures(name, args.image_size)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        print(f"{name:<18}", *(f"{'' if n is None else format(n / 1e6, ',.1f'):>12}" for n in figures), flush=True)
+    return 0
+
+
+def _figures(name: str, image_size: list[int] | None) -> list[float | None]:
+    card = model_card(name)
+    height, width = (image_size[0], image_size[-1]) if image_size else card.input_size
+    flops = flops_by_operation(name, (height, width))
+    return [
+        count_parameters(name),
+        count_flops(name, (height, width)),
+        card.published_flops if (height, width) == card.input_size else None,
+        *(flops.get(operation, 0) for operation in _OPERATIONS),
+        xla_flops(name, (height, width)),
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,36 @@
+"""The two-layer perceptron of the blocks, and activations by name."""
+
+import functools
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+from flax import nnx
+from flax.typing import Dtype
+
+from evmamba_jax.layers.projections import Linear
+
+Activation = Literal["silu", "gelu", "relu"]
+
+gelu = functools.partial(nnx.gelu, approximate=False)  # torch.nn.GELU()
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"silu": nnx.silu, "gelu": gelu, "relu": nnx.relu}
+
+
+class Mlp(nnx.Module):
+    """Linear, GELU, linear, both with bias. Source: timm ``Mlp``.
+
+    Args:
+        width: channels C in and out.
+        hidden: channels between.
+        dtype: compute type.
+        rngs: source of the initial values.
+    """
+
+    def __init__(self, width: int, hidden: int, *, dtype: Dtype | None = None, rngs: nnx.Rngs):
+        self.fc1 = Linear(width, hidden, dtype=dtype, rngs=rngs)
+        self.fc2 = Linear(hidden, width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map (..., C) to (..., C)."""
+        return self.fc2(gelu(self.fc1(x)))

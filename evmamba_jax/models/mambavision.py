@@ -1,0 +1,301 @@
+"""MambaVision: convolutions at high resolution, then windows of tokens through Mamba mixers and, last, attention.
+
+Source: Hatamizadeh and Kautz, MambaVision (arXiv:2407.08083); NVlabs/MambaVision
+``mambavision/models/mamba_vision.py`` at 7860a50. Two faults of that code shape the released weights and are kept by
+default: the bias of the time step enters twice (``double_dt_bias``), and the last initialisation pass overwrites the
+initial time steps of Mamba (``mamba_dt_init``).
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from flax.typing import Dtype
+
+from evmamba_jax.errors import UserError
+from evmamba_jax.layers import initializers as init
+from evmamba_jax.layers.block import Block
+from evmamba_jax.layers.drop_path import DropPath
+from evmamba_jax.layers.mlp import Mlp
+from evmamba_jax.layers.norm import BatchNorm
+from evmamba_jax.layers.patches import Stem
+from evmamba_jax.layers.projections import Linear, conv, depthwise_conv
+from evmamba_jax.layers.pyramid import Pyramid, Stage, stage_parts
+from evmamba_jax.layers.s6 import S6, default_dt_rank
+from evmamba_jax.models.registry import register
+from pallas_kernels import Order
+
+
+class ConvStem(Stem):
+    """Two 3x3 convolutions of stride 2, each with BatchNorm and ReLU (the official ``PatchEmbed``)."""
+
+    def __init__(self, in_channels: int, hidden: int, width: int, *, dtype: Dtype | None, rngs: nnx.Rngs):
+        self.smallest = 1
+        self.conv1 = conv(in_channels, hidden, 3, stride=2, padding=1, use_bias=False, dtype=dtype, rngs=rngs)
+        self.norm1 = BatchNorm(hidden, epsilon=1e-4, dtype=dtype, rngs=rngs)
+        self.conv2 = conv(hidden, width, 3, stride=2, padding=1, use_bias=False, dtype=dtype, rngs=rngs)
+        self.norm2 = BatchNorm(width, epsilon=1e-4, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map images (B, H, W, in_channels) to (B, ceil(H/4), ceil(W/4), width)."""
+        x = nnx.relu(self.norm1(self.conv1(x)))
+        return nnx.relu(self.norm2(self.conv2(x)))
+
+
+class ConvBlock(nnx.Module):
+    """The residual block of the first two stages: two 3x3 convolutions with BatchNorm, GELU (tanh form) between."""
+
+    def __init__(self, width: int, *, drop_path: float, dtype: Dtype | None, rngs: nnx.Rngs):
+        self.conv1 = conv(width, width, 3, padding=1, dtype=dtype, rngs=rngs)
+        self.norm1 = BatchNorm(width, dtype=dtype, rngs=rngs)
+        self.conv2 = conv(width, width, 3, padding=1, dtype=dtype, rngs=rngs)
+        self.norm2 = BatchNorm(width, dtype=dtype, rngs=rngs)
+        self.drop_path = DropPath(drop_path)
+
+    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """Map (B, H, W, C) to (B, H, W, C); ``key`` draws the drop path in training mode."""
+        y = nnx.gelu(self.norm1(self.conv1(x)), approximate=True)
+        return x + self.drop_path(self.norm2(self.conv2(y)), key)
+
+
+class MambaVisionMixer(nnx.Module):
+    """The paper's mixer: half of the channels through convolution and scan, half through convolution alone, side by
+    side.
+
+    Args:
+        width: channels C; each half has C / 2.
+        d_state: state size N of the scan.
+        d_conv: kernel of the two depthwise convolutions, which look both ways.
+        double_dt_bias: add the bias of the time step twice.
+        mamba_dt_init: initial time steps of Mamba, log-uniform between 0.001 and 0.1, however often the bias enters;
+            otherwise the bias starts at zero, and the time steps near softplus(0) = 0.69.
+        dtype: compute type; the recurrence is float32 or wider whatever it says.
+        rngs: source of the initial values.
+
+    Source: MambaVision section 3.2; ``MambaVisionMixer``.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        d_state: int = 8,
+        d_conv: int = 3,
+        double_dt_bias: bool = True,
+        mamba_dt_init: bool = False,
+        dtype: Dtype | None = None,
+        rngs: nnx.Rngs,
+    ):
+        half = width // 2
+        times = 2.0 if double_dt_bias else 1.0
+        if mamba_dt_init:
+            scan_init = init.ScanInit(
+                x_proj=init.linear_normal,
+                dt_bias=lambda key, shape, dtype=jnp.float32: init.dt_bias(key, shape, dtype) / times,
+            )
+        else:
+            zeros = nnx.initializers.zeros
+            scan_init = init.ScanInit(x_proj=init.linear_normal, dt_proj=init.linear_normal, dt_bias=zeros)
+
+        def convolution() -> nnx.Conv:
+            same = [((d_conv - 1) // 2, d_conv // 2)]
+            return depthwise_conv(half, (d_conv,), padding=same, use_bias=False, dtype=dtype, rngs=rngs)
+
+        self.in_proj = Linear(width, 2 * half, use_bias=False, dtype=dtype, rngs=rngs)
+        self.conv_x = convolution()
+        self.conv_z = convolution()
+        self.scan = S6(
+            half,
+            d_state=d_state,
+            dt_rank=default_dt_rank(width),
+            init=scan_init,
+            dt_bias_factor=times,
+            rngs=rngs,
+        )
+        self.out_proj = Linear(2 * half, width, use_bias=False, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map sequences (B, L, C) to (B, L, C)."""
+        x, z = jnp.split(self.in_proj(x), 2, axis=-1)
+        x, z = nnx.silu(self.conv_x(x)), nnx.silu(self.conv_z(z))
+        y = self.scan(x[:, None], (Order(),))[:, 0]  # a sequence is an image of height 1
+        return self.out_proj(jnp.concatenate([y, z], -1))
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention over all tokens of a sequence, without position bias.
+
+    Args:
+        width: channels C.
+        num_heads: heads, a divisor of C.
+        dtype: compute type; the softmax is float32 or wider whatever it says.
+        rngs: source of the initial values.
+
+    Raises:
+        UserError: a number of heads that does not divide C.
+    """
+
+    def __init__(self, width: int, num_heads: int, *, dtype: Dtype | None = None, rngs: nnx.Rngs):
+        if width % num_heads:
+            raise UserError(f"num_heads has {num_heads} for a stage of width {width}: take a divisor of the width")
+        self.num_heads = num_heads
+        self.qkv = Linear(width, 3 * width, dtype=dtype, rngs=rngs)
+        self.proj = Linear(width, width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map sequences (B, L, C) to (B, L, C)."""
+        q, k, v = rearrange(self.qkv(x), "b l (three h d) -> three b l h d", three=3, h=self.num_heads)
+        # Written out: jax.nn.dot_product_attention takes the softmax of float64 scores in float32.
+        wide = jnp.promote_types(q.dtype, jnp.float32)
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=wide) * q.shape[-1] ** -0.5
+        y = jnp.einsum("bhqk,bkhd->bqhd", nnx.softmax(scores).astype(v.dtype), v)
+        return self.proj(rearrange(y, "b l h d -> b l (h d)"))
+
+
+def to_windows(x: jax.Array, size: int) -> jax.Array:
+    """Cut a map (B, H, W, C) into windows (B * rows * columns, size * size, C), each row by row.
+
+    The map is first padded with zeros below and right to a multiple of ``size``.
+    """
+    height, width = x.shape[1:3]
+    x = jnp.pad(x, ((0, 0), (0, -height % size), (0, -width % size), (0, 0)))
+    return rearrange(x, "b (r h) (s w) c -> (b r s) (h w) c", h=size, w=size)
+
+
+def from_windows(windows: jax.Array, size: int, height: int, width: int) -> jax.Array:
+    """Put windows of :func:`to_windows` together to the map (B, height, width, C), without its padding."""
+    rows, columns = -(-height // size), -(-width // size)
+    x = rearrange(windows, "(b r s) (h w) c -> b (r h) (s w) c", r=rows, s=columns, h=size)
+    return x[:, :height, :width]
+
+
+class WindowStage(Stage):
+    """A stage whose blocks see every window of the map as a sequence of its own; they draw drop path for each.
+
+    Zeros that fill the last windows are tokens like any other within the stage, and are cut off at its end.
+    """
+
+    def __init__(self, blocks: Sequence[nnx.Module], downsample: nnx.Module | None, window: int):
+        super().__init__(blocks, downsample)
+        self.window = window
+
+    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """Map (B, H, W, C) through the blocks to (B, H, W, C); ``key`` draws the drop path in training mode."""
+        height, width = x.shape[1:3]
+        x = super().__call__(to_windows(x, self.window), key)
+        return from_windows(x, self.window, height, width)
+
+
+class MambaVision(Pyramid):
+    """MambaVision: convolutional blocks in the first two stages, mixers and then attention in the last two.
+
+    Images of any size from one pixel up, rectangles included. A map that does not divide into windows, or is smaller
+    than one, is padded with zeros below and right; the padding takes part in scans and attention, as it does in the
+    official code. The published windows divide images of 224 (14 and 7), of 256 (16 and 8) or 512 pixels (32 and 16)
+    without padding. The official detectors take windows (8, 8, 112, 56), the segmenters (8, 8, 64, 32) and, with S,
+    (8, 8, 160, 56); no weight depends on them.
+
+    Args:
+        width: channels C of the first stage; every stage doubles them.
+        stem_width: channels between the two convolutions of the stem.
+        depths: blocks of each of the four stages.
+        num_heads: attention heads of each stage; those of the first two are not used.
+        window_size: side of the windows of each stage, pixels of its map; those of the first two are not used.
+        mlp_ratio: hidden width of the MLP over C.
+        layer_scale: initial value of a learned factor for each channel of each branch, in the last two stages; None
+            for no factor.
+        d_state: state size N of the scans.
+        d_conv: kernel of the mixers' convolutions.
+        double_dt_bias: add the bias of the time step twice, as the released weights want it.
+        mamba_dt_init: start from Mamba's time steps, 0.001 to 0.1, which the official code overwrites.
+        num_classes: outputs of the head; 0 leaves it out and returns the pooled features.
+        in_channels: channels of the images.
+        drop_path_rate: stochastic depth of the last block; it rises linearly from 0 over all blocks.
+        out_norms: build the backbone for detection and segmentation (:class:`~evmamba_jax.layers.pyramid.Pyramid`).
+        dtype: compute type, e.g. ``jnp.bfloat16``; ``None`` takes the promoted type of images and parameters.
+            Parameters, time steps, decays, the recurrence, the softmax and all statistics stay float32 or wider.
+        rngs: source of the initial values.
+
+    Raises:
+        UserError: depths, heads or windows that are not four positive numbers; heads that do not divide their width.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int = 80,
+        stem_width: int = 32,
+        depths: Sequence[int] = (1, 3, 8, 4),
+        num_heads: Sequence[int] = (2, 4, 8, 16),
+        window_size: Sequence[int] = (8, 8, 14, 7),
+        mlp_ratio: float = 4.0,
+        layer_scale: float | None = None,
+        d_state: int = 8,
+        d_conv: int = 3,
+        double_dt_bias: bool = True,
+        mamba_dt_init: bool = False,
+        num_classes: int = 1000,
+        in_channels: int = 3,
+        drop_path_rate: float = 0.0,
+        out_norms: bool = False,
+        dtype: Dtype | None = None,
+        rngs: nnx.Rngs,
+    ):
+        for name, numbers in (("num_heads", num_heads), ("window_size", window_size)):
+            if len(numbers) != 4 or min(numbers) < 1:
+                raise UserError(f"{name} must give one positive number for each of four stages; got {tuple(numbers)}")
+        patch_embed = ConvStem(in_channels, stem_width, width, dtype=dtype, rngs=rngs)
+
+        def block(stage: int, number: int, c: int, drop_path: float) -> nnx.Module:
+            if stage < 2:
+                return ConvBlock(c, drop_path=drop_path, dtype=dtype, rngs=rngs)
+            if number < -(-depths[stage] // 2):  # of an odd number of blocks the middle one is a mixer
+                mixer = MambaVisionMixer(
+                    c,
+                    d_state=d_state,
+                    d_conv=d_conv,
+                    double_dt_bias=double_dt_bias,
+                    mamba_dt_init=mamba_dt_init,
+                    dtype=dtype,
+                    rngs=rngs,
+                )
+            else:
+                mixer = Attention(c, num_heads[stage], dtype=dtype, rngs=rngs)
+            mlp = Mlp(c, int(mlp_ratio * c), dtype=dtype, rngs=rngs)
+            return Block(c, mixer, mlp, drop_path=drop_path, layer_scale=layer_scale, dtype=dtype, rngs=rngs)
+
+        def downsample(c: int) -> nnx.Conv:
+            return conv(c, 2 * c, 3, stride=2, padding=1, use_bias=False, dtype=dtype, rngs=rngs)
+
+        parts = stage_parts(width, depths, drop_path_rate, block, downsample)
+        stages = [Stage(*part) if i < 2 else WindowStage(*part, window_size[i]) for i, part in enumerate(parts)]
+        super().__init__(
+            patch_embed,
+            stages,
+            width,
+            norm=BatchNorm,
+            num_classes=num_classes,
+            out_norms=out_norms,
+            in_channels=in_channels,
+            dtype=dtype,
+            rngs=rngs,
+        )
+
+
+_B = {"width": 128, "stem_width": 64, "depths": (3, 3, 10, 5), "layer_scale": 1e-5}
+_L = _B | {"width": 196, "num_heads": (4, 8, 16, 32)}
+_L2 = _L | {"depths": (3, 3, 12, 5)}
+_L3 = _L | {"width": 256, "depths": (3, 3, 20, 10)}
+
+# The released weights pre-trained on ImageNet-21K are of these shapes too; those of B and L have the plain names.
+register("mambavision_t", MambaVision, width=80, stem_width=32, depths=(1, 3, 8, 4))
+register("mambavision_t2", MambaVision, width=80, stem_width=32, depths=(1, 3, 11, 4))
+register("mambavision_s", MambaVision, width=96, stem_width=64, depths=(3, 3, 7, 5))
+register("mambavision_b", MambaVision, **_B)
+register("mambavision_l", MambaVision, **_L)
+register("mambavision_l2", MambaVision, **_L2)
+register("mambavision_l2_512", MambaVision, **_L2, window_size=(8, 8, 32, 16))
+register("mambavision_l3_256", MambaVision, **_L3, window_size=(8, 8, 16, 8))
+register("mambavision_l3_512", MambaVision, **_L3, window_size=(8, 8, 32, 16))

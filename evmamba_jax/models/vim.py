@@ -1,0 +1,363 @@
+"""Vim (Vision Mamba): a plain sequence of patches, scanned forwards and backwards in every block.
+
+Source: Zhu et al., Vision Mamba (arXiv:2401.09417); hustvl/Vim ``vim/models_mamba.py`` and
+``mamba-1p1p1/mamba_ssm/modules/mamba_simple.py`` (bimamba v2) at dd0358a. Faults of that code that shape the released
+weights are kept by default: the sum of the two directions is halved (``divide_out``), only the forward direction starts
+with Mamba's time steps (``mamba_dt_init_backward``), and resizing the position embedding takes its first entry for the
+class token's, which sits in the middle (``pos_embed_class_token``).
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Dtype
+from jax.typing import ArrayLike
+
+from evmamba_jax.errors import UserError, one_of
+from evmamba_jax.layers import initializers as init
+from evmamba_jax.layers.block import Block
+from evmamba_jax.layers.drop_path import drop_path_rates, fold_in
+from evmamba_jax.layers.norm import RMSNorm
+from evmamba_jax.layers.projections import Linear, depthwise_conv
+from evmamba_jax.layers.pyramid import check_images
+from evmamba_jax.layers.resize import resize
+from evmamba_jax.layers.s6 import S6, default_dt_rank
+from evmamba_jax.models.registry import register
+from pallas_kernels import Order
+
+# Where a position embedding of M + 1 entries is taken to have that of the class token.
+_CLASS_TOKEN_AT = {"first": lambda patches: 0, "middle": lambda patches: patches // 2}
+
+Place = Literal["first", "middle"]
+
+
+class Direction(nnx.Module):
+    """One direction of the mixer: depthwise convolution over the tokens passed so far, SiLU, selective scan.
+
+    Args:
+        width: channels C of the block, which the rank of the time step depends on.
+        inner: channels E of the sequence.
+        reverse: go from the last token to the first.
+        d_state: state size N of every channel.
+        d_conv: kernel of the convolution.
+        scan_init: initial values of the scan.
+        dtype: compute type.
+        rngs: source of the initial values.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        inner: int,
+        *,
+        reverse: bool,
+        d_state: int,
+        d_conv: int,
+        scan_init: init.ScanInit,
+        dtype: Dtype | None,
+        rngs: nnx.Rngs,
+    ):
+        before = [(0, d_conv - 1) if reverse else (d_conv - 1, 0)]
+        self.conv = depthwise_conv(inner, (d_conv,), padding=before, backwards=reverse, dtype=dtype, rngs=rngs)
+        self.scan = S6(inner, d_state=d_state, dt_rank=default_dt_rank(width), init=scan_init, rngs=rngs)
+        self.orders = (Order(reverse=reverse),)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map sequences (B, L, E) to (B, L, E)."""
+        x = nnx.silu(self.conv(x))
+        return self.scan(x[:, None], self.orders)[:, 0]  # a sequence is an image of height 1
+
+
+class VimMixer(nnx.Module):
+    """The paper's bidirectional mixer: two directions with parameters of their own between shared projections.
+
+    Args:
+        width: channels C.
+        d_state: state size N of the scans.
+        d_conv: kernel of the convolutions.
+        expand: inner width E = expand * C.
+        divide_out: halve the sum of the two directions.
+        mamba_dt_init_backward: give the backward direction Mamba's initial time steps too, 0.001 to 0.1; otherwise its
+            bias starts at zero, and its time steps near softplus(0) = 0.69.
+        depth: blocks of the model; the initial output projection is divided by its root.
+        dtype: compute type; the recurrence is float32 or wider whatever it says.
+        rngs: source of the initial values.
+
+    Source: Vim section 3.3, algorithm 1; ``Mamba`` with bimamba_type "v2".
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        divide_out: bool = True,
+        mamba_dt_init_backward: bool = False,
+        depth: int = 1,
+        dtype: Dtype | None = None,
+        rngs: nnx.Rngs,
+    ):
+        inner = expand * width
+
+        def direction(reverse: bool, scan_init: init.ScanInit) -> Direction:
+            return Direction(
+                width,
+                inner,
+                reverse=reverse,
+                d_state=d_state,
+                d_conv=d_conv,
+                scan_init=scan_init,
+                dtype=dtype,
+                rngs=rngs,
+            )
+
+        mamba = init.ScanInit()
+        backward_init = mamba if mamba_dt_init_backward else mamba._replace(dt_bias=nnx.initializers.zeros)
+        out_init = init.uniform((inner * depth) ** -0.5)
+        self.in_proj = nnx.Linear(
+            width, 2 * inner, use_bias=False, kernel_init=init.torch_default, dtype=dtype, rngs=rngs
+        )
+        self.forward = direction(False, mamba)
+        self.backward = direction(True, backward_init)
+        self.out_proj = nnx.Linear(inner, width, use_bias=False, kernel_init=out_init, dtype=dtype, rngs=rngs)
+        self.divide_out = divide_out
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map sequences (B, L, C) to (B, L, C)."""
+        x, z = jnp.split(self.in_proj(x), 2, axis=-1)
+        y = (self.forward(x) + self.backward(x)) * nnx.silu(z)
+        return self.out_proj(y / 2 if self.divide_out else y)
+
+
+def _insert(tokens: jax.Array, one: jax.Array, at: int) -> jax.Array:
+    return jnp.concatenate([tokens[:, :at], one, tokens[:, at:]], 1)
+
+
+def _take_out(tokens: jax.Array, at: int) -> tuple[jax.Array, jax.Array]:
+    """Return (B, L, C) without its token ``at``, and that token (B, 1, C)."""
+    return jnp.concatenate([tokens[:, :at], tokens[:, at + 1 :]], 1), tokens[:, at : at + 1]
+
+
+def resize_pos_embed(
+    pos_embed: ArrayLike,
+    old_grid: tuple[int, int],
+    new_grid: tuple[int, int],
+    *,
+    class_token: Place | None = "first",
+) -> jax.Array:
+    """Resize a position embedding bicubically from one grid of patches to another; that of the class token stays.
+
+    For weights that go on at another size or stride, e.g. from ``vim_t`` (14x14 patches) to ``vim_t_stride8`` (27x27).
+
+    Args:
+        pos_embed: (1, M + 1, C) for M = rows * columns patches row by row and the class token; (1, M, C) without.
+        old_grid: (rows, columns) of the patches it is for.
+        new_grid: those it shall be for.
+        class_token: which entry is the class token's: "first", as the official code has it, which so moves the patches
+            of the first half by one; "middle", where it is in truth; None for a position embedding without.
+
+    Returns:
+        (1, new M + 1, C), or (1, new M, C); the same values when the grids are equal.
+
+    Raises:
+        UserError: an unknown ``class_token``; a position embedding that does not fit the old grid.
+
+    Source: hustvl/Vim ``vim/main.py`` (finetune), ``vim/utils.py`` ``interpolate_pos_embed``.
+    """
+    pos_embed = jnp.asarray(pos_embed)
+    place = None if class_token is None else one_of("class_token", class_token, _CLASS_TOKEN_AT)
+    old, new = (rows * columns for rows, columns in (old_grid, new_grid))
+    extra = 0 if place is None else 1
+    if pos_embed.ndim != 3 or pos_embed.shape[:2] != (1, old + extra):
+        raise UserError(
+            f"pos_embed has shape {pos_embed.shape}; (1, {old + extra}, channels) are allowed for a grid of "
+            f"{old_grid[0]}x{old_grid[1]} patches and class_token={class_token!r}"
+        )
+
+    def resized(patches: jax.Array) -> jax.Array:
+        return resize(patches.reshape(1, *old_grid, -1), *new_grid, "bicubic").reshape(1, new, -1)
+
+    if tuple(old_grid) == tuple(new_grid):
+        return pos_embed
+    if place is None:
+        return resized(pos_embed)
+    patches, own = _take_out(pos_embed, place(old))
+    return _insert(resized(patches), own, place(new))
+
+
+class Vim(nnx.Module):
+    """Vim: patches and a class token among them, a position embedding, ``depth`` blocks, the class token to the head.
+
+    Images of any size from one patch up; where their grid of patches is not that of ``image_size``, the position
+    embedding is resized bicubically at run time. The official code takes images of ``image_size`` only.
+
+    Args:
+        width: channels C of the tokens.
+        depth: blocks.
+        num_classes: outputs of the head; 0 leaves it out and returns what would enter it.
+        in_channels: channels of the images.
+        image_size: side, or (height, width), of the images whose grid the position embedding has; pixels.
+        patch_size: side of a patch.
+        stride: pixels between patches; they overlap where it is smaller than a patch.
+        d_state: state size N of the scans.
+        d_conv: kernel of the convolutions.
+        expand: inner width of the scans over C.
+        divide_out: halve the sum of the two directions.
+        mamba_dt_init_backward: start the backward direction with Mamba's time steps too.
+        pos_embed_class_token: the entry that a resize of the position embedding takes for the class token's: "first",
+            as the official code has it, or "middle", where it is; see :func:`resize_pos_embed`.
+        class_token: False leaves it out, as the official backbones for detection and segmentation do; the mean over
+            the patches then enters the head.
+        drop_path_rate: stochastic depth of the last block; it rises linearly from 0 over all blocks.
+        dtype: compute type, e.g. ``jnp.bfloat16``; ``None`` takes the promoted type of images and parameters.
+            Parameters, the residual stream, time steps, decays, the recurrence and all statistics stay float32 or
+            wider.
+        rngs: source of the initial values.
+
+    Raises:
+        UserError: no blocks, an image_size below one patch, an unknown pos_embed_class_token.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int = 192,
+        depth: int = 24,
+        num_classes: int = 1000,
+        in_channels: int = 3,
+        image_size: int | Sequence[int] = 224,
+        patch_size: int = 16,
+        stride: int = 16,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        divide_out: bool = True,
+        mamba_dt_init_backward: bool = False,
+        pos_embed_class_token: Place = "first",
+        class_token: bool = True,
+        drop_path_rate: float = 0.0,
+        dtype: Dtype | None = None,
+        rngs: nnx.Rngs,
+    ):
+        if depth < 1:
+            raise UserError(f"depth is {depth}: there must be 1 block or more")
+        sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        if len(sides) != 2 or min(sides) < patch_size:
+            raise UserError(
+                f"image_size is {image_size!r}: give a side or (height, width) of at least patch_size={patch_size}"
+            )
+        one_of("pos_embed_class_token", pos_embed_class_token, _CLASS_TOKEN_AT)
+        self.patch_size = patch_size
+        self.stride = stride
+        self.in_channels = in_channels
+        self.grid = self._grid_of(*sides)
+        self.pos_embed_class_token = pos_embed_class_token if class_token else None
+
+        # timm 0.4's lecun_normal_ divides by the deviation of a normal cut at 2 deviations, but does not cut it there.
+        fan_in = in_channels * patch_size**2
+        self.patch_embed = nnx.Conv(
+            in_channels,
+            width,
+            (patch_size, patch_size),
+            strides=stride,
+            padding=0,
+            kernel_init=nnx.initializers.normal(fan_in**-0.5 / 0.87962566103423978),
+            dtype=dtype,
+            rngs=rngs,
+        )
+
+        def embedding(tokens: int) -> nnx.Param:
+            return nnx.Param(init.linear_normal(rngs.params(), (1, tokens, width), jnp.float32))
+
+        self.cls_token = embedding(1) if class_token else None
+        self.pos_embed = embedding(self.grid[0] * self.grid[1] + class_token)
+
+        def block(drop_path: float) -> Block:
+            mixer = VimMixer(
+                width,
+                d_state=d_state,
+                d_conv=d_conv,
+                expand=expand,
+                divide_out=divide_out,
+                mamba_dt_init_backward=mamba_dt_init_backward,
+                depth=depth,
+                dtype=dtype,
+                rngs=rngs,
+            )
+            # No dtype: the norm of the residual stream keeps its width; the mixer's projection narrows it.
+            return Block(width, mixer, None, drop_path=drop_path, norm=RMSNorm, dtype=None, rngs=rngs)
+
+        (rates,) = drop_path_rates(drop_path_rate, [depth])
+        self.blocks = nnx.List([block(rate) for rate in rates])
+        self.norm = RMSNorm(width, rngs=rngs)
+        self.head = Linear(width, num_classes, dtype=dtype, rngs=rngs) if num_classes else None
+
+    def _grid_of(self, height: int, width: int) -> tuple[int, int]:
+        return (height - self.patch_size) // self.stride + 1, (width - self.patch_size) // self.stride + 1
+
+    def tokens(self, images: jax.Array) -> jax.Array:
+        """Return what enters the first block: (B, M + 1, C), the class token at M // 2 of M patches row by row.
+
+        Raises:
+            UserError: images of another rank, another number of channels, or smaller than a patch.
+        """
+        check_images(images, self.in_channels, self.patch_size)
+        grid = self._grid_of(*images.shape[1:3])
+        x = self.patch_embed(images)
+        x = x.reshape(x.shape[0], -1, x.shape[-1])
+        if self.cls_token is not None:
+            one = jnp.broadcast_to(self.cls_token[...], (x.shape[0], 1, x.shape[-1]))
+            x = _insert(x, one, x.shape[1] // 2)
+        # Adding a float32 parameter makes the residual stream float32 whatever the compute type.
+        return x + resize_pos_embed(self.pos_embed[...], self.grid, grid, class_token=self.pos_embed_class_token)
+
+    def _streams(self, images: jax.Array, key: jax.Array | None) -> list[jax.Array]:
+        """Return the residual stream (B, L, C) after every block."""
+        x = self.tokens(images)
+        streams = []
+        for i, block in enumerate(self.blocks):
+            x = block(x, fold_in(key, i))
+            streams.append(x)
+        return streams
+
+    def features(self, images: jax.Array, *, key: jax.Array | None = None) -> list[jax.Array]:
+        """Return the residual stream after each quarter of the blocks as maps [(B, h, w, C), ...], without class token.
+
+        All four are of one size, and float32 or wider. With ``class_token=False`` they are those of the official
+        backbone for segmentation (use_residual_as_feature, last_layer_process "add") without rotary embedding.
+
+        Args:
+            images: (B, H, W, in_channels) normalised floats, H and W at least ``patch_size``.
+            key: random key for drop path; needed in training mode when ``drop_path_rate`` is not zero.
+
+        Raises:
+            UserError: images of another rank, another number of channels, or smaller than a patch.
+        """
+        streams = self._streams(images, key)
+        rows, columns = self._grid_of(*images.shape[1:3])
+        maps = []
+        for quarter in (1, 2, 3, 4):
+            x = streams[-(-len(streams) * quarter // 4) - 1]
+            if self.cls_token is not None:
+                x, _ = _take_out(x, rows * columns // 2)
+            maps.append(x.reshape(x.shape[0], rows, columns, -1))
+        return maps
+
+    def __call__(self, images: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        """Return the logits (B, num_classes); arguments and errors as for :meth:`features`."""
+        x = self._streams(images, key)[-1]
+        x = self.norm(x).mean(1) if self.cls_token is None else self.norm(x[:, (x.shape[1] - 1) // 2])
+        return x if self.head is None else self.head(x)
+
+
+# B has no published recipe, but weights; the stride-8 models are T and S fine-tuned with overlapping patches.
+register("vim_t", Vim, width=192)
+register("vim_s", Vim, width=384)
+register("vim_b", Vim, width=768)
+register("vim_t_stride8", Vim, width=192, stride=8)
+register("vim_s_stride8", Vim, width=384, stride=8)

@@ -1,0 +1,197 @@
+"""Counters against formulas written out by hand, and against the official counters."""
+
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from evmamba_jax import create_model
+from evmamba_jax.analysis import count_flops, count_parameters, flops_by_operation, xla_flops
+from evmamba_jax.analysis.__main__ import main
+from evmamba_jax.errors import UserError
+from evmamba_jax.layers.norm import BatchNorm
+from evmamba_jax.layers.s6 import S6
+from evmamba_jax.models import abstract_model
+from pallas_kernels import CROSS
+
+
+def abstract(name, **options):
+    return abstract_model(name, **options)
+
+
+class Program(nnx.Module):
+    """A module around a function of one weight (3, 5) and the image (1, H, W, 3)."""
+
+    def __init__(self, function):
+        self.weight = nnx.Param(jnp.ones((3, 5)))
+        self.function = function
+        self.in_channels = 3
+
+    def __call__(self, x):
+        return self.function(x, self.weight[...])
+
+
+def scan2d_cost(length, orders, channels, rank, states):
+    """Projections to R + 2N numbers and from R to E, the recurrence, and the skip, for every token of every order."""
+    tokens = orders * length
+    products = tokens * channels * (rank + 2 * states) + tokens * rank * channels
+    return products, tokens * channels * (9 * states + 1)
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (40, 21)])
+def test_vmamba_by_hand(height, width):
+    c, classes, n = 16, 10, 3
+    model = abstract("vmamba_t", width=c, depths=(1, 0, 0, 1), num_classes=classes, d_state=n, ssm_ratio=2.0)
+    sides = [(height, width)]
+    for _ in range(5):
+        sides.append(tuple(-(-side // 2) for side in sides[-1]))
+    pixels = [h * w for h, w in sides]
+    convolutions = 9 * (pixels[1] * 3 * c // 2 + pixels[2] * c // 2 * c)
+    convolutions += 9 * sum(pixels[3 + i] * (c * 2**i) * (c * 2 ** (i + 1)) for i in range(3))
+    products, scans = 8 * c * classes, 0
+    for length, channels in ((pixels[2], c), (pixels[5], 8 * c)):
+        inner = 2 * channels
+        projections, recurrence = scan2d_cost(length, 4, inner, -(-channels // 16), n)
+        convolutions += 9 * length * inner
+        products += length * channels * (inner + inner + 4 * channels + 4 * channels) + projections
+        scans += recurrence
+    wanted = {"convolutions": convolutions, "products": products, "scans": scans}
+    assert flops_by_operation(model, (height, width)) == wanted
+    assert count_flops(model, (height, width)) == sum(wanted.values())
+
+
+def test_tokens_of_the_padding_count():
+    model = abstract("evmamba_t", width=16, depths=(1, 0, 0, 0), d_state=4)
+    # A map of 5x7 is padded to 6x8, of which every order walks 3x4.
+    assert flops_by_operation(model, (20, 28))["scans"] == scan2d_cost(12, 4, 32, 1, 4)[1]
+
+
+def test_attention_is_apart():
+    model = abstract("mambavision_t")
+    counted = flops_by_operation(model)
+    # Of 8 and 4 blocks the second halves: 196 and 49 tokens of 320 and 640 channels, queries by keys and by values.
+    attention = 2 * (4 * 196**2 * 320 + 2 * 49**2 * 640)
+    assert counted["attention"] == attention
+    assert count_flops(model) == counted["products"] + counted["convolutions"] + counted["scans"]
+
+
+def test_loops_count_as_often_as_they_turn():
+    def function(x, weight):
+        return jax.lax.scan(lambda carry, _: (carry + x @ weight, None), jnp.zeros((*x.shape[:-1], 5)), length=7)[0]
+
+    assert count_flops(Program(function), (2, 4)) == 7 * 2 * 4 * 3 * 5
+
+
+def test_only_products_with_the_image_count():
+    def function(x, weight):
+        made_once = weight @ jnp.ones((5, 5))
+        moved = jnp.einsum("bhwc,Hh->bHwc", x, jnp.ones((6, x.shape[1])))
+        return moved @ jax.jit(lambda w: w + 1)(made_once)
+
+    assert flops_by_operation(Program(function), (2, 4)) == {"products": 6 * 4 * 3 * 5}
+
+
+def test_a_loop_without_a_number_of_turns_is_refused():
+    def function(x, weight):
+        return jax.lax.while_loop(lambda y: y.sum() < 1, lambda y: y @ weight @ weight.T, x)
+
+    with pytest.raises(NotImplementedError, match="cannot count inside while"):
+        count_flops(Program(function), 2)
+
+
+def test_the_callers_model_stays_as_it_is():
+    model = create_model("evmamba_t", width=16, depths=(1, 0, 0, 0), drop_path_rate=0.5, rngs=nnx.Rngs(0))
+    model.train()
+    before = count_flops(model, 16)
+    scans = [part for _, part in nnx.iter_modules(model) if isinstance(part, S6)]
+    assert [part.implementation for part in scans] == [None]
+    assert not model.stages[0].blocks[0].drop_path.deterministic
+    model.eval()
+    assert count_flops(model, 16) == before
+
+
+def test_names_take_the_size_of_their_card():
+    assert count_flops("evmamba_t") == count_flops("evmamba_t", (224, 224)) == count_flops(abstract("evmamba_t"))
+    with pytest.raises(UserError, match="unknown model 'evmamba_x'"):
+        count_flops("evmamba_x")
+    with pytest.raises(UserError, match="image size 2x2 is too small"):
+        count_flops("evmamba_t", 2)
+
+
+def test_parameters_of_a_small_model():
+    c, n, e = 16, 4, 32
+    model = abstract("evmamba_t", width=c, depths=(1, 0, 0, 0), d_state=n, num_classes=0)
+    scan = 4 * (e * (1 + 2 * n) + e + e + e * n + e)
+    mixer = c * 2 * e + (9 * e + e) + scan + 2 * e + e * c
+    branch = (9 * c + c) + 2 * c + (c * c + c)
+    gate = 2 * c + (c * c // 8 + c // 8) + (c // 8 * c + c)
+    block = 2 * c + mixer + branch + gate
+    merging = sum(2 * (4 * c * 2**i) + (4 * c * 2**i) * (2 * c * 2**i) for i in range(3))
+    assert count_parameters(model) == (48 * c + c + 2 * c) + block + merging + 2 * 8 * c
+
+
+def maps(*stages):
+    """Return the elements of (blocks, side, channels) maps."""
+    return sum(blocks * side**2 * channels for blocks, side, channels in stages)
+
+
+# What fvcore counts beside norms: pooled elements (of squeeze-and-excitation and of the last map) and resized ones.
+EVMAMBA_T = maps((4, 14, 768), (2, 7, 1536), (1, 7, 384))
+MSVMAMBA_N = 5 * maps((1, 56, 96), (2, 28, 192), (5, 14, 384), (2, 7, 768)) + maps((1, 7, 384))
+MSVMAMBA_T_V2 = 2 * maps((2, 56, 96), (2, 28, 192), (9, 14, 384), (2, 7, 768)) + maps((1, 7, 768))
+
+
+# fvcore reads the cost of an einsum from a text of four digits: the older models, written with einsum, agree to 1e-5.
+@pytest.mark.parametrize(
+    ("name", "official", "others", "tolerance"),
+    [
+        ("vmamba_t", 4_905_609_984, maps((1, 7, 768)), 0),
+        ("msvmamba_t_v2", 5_133_861_504, MSVMAMBA_T_V2, 0),
+        ("vmamba_t_v0", 5_626_895_040, maps((1, 7, 768)), 1e-5),
+        ("msvmamba_n", 882_952_156, MSVMAMBA_N, 1e-5),
+        ("evmamba_t", 806_431_376, EVMAMBA_T, 1e-5),
+    ],
+)
+def test_the_official_counter_agrees_to_the_unit(name, official, others, tolerance, monkeypatch):
+    elements = Counter()
+    for kind in (nnx.LayerNorm, BatchNorm):
+
+        def call(self, x, kind=kind, own=kind.__call__):
+            elements[kind] += x.size
+            return own(self, x)
+
+        monkeypatch.setattr(kind, "__call__", call)
+    flops = count_flops(name)
+    norms = 5 * elements[nnx.LayerNorm] + 2 * elements[BatchNorm]
+    assert flops + norms + others == pytest.approx(official, rel=tolerance, abs=0)
+
+
+def test_xla_counts_multiplications_and_additions():
+    assert xla_flops(Program(lambda x, weight: x @ weight), (4, 8)) == 2 * 4 * 8 * 3 * 5
+
+
+def test_xla_counts_every_token_of_a_scan():
+    class Scan(nnx.Module):
+        def __init__(self):
+            self.scan = S6(3, 4, d_state=2, dt_rank=1, rngs=nnx.Rngs(0))
+            self.in_channels = 3
+
+        def __call__(self, x):
+            return self.scan(x, CROSS)
+
+    small, large = (xla_flops(Scan(), side) for side in (8, 16))
+    products, _ = scan2d_cost(64, 4, 3, 1, 2)
+    assert small > 2 * products + 64 * 4 * 3 * 2 * 5
+    assert large / small == pytest.approx(4, rel=0.05)
+
+
+def test_the_command_prints_both_counts(capsys):
+    assert main(["evmamba_t", "--image-size", "32", "64"]) == 0
+    titles, row = capsys.readouterr().out.splitlines()
+    assert titles.split()[:3] == ["model", "parameters", "FLOPs"]
+    assert row.split()[:3] == ["evmamba_t", "6.5", f"{count_flops('evmamba_t', (32, 64)) / 1e6:,.1f}"]
+    assert row.split()[-1] == f"{xla_flops('evmamba_t', (32, 64)) / 1e6:,.1f}"
+    assert main(["evmamba_x"]) == 2
+    assert "unknown model 'evmamba_x'" in capsys.readouterr().err

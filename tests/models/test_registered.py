@@ -1,0 +1,156 @@
+"""What every registered model must do: at full size without computing, in small with real numbers.
+
+What a family computes is tested against its official code in tests/weights.
+"""
+
+import functools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from evmamba_jax import create_model, functional, list_models
+from evmamba_jax.models import registry
+from evmamba_jax.training.command import parse_command
+
+ROOT = Path(__file__).parents[2]
+every_model = pytest.mark.parametrize("name", list_models())
+
+
+# At full size, shapes and types only
+
+
+def possible_sizes(name, length, stage):
+    """Return the least and the greatest side of a stage's map, for a side of the image."""
+    if name.startswith("vim"):  # one resolution, patches of 16 pixels
+        patches = (length - 16) // (8 if name.endswith("stride8") else 16) + 1
+        return patches, patches
+    stride = 4 * 2**stage
+    return length // stride, -(-length // stride)  # stems and downsamplings round up or down
+
+
+@every_model
+def test_full_size_as_its_config_builds_it(name):
+    config, _ = parse_command(["train_tpu.py", "--config", str(ROOT / "configs" / f"{name}.py")])
+    config.validate()
+    assert config.model.name == name
+    side = config.data.image_size
+
+    def build():
+        options = {"drop_path_rate": config.model.drop_path_rate, **config.model.options}
+        return create_model(config.model.name, dtype=jnp.bfloat16, **options)
+
+    model = nnx.eval_shape(build)
+    _, params, stats = functional.split(model)
+    assert {p.dtype for p in (params | stats).values()} == {jnp.dtype(jnp.float32)}
+
+    image = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    logits = jax.eval_shape(lambda model, x: model(x), model, image((2, side, side, 3)))
+    chex.assert_shape(logits, (2, 1000))
+    assert logits.dtype == jnp.bfloat16
+
+    height, width = side - 9, side + 21  # odd, and no square
+    maps = jax.eval_shape(lambda model, x: model.features(x), model, image((2, height, width, 3)))
+    assert len(maps) == 4
+    for i, stage in enumerate(maps):
+        batch, rows, columns, channels = stage.shape
+        assert batch == 2
+        assert rows in possible_sizes(name, height, i)
+        assert columns in possible_sizes(name, width, i)
+        assert channels == maps[0].shape[3] * (1 if name.startswith("vim") else 2**i)
+        # Vim's features are its residual stream, which stays float32.
+        assert stage.dtype == (jnp.float32 if name.startswith("vim") else jnp.bfloat16)
+
+
+# In small, really computed
+
+
+class Computed(NamedTuple):
+    """What a small model gave."""
+
+    exact: jax.Array  # logits in float32
+    again: jax.Array  # those of a second run
+    low: jax.Array  # logits in bfloat16, in which models are trained
+    gradients: functional.Arrays  # of these
+
+
+def shrunk(name):
+    """Return the family, and options for few and narrow blocks and small windows that leave the rest as it is."""
+    family, options = registry._VARIANTS[name]
+    defaults = family.__init__.__kwdefaults__
+    small = {"width": 16, "num_classes": 10}
+    if "depths" not in defaults:
+        small |= {"depth": 2, "image_size": 64}
+    elif "window_size" not in defaults:
+        small |= {"depths": (0, 1, 0, 1)}  # EfficientVMamba's blocks differ between the first half and the second
+    else:
+        # Two blocks where the first has a scan and the second attention; windows smaller than the map.
+        windows = options.get("window_size", defaults["window_size"])
+        small |= {"depths": (0, 1, 0, 2), "stem_width": 8, "window_size": tuple(max(2, w // 4) for w in windows)}
+    return family, options | small
+
+
+def compute(name) -> Computed:
+    """Run the small model forward and backward; variants that are the same in small share the run."""
+    family, options = shrunk(name)
+    return _compute(family, tuple(sorted(options.items())))
+
+
+@functools.cache
+def _compute(family, options) -> Computed:
+    jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # quick to compile
+
+    def build(dtype: Any = None):
+        model = family(**dict(options), dtype=dtype, rngs=nnx.Rngs(0))
+        model.eval()
+        return model
+
+    graphdef = functional.split(nnx.eval_shape(build)).graphdef
+    low_graphdef = functional.split(nnx.eval_shape(lambda: build(jnp.bfloat16))).graphdef
+    params, stats = jit(lambda: functional.split(build())[1:])()
+    images = jax.random.normal(jax.random.key(1), (2, 64, 48, 3))
+
+    forward = jit(lambda params, x: functional.merge(graphdef, params, stats)(x))
+
+    @jit
+    @functools.partial(jax.grad, has_aux=True)
+    def gradient(params, x):
+        logits = functional.merge(low_graphdef, params, stats)(x)
+        return (logits.astype(jnp.float32) * jnp.arange(20.0).reshape(2, 10)).sum(), logits
+
+    exact, again = forward(params, images), forward(params, images)
+    gradients, low = gradient(params, images)
+    return Computed(exact, again, low, gradients)
+
+
+@every_model
+def test_small_forward_is_finite_and_repeats(name):
+    result = compute(name)
+    for logits in (result.exact, result.low):
+        chex.assert_shape(logits, (2, 10))
+        chex.assert_tree_all_finite(logits)
+    chex.assert_trees_all_equal(result.exact, result.again)
+    assert abs(result.exact[0] - result.exact[1]).max() > 1e-4  # two images, two answers
+
+
+@every_model
+def test_small_backward_reaches_every_parameter(name):
+    """No gradient is zero: images are large enough for every map to have two tokens, and batch norms do not train."""
+    gradients = compute(name).gradients
+    chex.assert_tree_all_finite(gradients)
+    assert [n for n, g in gradients.items() if not g.any()] == []
+    assert {g.dtype for g in gradients.values()} == {jnp.dtype(jnp.float32)}
+
+
+@every_model
+def test_small_bfloat16_stays_near_float32(name):
+    result = compute(name)
+    assert (result.exact.dtype, result.low.dtype) == (jnp.float32, jnp.bfloat16)
+    exact, low = np.asarray(result.exact, np.float64), np.asarray(result.low, np.float64)
+    error = np.linalg.norm(low - exact) / np.linalg.norm(exact)
+    assert 1e-5 < error < 0.04  # above zero: it did compute in bfloat16

@@ -1,0 +1,35 @@
+"""The pages of ``docs/`` that hold Python run as printed, block after block, and say what they print."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def test_scan_orders_runs_as_printed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # it writes its picture where it runs
+    text = (DOCS / "scan_orders.md").read_text()
+    names: dict = {}
+    for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        exec(block, names)
+        promised = re.findall(r"^print\(.*\)  # (.*?)(?::.*)?$", block, re.MULTILINE)
+        printed = capsys.readouterr().out.splitlines()
+        assert printed[: len(promised)] == promised
+    assert printed[-1].startswith("loss 2.3")  # ten classes, nothing known: log 10
+    assert np.mean(names["losses"][-10:]) < 0.8
+    assert names["accuracy"] > 0.75
+
+    # The picture of the page is what its code draws; another version of matplotlib may place a line otherwise.
+    drawn, kept = (Image.open(path).convert("L") for path in (tmp_path / "scan_orders.png", DOCS / "scan_orders.png"))
+    sizes = np.array([drawn.size, kept.size])
+    assert abs(sizes[0] - sizes[1]).max() < 0.05 * sizes.max()
+    small = [np.asarray(image.resize((200, 50)), float) for image in (drawn, kept)]
+    assert abs(small[0] - small[1]).mean() < 8
+    assert np.corrcoef(small[0].ravel(), small[1].ravel())[0, 1] > 0.9
+
+
+def test_scan_orders_is_found_from_the_readme():
+    assert "](docs/scan_orders.md)" in (DOCS.parent / "README.md").read_text()

@@ -1,0 +1,86 @@
+"""Our MSVMamba against recorded outputs of the official code; tests/golden/README.md has data and limits.
+
+Recorded is version 1 only; version 2 has a slow reference of its own in tests/models/test_msvmamba.py.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from recorded import arrays, assert_float32, assert_float64, assert_near, assert_part, channels_last
+
+from evmamba_jax.layers.block import Block
+from evmamba_jax.layers.resize import resize
+from evmamba_jax.models.msvmamba import LOW, MS2D, ConvFFN, SqueezeExcite
+from evmamba_jax.weights import msvmamba as tables
+from pallas_kernels import Chain
+
+WIDTH = 16
+
+
+def every_map(model, images):
+    """Return the output of every part by the name the golden data gives it."""
+    x = model.patch_embed(images)
+    maps = {"feat/patch_embed": x}
+    for i, stage in enumerate(model.stages):
+        for j, block in enumerate(stage.blocks):
+            x = maps[f"block/layers.{i}.blocks.{j}"] = block(x)
+        maps[f"feat/stage{i + 1}"] = x
+        if stage.downsample is not None:
+            x = maps[f"feat/stage{i + 1}_down"] = stage.downsample(x)
+    maps["feat/norm"] = model.norm(x)
+    maps["feat/pooled"] = maps["feat/norm"].mean((1, 2))
+    return maps
+
+
+def test_float32_logits_stages_and_blocks():
+    assert_float32("msvmamba_n", every_map)
+
+
+def test_float64_logits_and_gradients():
+    assert_float64("msvmamba_n")
+
+
+def mixer(rngs):
+    return MS2D(WIDTH, version=1, ssm_ratio=2.0, gate=True, rngs=rngs)
+
+
+def block(rngs):
+    ffn = ConvFFN(WIDTH, 2 * WIDTH, rngs=rngs)
+    return Block(WIDTH, mixer(rngs), ffn, drop_path=0.0, dtype=None, rngs=rngs)
+
+
+PARTS = {
+    "ss2d_8x8": (mixer, tables.MS2D, np.asarray),
+    "ss2d_5x6": (mixer, tables.MS2D, np.asarray),
+    "conv_ffn": (lambda rngs: ConvFFN(8, 16, rngs=rngs), tables.CONV_FFN, channels_last),
+    "se": (lambda rngs: SqueezeExcite(32, rngs=rngs), tables.SQUEEZE_EXCITE, channels_last),
+    "block": (block, tables.BLOCK, np.asarray),  # on a grid of 9x7
+}
+
+
+@pytest.mark.parametrize("case", PARTS)
+def test_parts_and_all_their_gradients(case):
+    build, rows, to_ours = PARTS[case]
+    assert_part("op_msvmamba", case, build, rows, to_ours=to_ours)
+
+
+GRIDS = ["9x7", "8x8", "5x6"]
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_bilinear_upsampling_and_its_gradient(grid):
+    golden = {key.split("/", 1)[1]: a for key, a in arrays("op_msvmamba").items() if key.startswith(f"bilinear_{grid}")}
+    x, cot, y, gradient = (channels_last(golden[name]) for name in ("in/x", "cot/y", "out/y", "grad/x"))
+    ours, vjp = jax.vjp(lambda x: resize(x, *y.shape[1:3], "bilinear"), x)
+    assert_near(ours, y, 5e-6, what="output")
+    assert_near(vjp(jnp.asarray(cot))[0], gradient, 5e-6, what="gradient")
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_the_low_resolution_sequence_is_the_recorded_one(grid):
+    """What enters the official scan is three walks over one map, whose first is by rows and reversed."""
+    sequence = arrays("op_msvmamba")[f"ss2d_{grid}/out/scan0_u"].swapaxes(1, 2)
+    height, width = (-(-int(n) // 2) for n in grid.split("x"))
+    low = sequence[:, : height * width][:, ::-1].reshape(len(sequence), height, width, -1)
+    assert_near(Chain(LOW).read(jnp.asarray(low)), sequence, 0, what="sequence")
