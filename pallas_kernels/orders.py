@@ -105,7 +105,7 @@ class Chain:
 
     Raises:
         ValueError: no orders.
-        TypeError: an entry that is no Order.
+        TypeError: no tuple, or an entry that is no Order.
 
     Source: YuHengsss/MSVMamba, whose three low-resolution scans are one sequence.
     """
@@ -113,6 +113,8 @@ class Chain:
     orders: tuple[Order, ...]
 
     def __post_init__(self):
+        if not isinstance(self.orders, tuple):
+            raise TypeError(f"Chain: orders must be a tuple of Order values, got {type(self.orders).__name__}")
         if not self.orders:
             raise ValueError("Chain: orders is empty; give at least one Order")
         for order in self.orders:

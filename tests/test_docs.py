@@ -4,16 +4,20 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 DOCS = Path(__file__).parent.parent / "docs"
 
 
+def python_blocks(page):
+    return re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(), re.MULTILINE | re.DOTALL)
+
+
 def test_scan_orders_runs_as_printed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)  # it writes its picture where it runs
-    text = (DOCS / "scan_orders.md").read_text()
     names: dict = {}
-    for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+    for block in python_blocks("scan_orders.md"):
         exec(block, names)
         promised = re.findall(r"^print\(.*\)  # (.*?)(?::.*)?$", block, re.MULTILINE)
         printed = capsys.readouterr().out.splitlines()
@@ -31,5 +35,13 @@ def test_scan_orders_runs_as_printed(tmp_path, monkeypatch, capsys):
     assert np.corrcoef(small[0].ravel(), small[1].ravel())[0, 1] > 0.9
 
 
-def test_scan_orders_is_found_from_the_readme():
-    assert "](docs/scan_orders.md)" in (DOCS.parent / "README.md").read_text()
+def test_models_runs_as_printed():
+    names: dict = {}
+    for block in python_blocks("models.md"):
+        exec(block, names)
+    assert names["logits"].shape == (2, 10)
+
+
+@pytest.mark.parametrize("page", ["models.md", "scan_orders.md", "training.md"])
+def test_every_page_is_found_from_the_readme(page):
+    assert f"](docs/{page})" in (DOCS.parent / "README.md").read_text()

@@ -9,7 +9,14 @@ import pytest
 from evmamba_jax import list_models
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/scan_orders.md", "docs/training.md", "pallas_kernels/README.md"]
+DOCUMENTS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/scan_orders.md",
+    "docs/models.md",
+    "docs/training.md",
+    "pallas_kernels/README.md",
+]
 
 
 def blocks(document):

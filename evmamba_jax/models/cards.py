@@ -177,7 +177,7 @@ _AT_512 = f"{_21K} Neither FLOPs figure holds attention's products of queries, k
 _SQUASHED = {"input_size": (512, 512), "crop": 0.93, "crop_mode": "squash"}
 _MODELS: dict[str, dict[str, Any]] = {
     "evmamba_s": {"note": "The official yaml says width 96; these weights have width 64."},
-    "vmamba_t_v0": {"note": "Trained without EMA, the only one of VMamba's models."},
+    "vmamba_t_v0": {"note": "Trained with drop path 0.1; the official yaml says 0.2."},
     "msvmamba_t_v2": _MIT_MSVMAMBA,
     "msvmamba_s_v2": _MIT_MSVMAMBA,
     "msvmamba_b_v2": _MIT_MSVMAMBA,

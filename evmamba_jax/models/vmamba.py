@@ -11,7 +11,7 @@ from typing import Literal
 from flax import nnx
 from flax.typing import Dtype
 
-from evmamba_jax.errors import one_of
+from evmamba_jax.errors import UserError, one_of
 from evmamba_jax.layers.block import Block
 from evmamba_jax.layers.initializers import SCAN_INITS
 from evmamba_jax.layers.mlp import ACTIVATIONS, Activation, Mlp
@@ -19,7 +19,7 @@ from evmamba_jax.layers.patches import PATCHES
 from evmamba_jax.layers.pyramid import Pyramid, Stage, stage_parts
 from evmamba_jax.layers.ss2d import SS2D, Scan
 from evmamba_jax.models.registry import register
-from pallas_kernels import CROSS, Order
+from pallas_kernels import CROSS, Chain, Order
 
 # The scan patterns of the paper's table 10, each with four sets of parameters; cascade_aligned is ours (see SS2D).
 SCANS: dict[str, Scan] = {
@@ -87,6 +87,12 @@ class VMamba(Pyramid):
         one_of("act", act, ACTIVATIONS)
         scan_init = one_of("init", init, SCAN_INITS)
         orders = one_of("scan", scan, SCANS) if isinstance(scan, str) else scan
+        if not isinstance(orders, str) and not (
+            isinstance(orders, tuple) and orders and all(isinstance(order, Order | Chain) for order in orders)
+        ):
+            raise UserError(
+                f"scan is {scan!r}; allowed: {', '.join(map(repr, SCANS))}, or a tuple of Order or Chain values"
+            )
         stem, halve = PATCHES[overlap]
         patch_embed = stem(in_channels, width, dtype=dtype, rngs=rngs)
 

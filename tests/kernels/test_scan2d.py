@@ -260,6 +260,7 @@ def test_wrong_orders(values, message):
     ("orders", "error", "message"),
     [
         ((), ValueError, "Chain: orders is empty; give at least one Order"),
+        ([Order()], TypeError, "Chain: orders must be a tuple of Order values, got list"),
         ((Order(), "rows"), TypeError, "Chain: orders must hold Order values, got str"),
         ((Chain((Order(),)),), TypeError, "Chain: orders must hold Order values, got Chain"),
     ],

@@ -289,6 +289,9 @@ def test_drop_path_rises_linearly_over_all_blocks():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"scan": Order()}, "scan is Order(origin=(0, 0), "),
+        ({"scan": ()}, "scan is (); allowed: 'cross', "),
+        ({"scan": ("cross",)}, "scan is ('cross',); allowed: 'cross', "),
         ({"scan": "cros"}, "unknown scan 'cros', did you mean 'cross'?; allowed: 'cross', 'unidirectional', "),
         ({"act": "swish"}, "unknown act 'swish'; allowed: 'silu', 'gelu', 'relu'"),
         ({"init": "zeros"}, "unknown init 'zeros', did you mean 'zero'?; allowed: 'mamba', 'random', 'zero'"),
