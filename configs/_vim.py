@@ -5,16 +5,8 @@ this library yet. The official learning rate changes once an epoch, and the warm
 over all of them; here the cosine follows the warm-up, and falls with every step. The rest is as published. The paper
 differs from the scripts: weight decay 0.05 for Ti too, batches of 1024 for S too.
 
-Fine-tuning starts from ``config.model.pretrained``, a folder of weights for the new stride. A file of the pre-trained
-model gets there in two steps::
-
-    weights = load_torch_file("vim_t.pth")
-    weights["pos_embed"] = np.asarray(resize_pos_embed(weights["pos_embed"], (14, 14), (27, 27)))
-    safetensors.numpy.save_file(weights, "resized.safetensors")
-
-    python -m evmamba_jax.weights convert --model vim_t_stride8 --torch resized.safetensors --out FOLDER
-
-with ``resize_pos_embed`` of :mod:`evmamba_jax.models.vim`.
+Fine-tuning starts from ``config.model.pretrained``, a converted file or a run of the model of stride 16, whose position
+embedding is resized as the official code does it.
 """
 
 from evmamba_jax.data.config import DataConfig

@@ -1,9 +1,10 @@
 """What the families of four stages share: the walk from stem to head, and what it asks of the images."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.typing import Dtype
 
@@ -96,6 +97,20 @@ class Pyramid(nnx.Module):
             self.head = Linear(widths[-1], num_classes, dtype=dtype, rngs=rngs) if num_classes else None
         self.in_channels = in_channels
 
+    def adopt(self, arrays: dict[str, Any]) -> dict[str, Any]:
+        """Return parameters and batch statistics of a checkpoint, by path, as this model takes them.
+
+        A backbone (``out_norms=True``) takes those of a classifier, as the official detectors do: without its last
+        norm and head, and with out norms at their initial 1 and 0.
+        """
+        if self.out_norms is None or any(path.startswith("out_norms.") for path in arrays):
+            return arrays
+        kept = {path: array for path, array in arrays.items() if not path.startswith(("norm.", "head."))}
+        for i, norm in enumerate(self.out_norms):
+            kept[f"out_norms.{i}.scale"] = np.ones(norm.num_features, np.float32)
+            kept[f"out_norms.{i}.bias"] = np.zeros(norm.num_features, np.float32)
+        return kept
+
     def features(self, images: jax.Array, *, key: jax.Array | None = None) -> list[jax.Array]:
         """Return the four stage maps [(B, h, w, C), ...], each before its downsampling.
 
@@ -122,19 +137,6 @@ class Pyramid(nnx.Module):
             raise UserError("this model was built with out_norms=True, a backbone without a head: call its features()")
         x = self.norm(self.features(images, key=key)[-1]).mean((1, 2))
         return x if self.head is None else self.head(x)
-
-
-# Paths of what a backbone built with out_norms=True leaves out.
-CLASSIFIER_ONLY = ("norm.", "head.")
-
-
-def initial_out_norms(params: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Return the initial values of the out norms among ``params``, which the weights of a classifier do not have."""
-    return {
-        path: jnp.ones(array.shape) if path.endswith("scale") else jnp.zeros(array.shape)
-        for path, array in params.items()
-        if path.startswith("out_norms.")
-    }
 
 
 def check_images(images: jax.Array, channels: int, smallest: int) -> None:

@@ -10,7 +10,6 @@ from flax import nnx
 
 from evmamba_jax import functional
 from evmamba_jax.errors import UserError, nearest
-from evmamba_jax.layers.pyramid import CLASSIFIER_ONLY, initial_out_norms
 
 _VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {}  # the class and its sizes
 
@@ -32,8 +31,9 @@ def create_model(
 
     Args:
         name: one of :func:`list_models`.
-        pretrained: folder of a converted model, of a training run, or of one of its checkpoints. A backbone
-            (``out_norms=True``) takes the weights of a classifier: without its last norm and head, out norms 1 and 0.
+        pretrained: folder of a converted model, of a training run, or of one of its checkpoints. Where the family's
+            ``adopt`` says so, it may be of another shape: a backbone (``out_norms=True``) takes a classifier, Vim a
+            position embedding of another grid.
         rngs: source of the initial values; ``nnx.Rngs(0)`` when not given.
         **options: arguments of the family's class (``num_classes``, ``in_channels``, ``drop_path_rate``, ``dtype``
             and its sizes).
@@ -58,7 +58,8 @@ def create_model(
     if pretrained is None:
         model = family(**{**defaults, **options}, rngs=rngs or nnx.Rngs(0))
     else:
-        model = _restored(functional.split(abstract_model(name, **options)), pretrained, name)
+        model = abstract_model(name, **options)
+        functional.fill(model, *load_pretrained(model, pretrained, name)[:2])
     model.eval()
     return model
 
@@ -81,15 +82,24 @@ class _SameKey(nnx.RngStream):
         return self.key[...]
 
 
-def _restored(target: functional.Split, directory: str | PathLike[str], name: str) -> nnx.Module:
+def load_pretrained(
+    model: Any, directory: str | PathLike[str], name: str, *, ema: bool = False
+) -> tuple[functional.Arrays, functional.Arrays, dict[str, Any]]:
+    """Return parameters, batch statistics and meta of a checkpoint as a model takes them.
+
+    Args:
+        model: the model, which may be abstract; its ``adopt`` says what it takes from the checkpoint of another shape.
+        directory: folder of a converted model, of a training run, or of one of its checkpoints.
+        name: what an error calls the model.
+        ema: take the moving average.
+
+    Raises:
+        UserError: a checkpoint that is missing, or of another model or other shapes.
+    """
     from evmamba_jax import checkpoint
 
-    params, batch_stats, _ = checkpoint.load_model(directory)
-    fresh = initial_out_norms(target.params)
-    if fresh and fresh.keys().isdisjoint(params):
-        params = {path: a for path, a in params.items() if not path.startswith(CLASSIFIER_ONLY)} | fresh
-        batch_stats = {path: a for path, a in batch_stats.items() if not path.startswith(CLASSIFIER_ONLY)}
-    functional.check_same_shapes(
-        {**target.params, **target.batch_stats}, {**params, **batch_stats}, f"checkpoint {directory}", f"model {name}"
-    )
-    return functional.merge(target.graphdef, params, batch_stats)
+    params, batch_stats, meta = checkpoint.load_model(directory, ema=ema)
+    adopted = model.adopt({**params, **batch_stats})
+    _, params, batch_stats = functional.split(model)
+    functional.check_same_shapes({**params, **batch_stats}, adopted, f"checkpoint {directory}", f"model {name}")
+    return {path: adopted[path] for path in params}, {path: adopted[path] for path in batch_stats}, meta

@@ -7,8 +7,10 @@ with Mamba's time steps (``mamba_dt_init_backward``), and resizing the position 
 class token's, which sits in the middle (``pos_embed_class_token``).
 """
 
+import logging
+import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +29,8 @@ from evmamba_jax.layers.resize import resize
 from evmamba_jax.layers.s6 import S6, default_dt_rank
 from evmamba_jax.models.registry import register
 from pallas_kernels import Order
+
+logger = logging.getLogger(__name__)
 
 # Where a position embedding of M + 1 entries is taken to have that of the class token.
 _CLASS_TOKEN_AT = {"first": lambda patches: 0, "middle": lambda patches: patches // 2}
@@ -256,7 +260,7 @@ class Vim(nnx.Module):
         self.stride = stride
         self.in_channels = in_channels
         self.grid = self._grid_of(*sides)
-        self.pos_embed_class_token = pos_embed_class_token if class_token else None
+        self.pos_embed_class_token: Place = pos_embed_class_token
 
         # timm 0.4's lecun_normal_ divides by the deviation of a normal cut at 2 deviations, but does not cut it there.
         fan_in = in_channels * patch_size**2
@@ -300,6 +304,30 @@ class Vim(nnx.Module):
     def _grid_of(self, height: int, width: int) -> tuple[int, int]:
         return (height - self.patch_size) // self.stride + 1, (width - self.patch_size) // self.stride + 1
 
+    def adopt(self, arrays: dict[str, Any]) -> dict[str, Any]:
+        """Return parameters of a checkpoint, by path, as this model takes them.
+
+        A position embedding of another length, taken for that of a square, is resized by :func:`resize_pos_embed`, as
+        fine-tuning at another size or stride needs it. A backbone (``class_token=False``, ``num_classes=0``) takes a
+        classifier without its class token and head.
+        """
+        arrays = dict(arrays)
+        classifier = "cls_token" in arrays
+        place = self.pos_embed_class_token if classifier else None
+        given, patches = arrays.get("pos_embed"), self.grid[0] * self.grid[1]
+        if given is not None and given.shape[1] != patches + classifier:
+            side = math.isqrt(given.shape[1] - classifier)
+            if given.shape[1] == side**2 + classifier:
+                logger.warning("position embedding resized from %dx%d to %dx%d patches", side, side, *self.grid)
+                arrays["pos_embed"] = resize_pos_embed(given, (side, side), self.grid, class_token=place)
+        if classifier and self.cls_token is None and self.head is None:
+            for path in ("cls_token", "head.kernel", "head.bias"):
+                arrays.pop(path, None)
+            arrays["pos_embed"], _ = _take_out(
+                arrays["pos_embed"], _CLASS_TOKEN_AT[self.pos_embed_class_token](patches)
+            )
+        return arrays
+
     def tokens(self, images: jax.Array) -> jax.Array:
         """Return what enters the first block: (B, M + 1, C), the class token at M // 2 of M patches row by row.
 
@@ -314,7 +342,12 @@ class Vim(nnx.Module):
             one = jnp.broadcast_to(self.cls_token[...], (x.shape[0], 1, x.shape[-1]))
             x = _insert(x, one, x.shape[1] // 2)
         # Adding a float32 parameter makes the residual stream float32 whatever the compute type.
-        return x + resize_pos_embed(self.pos_embed[...], self.grid, grid, class_token=self.pos_embed_class_token)
+        return x + resize_pos_embed(
+            self.pos_embed[...],
+            self.grid,
+            grid,
+            class_token=self.pos_embed_class_token if self.cls_token is not None else None,
+        )
 
     def _streams(self, images: jax.Array, key: jax.Array | None) -> list[jax.Array]:
         """Return the residual stream (B, L, C) after every block."""

@@ -11,10 +11,9 @@ import numpy as np
 from flax import nnx
 
 from evmamba_jax import create_model, functional
-from evmamba_jax.checkpoint import load_model
 from evmamba_jax.data import loader
 from evmamba_jax.data.sources import open_source
-from evmamba_jax.models import abstract_model
+from evmamba_jax.models import abstract_model, load_pretrained
 from evmamba_jax.training import mesh as meshes
 from evmamba_jax.training import pictures
 from evmamba_jax.training.config import Config
@@ -36,7 +35,8 @@ class Task:
         self.mesh = meshes.make_mesh(config)
         self.eval_source = open_source(config.data, config.data.eval_split)
         self.num_classes = self.eval_source.num_classes
-        self.abstract = functional.split(abstract_model(config.model.name, **self._model_options()))
+        self.model = abstract_model(config.model.name, **self._model_options())
+        self.abstract = functional.split(self.model)
         # Traced once for its errors: an image size that the model cannot take is found before anything is compiled.
         side, channels = config.data.image_size, config.data.in_channels
         image = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
@@ -62,13 +62,8 @@ class Task:
         self, directory: str | os.PathLike[str], *, ema: bool = False
     ) -> tuple[dict[str, functional.Arrays], dict[str, Any]]:
         """Return a checkpoint's ``{"params", "batch_stats"}``, checked against the model's shapes, and its meta."""
-        params, batch_stats, meta = load_model(directory, ema=ema)
-        functional.check_same_shapes(
-            {**self.abstract.params, **self.abstract.batch_stats},
-            {**params, **batch_stats},
-            f"checkpoint {directory}",
-            f"model {self.config.model.name} with {self.num_classes} classes",
-        )
+        name = f"{self.config.model.name} with {self.num_classes} classes"
+        params, batch_stats, meta = load_pretrained(self.model, directory, name, ema=ema)
         return {"params": params, "batch_stats": batch_stats}, meta
 
     def global_batch(self, rows: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:

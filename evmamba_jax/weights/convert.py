@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from evmamba_jax import checkpoint, functional
 from evmamba_jax.errors import UserError
-from evmamba_jax.layers.pyramid import CLASSIFIER_ONLY, initial_out_norms
+from evmamba_jax.layers.pyramid import Pyramid
 from evmamba_jax.models import abstract_model, create_model
 from evmamba_jax.models.efficientvmamba import EfficientVMamba
 from evmamba_jax.models.mambavision import MambaVision
@@ -60,11 +60,11 @@ def from_torch(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) -> None:
     for old, new in family.old_names.items():
         given = {re.sub(old, new, name): array for name, array in given.items()}
     rows = family.table(model)
-    official = {row.ours: row.official for row in rows}
-    fresh = {official[path]: np.asarray(array) for path, array in initial_out_norms(_arrays(model)).items()}
-    if fresh.keys().isdisjoint(given):
-        ends = {name for path, name in official.items() if path.startswith(CLASSIFIER_ONLY)} if fresh else set()
-        given = {name: array for name, array in given.items() if name not in ends} | fresh
+    if isinstance(model, Pyramid):
+        paths = {row.official: row.ours for row in rows}
+        official = {row.ours: row.official for row in rows}
+        adopted = model.adopt({paths.get(name, name): array for name, array in given.items()})
+        given = {official.get(path, path): array for path, array in adopted.items()}
     fill(model, rows, given)
 
 

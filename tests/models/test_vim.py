@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from evmamba_jax import create_model, functional
+from evmamba_jax import checkpoint, create_model, functional
 from evmamba_jax.errors import UserError
 from evmamba_jax.models import abstract_model
 from evmamba_jax.models.vim import resize_pos_embed
@@ -397,3 +397,47 @@ def test_configs_are_valid_and_of_their_model(name):
     config = import_module(f"configs.{name}").get_config()
     config.validate()
     assert config.model.name == name
+
+
+# Checkpoints of another grid
+
+SMALL_BLOCKS = {"width": 8, "depth": 1, "d_state": 2}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Return the parameters of a small model for images of 64x64, and the folder they are saved in."""
+    _, params, stats = functional.split(create_model("vim_t", **SMALL_BLOCKS, image_size=64, num_classes=3))
+    folder = tmp_path_factory.mktemp("vim") / "saved"
+    checkpoint.save_model(folder, params=params, batch_stats=stats, meta={})
+    return params, folder
+
+
+@pytest.mark.parametrize("place", ["first", "middle"])
+def test_fine_tuning_at_another_stride_resizes_the_position_embedding(saved, caplog, place):
+    params, folder = saved
+    options = {"image_size": 64, "stride": 8, "num_classes": 3, "pos_embed_class_token": place}
+    model = create_model("vim_t", **SMALL_BLOCKS, **options, pretrained=folder)
+    assert "position embedding resized from 4x4 to 7x7 patches" in caplog.text
+    expected = resize_pos_embed(params["pos_embed"], (4, 4), (7, 7), class_token=place)
+    chex.assert_trees_all_equal(model.pos_embed[...], expected)
+    chex.assert_trees_all_equal(model.head.kernel[...], params["head.kernel"])
+
+
+def test_the_same_grid_is_left_alone(saved, caplog):
+    params, folder = saved
+    model = create_model("vim_t", **SMALL_BLOCKS, image_size=64, num_classes=3, pretrained=folder)
+    chex.assert_trees_all_equal(model.pos_embed[...], params["pos_embed"])
+    assert not caplog.text
+
+
+def test_a_backbone_takes_a_classifier_without_its_class_token(saved):
+    params, folder = saved
+    options = {"image_size": 64, "num_classes": 0, "class_token": False}
+    model = create_model("vim_t", **SMALL_BLOCKS, **options, pretrained=folder)
+    chex.assert_trees_all_equal(model.pos_embed[...], params["pos_embed"][:, 1:])  # as the official backbone does
+
+
+def test_another_head_is_refused(saved):
+    with pytest.raises(UserError, match=r"does not fit model vim_t: head.bias"):
+        create_model("vim_t", **SMALL_BLOCKS, image_size=64, num_classes=4, pretrained=saved[1])

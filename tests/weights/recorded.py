@@ -55,10 +55,13 @@ def abstract(name: str, **options) -> nnx.Module:
     return abstract_model(name, **options)
 
 
-def official(name: str, dtype=np.float32) -> tuple[nnx.Module, np.ndarray]:
-    """Return one of our models with the weights, and the images, under which the official one was recorded."""
-    doc = facts(MODELS[name])
-    model = abstract(name)
+def official(name: str, dtype=np.float32, golden: str | None = None, **options) -> tuple[nnx.Module, np.ndarray]:
+    """Return one of our models with the weights, and the images, under which the official one was recorded.
+
+    ``golden`` names the file of a small model, with the ``options`` that make ours of its size.
+    """
+    doc = facts(golden or MODELS[name])
+    model = abstract(name, **options)
     from_torch(model, {k: v.astype(dtype) for k, v in weights(doc["state_dict"]).items()})
     return model, image(doc["input"]["shape"], doc["input"]["seed"]).astype(dtype)
 
@@ -121,25 +124,29 @@ def assert_float32(name: str, every_map: Callable) -> None:
         chex.assert_trees_all_equal(list(stages), [maps[f"feat/stage{i}"] for i in (1, 2, 3, 4)])
 
 
-def assert_float64(name: str) -> None:
-    """Assert that float64 logits and the gradient of every parameter are the recorded ones.
+def assert_float64(name: str, small: str | None = None, **options) -> None:
+    """Assert that float64 logits and the gradient of every parameter are the recorded ones, of small models maps too.
 
-    Only float64 shows a wrong epsilon, or a cast down to float32.
+    Only float64 shows a wrong epsilon, or a cast down to float32. ``small`` and ``options`` are those of ``official``.
     """
-    about, golden = facts(MODELS[name])["gradients"], arrays(MODELS[name])
+    about, golden = facts(small or MODELS[name])["gradients"], arrays(small or MODELS[name])
     with jax.enable_x64(True):
-        model, images = official(name, np.float64)
+        model, images = official(name, np.float64, small, **options)
         graphdef, params, batch_stats = functional.split(model)
         labels = jnp.asarray(about["labels"])
 
         def loss(params):
-            logits = functional.merge(graphdef, params, batch_stats)(images)
-            return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1).mean(), logits
+            model = functional.merge(graphdef, params, batch_stats)
+            logits, maps = model(images), model.features(images) if small else ()
+            return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1).mean(), (logits, maps)
 
         run = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=UNOPTIMISED)
-        (value, logits), gradients = run(params)
+        (value, (logits, maps)), gradients = run(params)
     assert logits.dtype == np.float64
     assert_near(logits, golden["logits_f64"], 1e-8, what="logits")
+    assert len(maps) == sum(key.startswith("feat_f64/") for key in golden)
+    for i, ours in enumerate(maps, 1):
+        assert_near(ours[:1], golden[f"feat_f64/stage{i}"], 1e-8, what=f"stage {i}")
     assert abs(float(value) - golden["grad/loss_f64"]) < 1e-8
 
     rows = {row.official: row for row in table(model) if row.ours in params}

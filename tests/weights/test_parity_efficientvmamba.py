@@ -40,6 +40,10 @@ def test_float64_logits_and_gradients():
     assert_float64("evmamba_t")
 
 
+def test_an_odd_rectangle_whose_every_grid_is_padded():
+    assert_float64("evmamba_t", "efficientvmamba_odd", width=8, depths=(1, 1, 1, 1), num_classes=10)
+
+
 def test_float64_logits_of_the_width_that_its_yaml_misprints():
     with jax.enable_x64(True):
         model, images = official("evmamba_s", np.float64)

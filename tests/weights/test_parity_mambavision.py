@@ -52,6 +52,11 @@ def test_float64_logits_and_gradients():
     assert_float64("mambavision_t")
 
 
+def test_layer_scale_on_an_image_smaller_than_the_windows():
+    options = {"width": 16, "stem_width": 8, "depths": (1, 1, 2, 2), "num_heads": (2, 4, 8, 16)}
+    assert_float64("mambavision_b", "mambavision_scale", **options, num_classes=10)
+
+
 class Level(WindowStage):
     """A stage and its downsampling, which the official class holds too."""
 

@@ -1,7 +1,4 @@
-"""Our MSVMamba against recorded outputs of the official code; tests/golden/README.md has data and limits.
-
-Recorded is version 1 only; version 2 has a slow reference of its own in tests/models/test_msvmamba.py.
-"""
+"""Our MSVMamba against recorded outputs of the official code; tests/golden/README.md has data and limits."""
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +36,14 @@ def test_float32_logits_stages_and_blocks():
 
 def test_float64_logits_and_gradients():
     assert_float64("msvmamba_n")
+
+
+def test_version_2_on_an_odd_rectangle():
+    assert_float64("msvmamba_t_v2", "msvmamba_v2", width=16, depths=(1, 0, 1, 0), num_classes=10)
+
+
+def test_version_2_with_its_gate_on_an_odd_rectangle():
+    assert_float64("msvmamba_b_v2", "msvmamba_v2_gated", width=16, depths=(0, 1, 0, 1), num_classes=10)
 
 
 def mixer(rngs):

@@ -39,6 +39,10 @@ def test_float64_logits_and_gradients():
     assert_float64("vim_t")
 
 
+def test_another_image_size():
+    assert_float64("vim_t", "vim_rectangle", width=16, depth=4, image_size=(75, 50), num_classes=10)
+
+
 def test_feature_maps_are_the_residual_stream_after_each_quarter():
     about, golden = facts("vim_tiny")["arrays"], arrays("vim_tiny")
     model, images = official("vim_t")

@@ -35,6 +35,14 @@ def test_float64_logits_and_gradients():
     assert_float64("vmamba_t")
 
 
+def test_the_cascade_on_a_rectangle():
+    assert_float64("vmamba_t", "vmamba_cascade", width=8, depths=(1, 0, 1, 0), num_classes=10, scan="cascade")
+
+
+def test_the_first_version_on_a_rectangle():
+    assert_float64("vmamba_t_v0", "vmamba_v0", width=8, depths=(1, 1, 1, 1), num_classes=10)
+
+
 CURRENT = {"d_state": 1, "gate": False, "conv_bias": False}
 FIRST = {"d_state": 16, "ssm_ratio": 2.0}
 
