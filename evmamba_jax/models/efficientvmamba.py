@@ -15,28 +15,12 @@ from evmamba_jax.layers.drop_path import DropPath
 from evmamba_jax.layers.mlp import gelu
 from evmamba_jax.layers.norm import BatchNorm, LayerNorm
 from evmamba_jax.layers.patches import PatchEmbed, PatchMerging
-from evmamba_jax.layers.projections import Linear, depthwise_conv, pointwise_conv
+from evmamba_jax.layers.projections import depthwise_conv, pointwise_conv
 from evmamba_jax.layers.pyramid import Pyramid, Stage, stage_parts
+from evmamba_jax.layers.squeeze_excite import SqueezeExcite
 from evmamba_jax.layers.ss2d import SS2D
 from evmamba_jax.models.registry import register
 from pallas_kernels import ATROUS
-
-
-class ChannelGate(nnx.Module):
-    """Squeeze-and-excitation with a LayerNorm that feeds the gate only (the official ``BiAttn``).
-
-    The gate multiplies the un-normalised input. The spatial half of the original BiAttn is not used.
-    """
-
-    def __init__(self, width: int, reduction: int = 8, *, dtype: Dtype | None, rngs: nnx.Rngs):
-        self.norm = LayerNorm(width, dtype=dtype, rngs=rngs)
-        self.reduce = Linear(width, width // reduction, dtype=dtype, rngs=rngs)
-        self.expand = Linear(width // reduction, width, dtype=dtype, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Scale the channels of ``x`` (B, H, W, C)."""
-        g = self.norm(x).mean((1, 2), keepdims=True)
-        return x * nnx.sigmoid(self.expand(gelu(self.reduce(g))))
 
 
 class ConvBranch(nnx.Module):
@@ -61,7 +45,7 @@ class EVSSBlock(nnx.Module):
         self.norm = LayerNorm(width, dtype=dtype, rngs=rngs)
         self.op = SS2D(width, ATROUS, d_state=d_state, ssm_ratio=ssm_ratio, dtype=dtype, rngs=rngs)
         self.conv_branch = ConvBranch(width, dtype=dtype, rngs=rngs)
-        self.se = ChannelGate(width, dtype=dtype, rngs=rngs)
+        self.se = SqueezeExcite(width, norm=True, act="gelu", dtype=dtype, rngs=rngs)  # half of the official BiAttn
         self.drop_path = DropPath(drop_path)
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
@@ -78,7 +62,6 @@ class InvertedResidual(nnx.Module):
         width: int,
         *,
         expansion: int = 4,
-        reduction: int = 8,
         drop_path: float,
         dtype: Dtype | None,
         rngs: nnx.Rngs,
@@ -88,8 +71,7 @@ class InvertedResidual(nnx.Module):
         self.norm1 = BatchNorm(mid, dtype=dtype, rngs=rngs)
         self.dw = depthwise_conv(mid, use_bias=False, dtype=dtype, rngs=rngs)
         self.norm2 = BatchNorm(mid, dtype=dtype, rngs=rngs)
-        self.se_reduce = pointwise_conv(mid, mid // reduction, dtype=dtype, rngs=rngs)
-        self.se_expand = pointwise_conv(mid // reduction, mid, dtype=dtype, rngs=rngs)
+        self.se = SqueezeExcite(mid, layer=pointwise_conv, dtype=dtype, rngs=rngs)
         self.pw2 = pointwise_conv(mid, width, use_bias=False, dtype=dtype, rngs=rngs)
         self.norm3 = BatchNorm(width, dtype=dtype, rngs=rngs)
         self.drop_path = DropPath(drop_path)
@@ -97,9 +79,7 @@ class InvertedResidual(nnx.Module):
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """Map (B, H, W, C) to (B, H, W, C); ``key`` draws the drop path in training mode."""
         y = nnx.relu(self.norm1(self.pw1(x)))
-        y = nnx.relu(self.norm2(self.dw(y)))
-        gate = nnx.relu(self.se_reduce(y.mean((1, 2), keepdims=True)))
-        y = y * nnx.sigmoid(self.se_expand(gate))
+        y = self.se(nnx.relu(self.norm2(self.dw(y))))
         return x + self.drop_path(self.norm3(self.pw2(y)), key)
 
 

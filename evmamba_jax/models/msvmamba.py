@@ -24,6 +24,7 @@ from evmamba_jax.layers.projections import Linear, depthwise_conv, pointwise_con
 from evmamba_jax.layers.pyramid import Pyramid, Stage, stage_parts
 from evmamba_jax.layers.resize import resize
 from evmamba_jax.layers.s6 import S6, default_dt_rank
+from evmamba_jax.layers.squeeze_excite import SqueezeExcite
 from evmamba_jax.models.registry import register
 from pallas_kernels import Chain, Order
 
@@ -31,18 +32,6 @@ Version = Literal[1, 2]
 
 # The directions at half resolution; rows from the first pixel on are scanned at full resolution.
 LOW = (Order(reverse=True), Order(column_major=True), Order(column_major=True, reverse=True))
-
-
-class SqueezeExcite(nnx.Module):
-    """Squeeze-and-excitation of linear layers without bias, ReLU between."""
-
-    def __init__(self, width: int, reduction: int = 8, *, dtype: Dtype | None = None, rngs: nnx.Rngs):
-        self.reduce = Linear(width, width // reduction, use_bias=False, dtype=dtype, rngs=rngs)
-        self.expand = Linear(width // reduction, width, use_bias=False, dtype=dtype, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Scale the channels of ``x`` (B, H, W, C)."""
-        return x * nnx.sigmoid(self.expand(nnx.relu(self.reduce(x.mean((1, 2), keepdims=True)))))
 
 
 class ConvFFN(nnx.Module):
@@ -94,7 +83,7 @@ class MS2D(nnx.Module):
         self.conv2d_low = depthwise_conv(inner, (7, 7), stride=2, dtype=dtype, rngs=rngs)
         self.scan = S6(inner, 2, d_state=d_state, dt_rank=default_dt_rank(width), rngs=rngs)
         self.out_norm = LayerNorm(inner, dtype=dtype, rngs=rngs)
-        self.se = SqueezeExcite(inner, dtype=dtype, rngs=rngs)
+        self.se = SqueezeExcite(inner, use_bias=False, dtype=dtype, rngs=rngs)
         self.out_proj = Linear(inner, width, use_bias=False, dtype=dtype, rngs=rngs)
         self.version = version
         self.gate = gate

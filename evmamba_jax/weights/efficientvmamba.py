@@ -40,8 +40,8 @@ INVERTED_RESIDUAL = [
     *batch_norm("norm1", "conv_pw.1"),
     *kernel("dw", "conv_dw.0", CONV),
     *batch_norm("norm2", "conv_dw.1"),
-    *kernel("se_reduce", "se.conv_reduce", POINTWISE),
-    *kernel("se_expand", "se.conv_expand", POINTWISE),
+    *kernel("se.reduce", "se.conv_reduce", POINTWISE),
+    *kernel("se.expand", "se.conv_expand", POINTWISE),
     *kernel("pw2", "conv_pw2.0", POINTWISE),
     *batch_norm("norm3", "conv_pw2.1"),
 ]

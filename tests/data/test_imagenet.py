@@ -202,8 +202,9 @@ def test_the_command_refuses(tars, prepared, tmp_path, capsys):
 
 
 INTERRUPTED = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background hands down that it is ignored
 from evmamba_jax.data import __main__ as command, imagenet
 read = imagenet._read
 def slow(image):

@@ -60,8 +60,17 @@ def fresh():
     return {**params, **stats}
 
 
-def selected(arrays, *endings):
-    found = {name: np.asarray(a, np.float64) for name, a in arrays.items() if name.endswith(endings)}
+# The gates of the first two stages are linear layers, those of the last two convolutions.
+LINEAR_GATES = ("stages.0.", "stages.1.")
+CONV_GATES = ("stages.2.", "stages.3.")
+
+
+def selected(arrays, *endings, below=""):
+    found = {
+        name: np.asarray(a, np.float64)
+        for name, a in arrays.items()
+        if name.endswith(endings) and name.startswith(below)
+    }
     assert found
     return found
 
@@ -71,7 +80,8 @@ def test_a_log_d_and_norms_start_at_their_constants(fresh):
         expected = np.broadcast_to(np.log(np.arange(1, 17)), a_log.shape)
         chex.assert_trees_all_close(a_log, expected, atol=1e-6)
     ones = selected(fresh, "scan.D", "norm.scale", "out_norm.scale", "norm1.scale", "norm3.scale", "var")
-    zeros = selected(fresh, "norm.bias", "out_norm.bias", "norm2.bias", "mean", "head.bias", "se.reduce.bias")
+    zeros = selected(fresh, "norm.bias", "out_norm.bias", "norm2.bias", "mean", "head.bias")
+    zeros |= selected(fresh, "se.reduce.bias", "se.expand.bias", below=LINEAR_GATES)
     assert all((a == 1).all() for a in ones.values())
     assert all((a == 0).all() for a in zeros.values())
 
@@ -100,23 +110,16 @@ def test_scan_projections_are_uniform(fresh):
 
 
 def test_linear_layers_are_normal_with_deviation_002(fresh):
-    names = (
-        "in_proj.kernel",
-        "out_proj.kernel",
-        "reduction.kernel",
-        "head.kernel",
-        "se.reduce.kernel",
-        "se.expand.kernel",
-    )
-    for name, w in selected(fresh, *names).items():
+    layers = selected(fresh, "in_proj.kernel", "out_proj.kernel", "reduction.kernel", "head.kernel")
+    layers |= selected(fresh, "se.reduce.kernel", "se.expand.kernel", below=LINEAR_GATES)
+    for name, w in layers.items():
         np.testing.assert_allclose(w.std(), 0.02, rtol=0.25 if w.size < 1000 else 0.05, err_msg=name)
         assert abs(w).max() > 0.02 * math.sqrt(3), name  # not uniform of that deviation
 
 
 def test_convolutions_are_uniform_by_fan_in(fresh):
-    convs = selected(
-        fresh, "proj.kernel", "dw.kernel", "conv2d.kernel", "pw.kernel", "pw1.kernel", "pw2.kernel", "se_reduce.kernel"
-    )
+    convs = selected(fresh, "proj.kernel", "dw.kernel", "conv2d.kernel", "pw.kernel", "pw1.kernel", "pw2.kernel")
+    convs |= selected(fresh, "se.reduce.kernel", "se.expand.kernel", below=CONV_GATES)
     convs = {n: w for n, w in convs.items() if "in_proj" not in n and "out_proj" not in n}
     for name, w in convs.items():
         fan_in = math.prod(w.shape[:-1])

@@ -19,8 +19,9 @@ from recorded import (
 
 from evmamba_jax.layers.patches import PatchMerging
 from evmamba_jax.layers.projections import Linear
+from evmamba_jax.layers.squeeze_excite import SqueezeExcite
 from evmamba_jax.layers.ss2d import SS2D
-from evmamba_jax.models.efficientvmamba import ChannelGate, EVSSBlock, InvertedResidual
+from evmamba_jax.models.efficientvmamba import EVSSBlock, InvertedResidual
 from evmamba_jax.weights import efficientvmamba as tables
 from evmamba_jax.weights import layers
 from pallas_kernels import ATROUS, selective_scan
@@ -66,7 +67,7 @@ PARTS = {
         f"ss2d_{height}x{width}": (lambda rngs: SS2D(WIDTH, ATROUS, rngs=rngs), layers.ss2d(sets=4))
         for height, width in GRIDS
     },
-    "bi_attn": (lambda rngs: ChannelGate(WIDTH, dtype=None, rngs=rngs), tables.CHANNEL_GATE),
+    "bi_attn": (lambda rngs: SqueezeExcite(WIDTH, norm=True, act="gelu", rngs=rngs), tables.CHANNEL_GATE),
     "block": (lambda rngs: EVSSBlock(WIDTH, **EVSS_OPTIONS, rngs=rngs), tables.EVSS_BLOCK),
     "inverted_residual": (
         lambda rngs: InvertedResidual(8, drop_path=0.0, dtype=None, rngs=rngs),

@@ -5,7 +5,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from recorded import arrays, assert_float32, assert_float64, assert_near, assert_part, channels_last, facts
+from recorded import (
+    arrays,
+    assert_float32,
+    assert_float64,
+    assert_near,
+    assert_part,
+    channels_last,
+    facts,
+    pyramid_maps,
+)
 
 from evmamba_jax.layers.block import Block
 from evmamba_jax.layers.mlp import Mlp
@@ -23,29 +32,8 @@ from evmamba_jax.weights import mambavision as tables
 from evmamba_jax.weights.layers import CONV, Row
 
 
-def every_map(model, images):
-    """Return the output of every part; the blocks of the last two stages were recorded on windows."""
-    x = model.patch_embed(images)
-    maps = {"feat/patch_embed": x}
-    for i, stage in enumerate(model.stages):
-        height, width = x.shape[1:3]
-        windowed = isinstance(stage, WindowStage)
-        if windowed:
-            x = to_windows(x, stage.window)
-        for j, block in enumerate(stage.blocks):
-            x = maps[f"block/levels.{i}.blocks.{j}"] = block(x)
-        if windowed:
-            x = from_windows(x, stage.window, height, width)
-        maps[f"feat/stage{i + 1}"] = x
-        if stage.downsample is not None:
-            x = maps[f"feat/stage{i + 1}_down"] = stage.downsample(x)
-    maps["feat/norm"] = model.norm(x)
-    maps["feat/pooled"] = maps["feat/norm"].mean((1, 2))
-    return maps
-
-
 def test_float32_logits_stages_and_blocks():
-    assert_float32("mambavision_t", every_map)
+    assert_float32("mambavision_t", lambda *given: pyramid_maps(*given, "levels.{}.blocks.{}".format))
 
 
 def test_float64_logits_and_gradients():

@@ -4,34 +4,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from recorded import arrays, assert_float32, assert_float64, assert_near, assert_part, channels_last
+from recorded import arrays, assert_float32, assert_float64, assert_near, assert_part, channels_last, pyramid_maps
 
 from evmamba_jax.layers.block import Block
 from evmamba_jax.layers.resize import resize
-from evmamba_jax.models.msvmamba import LOW, MS2D, ConvFFN, SqueezeExcite
+from evmamba_jax.layers.squeeze_excite import SqueezeExcite
+from evmamba_jax.models.msvmamba import LOW, MS2D, ConvFFN
 from evmamba_jax.weights import msvmamba as tables
 from pallas_kernels import Chain
 
 WIDTH = 16
 
 
-def every_map(model, images):
-    """Return the output of every part by the name the golden data gives it."""
-    x = model.patch_embed(images)
-    maps = {"feat/patch_embed": x}
-    for i, stage in enumerate(model.stages):
-        for j, block in enumerate(stage.blocks):
-            x = maps[f"block/layers.{i}.blocks.{j}"] = block(x)
-        maps[f"feat/stage{i + 1}"] = x
-        if stage.downsample is not None:
-            x = maps[f"feat/stage{i + 1}_down"] = stage.downsample(x)
-    maps["feat/norm"] = model.norm(x)
-    maps["feat/pooled"] = maps["feat/norm"].mean((1, 2))
-    return maps
-
-
 def test_float32_logits_stages_and_blocks():
-    assert_float32("msvmamba_n", every_map)
+    assert_float32("msvmamba_n", pyramid_maps)
 
 
 def test_float64_logits_and_gradients():
@@ -59,7 +45,7 @@ PARTS = {
     "ss2d_8x8": (mixer, tables.MS2D, np.asarray),
     "ss2d_5x6": (mixer, tables.MS2D, np.asarray),
     "conv_ffn": (lambda rngs: ConvFFN(8, 16, rngs=rngs), tables.CONV_FFN, channels_last),
-    "se": (lambda rngs: SqueezeExcite(32, rngs=rngs), tables.SQUEEZE_EXCITE, channels_last),
+    "se": (lambda rngs: SqueezeExcite(32, use_bias=False, rngs=rngs), tables.SQUEEZE_EXCITE, channels_last),
     "block": (block, tables.BLOCK, np.asarray),  # on a grid of 9x7
 }
 
