@@ -59,6 +59,9 @@ def stage_parts(
 class Pyramid(nnx.Module):
     """Stem, four stages, a norm at every pixel, the mean over pixels, a linear head.
 
+    Beside the arguments below, its families take ``drop_path_rate``: the stochastic depth of the last block; it rises
+    linearly from 0 over all blocks.
+
     Args:
         patch_embed: the stem, from images of at least its ``smallest`` side to (B, h, w, C) of the first stage.
         stages: the stages; each doubles the channels.
@@ -68,7 +71,8 @@ class Pyramid(nnx.Module):
         out_norms: build the official backbone for detection and segmentation: ``features()`` passes each map through
             a LayerNorm of its own, and the last norm and the head are left out.
         in_channels: channels of the images.
-        dtype: compute type.
+        dtype: compute type, e.g. ``jnp.bfloat16``; None takes the promoted type of images and parameters. Parameters,
+            time steps, decays, the recurrence, softmax and all statistics stay float32 or wider.
         rngs: source of the initial values.
     """
 

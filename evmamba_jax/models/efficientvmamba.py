@@ -92,16 +92,11 @@ class EfficientVMamba(Pyramid):
     Args:
         width: channels C of the first stage; every stage doubles them.
         depths: blocks of each of the four stages.
-        num_classes: outputs of the head; 0 leaves it out and returns the pooled features.
-        in_channels: channels of the images.
         patch_size: stride of the stem.
         d_state: state size N of the scans.
         ssm_ratio: inner width of the scans over C.
-        drop_path_rate: stochastic depth of the last block; it rises linearly from 0 over all blocks.
-        out_norms: build the backbone for detection and segmentation (:class:`~evmamba_jax.layers.pyramid.Pyramid`).
-        dtype: compute type, e.g. ``jnp.bfloat16``; ``None`` takes the promoted type of images and parameters.
-            Parameters, time steps, decays, the recurrence and all statistics stay float32 or wider.
-        rngs: source of the initial values.
+        num_classes, in_channels, drop_path_rate, out_norms, dtype, rngs: as all four-stage families have them, see
+            :class:`~evmamba_jax.layers.pyramid.Pyramid`.
     """
 
     def __init__(

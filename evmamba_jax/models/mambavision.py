@@ -210,13 +210,8 @@ class MambaVision(Pyramid):
         d_conv: kernel of the mixers' convolutions.
         double_dt_bias: add the bias of the time step twice, as the released weights want it.
         mamba_dt_init: start from Mamba's time steps, 0.001 to 0.1, which the official code overwrites.
-        num_classes: outputs of the head; 0 leaves it out and returns the pooled features.
-        in_channels: channels of the images.
-        drop_path_rate: stochastic depth of the last block; it rises linearly from 0 over all blocks.
-        out_norms: build the backbone for detection and segmentation (:class:`~evmamba_jax.layers.pyramid.Pyramid`).
-        dtype: compute type, e.g. ``jnp.bfloat16``; ``None`` takes the promoted type of images and parameters.
-            Parameters, time steps, decays, the recurrence, the softmax and all statistics stay float32 or wider.
-        rngs: source of the initial values.
+        num_classes, in_channels, drop_path_rate, out_norms, dtype, rngs: as all four-stage families have them, see
+            :class:`~evmamba_jax.layers.pyramid.Pyramid`.
 
     Raises:
         UserError: depths, heads or windows that are not four positive numbers; heads that do not divide their width.

@@ -123,8 +123,6 @@ class MSVMamba(Pyramid):
     Args:
         width: channels C of the first stage; every stage doubles them.
         depths: blocks of each of the four stages.
-        num_classes: outputs of the head; 0 leaves it out and returns the pooled features.
-        in_channels: channels of the images.
         version: 1 for the models of arXiv v1, 2 for those of NeurIPS. It settles stem and downsampling (patches, or
             overlapping convolutions), the norm of the scans (of every sequence, or of their sum), the upsampling
             (bilinear, or nearest) and the norm of the ConvFFN (before, or after it).
@@ -134,11 +132,8 @@ class MSVMamba(Pyramid):
         gate: multiply the scans' result with SiLU of a second projection.
         leak_state: scan the three half-resolution directions as one sequence, as the official code does: the state
             runs from each into the next. False scans them one by one, as the paper has it, with the same parameters.
-        drop_path_rate: stochastic depth of the last block; it rises linearly from 0 over all blocks.
-        out_norms: build the backbone for detection and segmentation (:class:`~evmamba_jax.layers.pyramid.Pyramid`).
-        dtype: compute type, e.g. ``jnp.bfloat16``; ``None`` takes the promoted type of images and parameters.
-            Parameters, time steps, decays, the recurrence and all statistics stay float32 or wider.
-        rngs: source of the initial values.
+        num_classes, in_channels, drop_path_rate, out_norms, dtype, rngs: as all four-stage families have them, see
+            :class:`~evmamba_jax.layers.pyramid.Pyramid`.
 
     Raises:
         UserError: depths that are not four, an unknown version.

@@ -39,8 +39,6 @@ class VMamba(Pyramid):
     Args:
         width: channels C of the first stage; every stage doubles them.
         depths: blocks of each of the four stages.
-        num_classes: outputs of the head; 0 leaves it out and returns the pooled features.
-        in_channels: channels of the images.
         d_state: state size N of the scans.
         ssm_ratio: inner width of the scans over C.
         mlp_ratio: hidden width of the MLP over C; 0 leaves it out.
@@ -52,11 +50,8 @@ class VMamba(Pyramid):
         act: activation in SS2D: "silu", "gelu" or "relu".
         init: initial values of the scan parameters: "mamba", "random" or "zero".
         scan: "cross", "unidirectional", "bidirectional", "cascade", "cascade_aligned", or a tuple of your own orders.
-        drop_path_rate: stochastic depth of the last block; it rises linearly from 0 over all blocks.
-        out_norms: build the backbone for detection and segmentation (:class:`~evmamba_jax.layers.pyramid.Pyramid`).
-        dtype: compute type, e.g. ``jnp.bfloat16``; ``None`` takes the promoted type of images and parameters.
-            Parameters, time steps, decays, the recurrence and all statistics stay float32 or wider.
-        rngs: source of the initial values.
+        num_classes, in_channels, drop_path_rate, out_norms, dtype, rngs: as all four-stage families have them, see
+            :class:`~evmamba_jax.layers.pyramid.Pyramid`.
 
     Raises:
         UserError: depths that are not four, an unknown act, init or scan.
