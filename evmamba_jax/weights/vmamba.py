@@ -3,15 +3,22 @@
 Source: the ``state_dict`` of ``VSSM`` in MzeroMiko/VMamba, ``classification/models/vmamba.py`` at 2ed52ea.
 """
 
+from flax import nnx
+
+from evmamba_jax.layers.s6 import S6
 from evmamba_jax.models.vmamba import VMamba
 from evmamba_jax.weights.layers import MLP, Row, below, layer_norm, pyramid, ss2d
 
-BLOCK = [
-    *layer_norm("norm", "norm"),
-    *below("mixer", "op", ss2d(sets=4)),
-    *layer_norm("norm2", "norm2"),
-    *below("mlp", "mlp", MLP),
-]
+
+def block(sets: int) -> list[Row]:
+    """Return the rows of a block with this many sets of scan parameters, 4 in the official code."""
+    return [
+        *layer_norm("norm", "norm"),
+        *below("mixer", "op", ss2d(sets)),
+        *layer_norm("norm2", "norm2"),
+        *below("mlp", "mlp", MLP),
+    ]
+
 
 # Beginnings of names in older files, and what they became; the official loader changes them in the same way.
 OLD_NAMES = {
@@ -26,4 +33,5 @@ OLD_NAMES = {
 
 def table(model: VMamba) -> list[Row]:
     """Return the rows of a whole model."""
-    return pyramid(model, BLOCK)
+    scans = (part for _, part in nnx.iter_modules(model) if isinstance(part, S6))
+    return pyramid(model, block(next((scan.D.shape[0] for scan in scans), 4)))

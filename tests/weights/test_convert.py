@@ -20,6 +20,7 @@ from evmamba_jax.models.efficientvmamba import EfficientVMamba
 from evmamba_jax.weights import from_torch, to_torch
 from evmamba_jax.weights.__main__ import main
 from evmamba_jax.weights.convert import table
+from pallas_kernels import Order
 
 SMALL = {"width": 16, "depths": (1, 2, 1, 3), "num_classes": 5, "d_state": 2}
 
@@ -103,6 +104,16 @@ def test_a_backbone_reads_the_checkpoint_of_a_classifier(tmp_path):
     shared = {path for path in params if not path.startswith(("norm.", "head."))}
     chex.assert_trees_all_equal({path: arrays[path] for path in shared}, {path: params[path] for path in shared})
     assert (arrays["out_norms.2.scale"] == 1).all()
+
+
+def test_a_model_with_orders_of_its_own_goes_there_and_back():
+    orders = (Order(), Order(reverse=True), Order(column_major=True))
+    model = create_model("vmamba_t", width=8, depths=(0, 1, 0, 0), num_classes=3, scan=orders)
+    official = to_torch(model)
+    assert official["layers.1.blocks.0.op.A_logs"].shape == (3 * 16, 1)
+    before = arrays_of(model)
+    from_torch(model, official)
+    chex.assert_trees_all_equal(arrays_of(model), before)
 
 
 def test_older_names_and_four_dimensional_matrices_are_understood():

@@ -83,8 +83,8 @@ PARTS = {
         f"ss2d_v0_{grid}": (lambda rngs: SS2D(24, CROSS, **FIRST, rngs=rngs), ss2d(sets=4), np.asarray)
         for grid in ("5x7", "4x6")
     },
-    "block_v05_noz": (block(12, {"ssm_ratio": 1.0, **CURRENT}, 48), tables.BLOCK, channels_last),
-    "block_v0": (block(24, FIRST, 0), tables.BLOCK, np.asarray),
+    "block_v05_noz": (block(12, {"ssm_ratio": 1.0, **CURRENT}, 48), tables.block(4), channels_last),
+    "block_v0": (block(24, FIRST, 0), tables.block(4), np.asarray),
     "patch_merging_odd": (merging_to_ten, PATCH_ROWS[PatchMerging], np.asarray),
     "downsample_v3": (downsampling_to_ten, PATCH_ROWS[ConvDownsample], channels_last),
     "patch_embed_v2": (
