@@ -4,6 +4,7 @@ What a family computes is tested against its official code in tests/weights.
 """
 
 import functools
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,6 +78,7 @@ class Computed(NamedTuple):
     again: jax.Array  # those of a second run
     low: jax.Array  # logits in bfloat16, in which models are trained
     gradients: functional.Arrays  # of these
+    elsewhere: dict[str, str]  # the backward program as another platform gets it
 
 
 def shrunk(name):
@@ -125,7 +127,9 @@ def _compute(family, options) -> Computed:
 
     exact, again = forward(params, images), forward(params, images)
     gradients, low = gradient(params, images)
-    return Computed(exact, again, low, gradients)
+    traced = gradient.trace(params, images)
+    elsewhere = {p: traced.lower(lowering_platforms=(p,)).as_text() for p in ("tpu", "cuda")}
+    return Computed(exact, again, low, gradients, elsewhere)
 
 
 @every_model
@@ -154,3 +158,11 @@ def test_small_bfloat16_stays_near_float32(name):
     exact, low = np.asarray(result.exact, np.float64), np.asarray(result.low, np.float64)
     error = np.linalg.norm(low - exact) / np.linalg.norm(exact)
     assert 1e-5 < error < 0.04  # above zero: it did compute in bfloat16
+
+
+@every_model
+def test_small_lowers_for_accelerators(name):
+    for platform, program in compute(name).elsewhere.items():
+        assert "stablehlo.while" in program, platform  # the scans
+        # Depthwise convolutions are sums of products on a CPU only.
+        assert max(map(int, re.findall(r"feature_group_count = (\d+)", program))) > 1, platform
