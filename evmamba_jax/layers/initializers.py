@@ -1,4 +1,4 @@
-"""Initial values as the official PyTorch code draws them (spec: architectures 1.3 and 2.8)."""
+"""Initial values as the official PyTorch code draws them: those of timm, torch.nn and VMamba's ``mamba_init``."""
 
 import math
 from typing import NamedTuple

@@ -7,7 +7,7 @@ from evmamba_jax.errors import UserError
 from evmamba_jax.training.config import OptimConfig
 
 # The official trainers spare 1-D tensors and names ending in ".bias". That leaves A_log and the stacked dt biases
-# decayed although their code marks them otherwise (spec: recipes 7.1); D is 1-D there and a matrix here. Vim also
+# decayed although their code marks them otherwise; D is 1-D there and a matrix here. Vim also
 # spares its position embedding and class token.
 _NOT_DECAYED = ("bias", "scale", "D", "gamma_1", "gamma_2", "pos_embed", "cls_token")
 
@@ -26,7 +26,7 @@ def decay_mask(params: dict) -> dict[str, bool]:
 def learning_rate(config: OptimConfig, *, total_steps: int, steps_per_epoch: float) -> optax.Schedule:
     """Return the schedule: linear warm-up, then cosine from ``lr`` to ``min_lr`` over the steps that are left.
 
-    Source: the released EfficientVMamba logs (spec: recipes 2) with ``warmup_by_epoch``, where epoch k < w runs at
+    Source: the released EfficientVMamba logs with ``warmup_by_epoch``, where epoch k < w runs at
     ``warmup_lr + (lr - warmup_lr) k / w``; the Swin-style trainer of the README without.
     """
     warmup_steps = config.warmup.in_steps(steps_per_epoch)

@@ -51,7 +51,7 @@ def test_unknown_names_are_refused_with_the_nearest():
         create_model("evmamba_t", depths=(2, 2))
 
 
-# Initial values: each against the distribution the official code draws from (spec: architectures 1.3 and 2.8).
+# Initial values: each against the distribution the official code draws from.
 
 
 @pytest.fixture(scope="module")
