@@ -7,8 +7,8 @@ from evmamba_jax.errors import UserError
 from evmamba_jax.training.config import OptimConfig
 
 # The official trainers spare 1-D tensors and names ending in ".bias". That leaves A_log and the stacked dt biases
-# decayed although their code marks them otherwise; D is 1-D there and a matrix here. Vim also
-# spares its position embedding and class token.
+# decayed although their code marks them otherwise; D is 1-D there and a matrix here. Vim also spares its position
+# embedding and class token.
 _NOT_DECAYED = ("bias", "scale", "D", "gamma_1", "gamma_2", "pos_embed", "cls_token")
 
 
