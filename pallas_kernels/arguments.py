@@ -47,10 +47,10 @@ def axis_sizes(function: str, arrays: dict[str, jax.Array], axes: dict[str, str]
     return sizes
 
 
-def choose(function: str, implementation: str | None, allowed: dict):
-    """Return the entry of ``allowed`` called ``implementation``; raises ValueError with the nearest name."""
+def check_choice(function: str, implementation: str | None, allowed: tuple) -> None:
+    """Raise ValueError, with the nearest name, for an implementation that is not among the ``allowed``."""
     if implementation in allowed:
-        return allowed[implementation]
+        return
     names = [name for name in allowed if name is not None]
     close = difflib.get_close_matches(str(implementation), names, n=1, cutoff=0.5)
     hint = f", did you mean {close[0]!r}?" if close else ""

@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import associative, sequential
-from pallas_kernels.arguments import as_arrays, axis_sizes, choose
+from pallas_kernels.arguments import as_arrays, axis_sizes, check_choice
+from pallas_kernels.dispatch import PALLAS, Operation
 
-# Each entry keeps the contract of terms.py. None stands for the one to use when the caller has no wish.
-IMPLEMENTATIONS = {None: sequential.scan, "associative": associative.scan, "sequential": sequential.scan}
+# Each keeps the contract of terms.py.
+PORTABLE = {"associative": associative.scan, "sequential": sequential.scan}
+IMPLEMENTATIONS = (None, *PORTABLE, *PALLAS)
 
 
 def selective_scan(
@@ -58,7 +60,7 @@ def selective_scan(
     Source: Gu and Dao, Mamba, section 3; state-spaces/mamba ``selective_scan_ref``, with channels last.
     """
     name = "selective_scan"
-    run = choose(name, implementation, IMPLEMENTATIONS)
+    check_choice(name, implementation, IMPLEMENTATIONS)
     given = as_arrays(name, u=u, delta=delta, A=A, B=B, C=C, D=D, delta_bias=delta_bias, initial_state=initial_state)
     axes = {
         "u": "batch length channels",
@@ -79,12 +81,14 @@ def selective_scan(
     # Made from u, not anew, so that it is sharded as u is.
     rest = jnp.zeros_like(given["u"][:, 0, :, None])
     given.setdefault("initial_state", jnp.broadcast_to(rest, (batch, channels, state)))
-    y, final = _grouped(**given, groups=groups, delta_softplus=delta_softplus, reverse=reverse, run=run)
+    y, final = _grouped(
+        **given, groups=groups, delta_softplus=delta_softplus, reverse=reverse, implementation=implementation
+    )
     return (y, final) if return_final_state else y
 
 
-@functools.partial(jax.jit, static_argnames=("groups", "delta_softplus", "reverse", "run"))
-def _grouped(u, delta, A, B, C, D, delta_bias, initial_state, *, groups, delta_softplus, reverse, run):
+@functools.partial(jax.jit, static_argnames=("groups", "delta_softplus", "reverse", "implementation"))
+def _grouped(u, delta, A, B, C, D, delta_bias, initial_state, *, groups, delta_softplus, reverse, implementation):
     """Bring the arguments into the grouped, channels-last form of terms.py, and the results back."""
     wide = functools.reduce(
         jnp.promote_types, (x.dtype for x in (u, delta, A, B, C, D, delta_bias, initial_state)), jnp.float32
@@ -93,7 +97,11 @@ def _grouped(u, delta, A, B, C, D, delta_bias, initial_state, *, groups, delta_s
     def split(x, axis):
         return x.reshape(*x.shape[:axis], groups, -1, *x.shape[axis + 1 :])
 
-    y, state = recurrence(
+    if implementation in PORTABLE:
+        run = functools.partial(recurrence, run=PORTABLE[implementation])
+    else:
+        run = functools.partial(_OPERATION, implementation=implementation)
+    y, state = run(
         split(u, 2),
         split(delta, 2),
         split(A, 0).swapaxes(1, 2).astype(wide),
@@ -102,7 +110,6 @@ def _grouped(u, delta, A, B, C, D, delta_bias, initial_state, *, groups, delta_s
         split(D, 0).astype(wide),
         split(delta_bias, 0).astype(wide),
         split(initial_state, 1).swapaxes(2, 3).astype(wide),
-        run=run,
         delta_softplus=delta_softplus,
         reverse=reverse,
     )
@@ -113,3 +120,10 @@ def _grouped(u, delta, A, B, C, D, delta_bias, initial_state, *, groups, delta_s
 def recurrence(*arrays, run, delta_softplus, reverse):
     """Call an implementation; whoever reads a traced program finds its scans, and their shapes, by this name."""
     return run(*arrays, delta_softplus, reverse)
+
+
+def _portable(*arrays, **options):
+    return recurrence(*arrays, run=PORTABLE["sequential"], **options)
+
+
+_OPERATION = Operation("selective_scan", 8, _portable, lambda *avals: (avals[0].update(dtype=avals[2].dtype), avals[7]))

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.arguments import as_arrays, axis_sizes, choose
+from pallas_kernels.arguments import as_arrays, axis_sizes, check_choice
+from pallas_kernels.dispatch import Operation
 from pallas_kernels.orders import Chain, Order
-from pallas_kernels.scan_1d import IMPLEMENTATIONS, recurrence
+from pallas_kernels.scan_1d import IMPLEMENTATIONS, PORTABLE, recurrence
 
 
 def scan2d(
@@ -49,7 +50,7 @@ def scan2d(
     Source: VMamba, section 4.3 (SS2D); EfficientVMamba, section 3.2 (ES2D).
     """
     name = "scan2d"
-    run = choose(name, implementation, IMPLEMENTATIONS)
+    check_choice(name, implementation, IMPLEMENTATIONS)
     given = as_arrays(name, x=x, dt_weight=dt_weight, dt_bias=dt_bias, A=A, D=D, x_weight=x_weight)
     axes = {
         "x": "B H W E",
@@ -74,10 +75,18 @@ def scan2d(
         raise ValueError(
             f"{name}: {len(orders)} orders were given, but dt_weight has K={sizes['K']} sets of parameters"
         )
-    return _planar(**given, orders=orders, run=run)
+    arrays = (given[part] for part in ("x", "x_weight", "dt_weight", "dt_bias", "A", "D"))
+    return _scan2d(*arrays, orders=orders, implementation=implementation)
 
 
-@functools.partial(jax.jit, static_argnames=("orders", "run"))
+@functools.partial(jax.jit, static_argnames=("orders", "implementation"))
+def _scan2d(*arrays, orders, implementation):
+    if implementation in PORTABLE:
+        return _planar(*arrays, orders=orders, run=PORTABLE[implementation])
+    (y,) = _OPERATION(*arrays, orders=orders, implementation=implementation)
+    return y
+
+
 def _planar(x, x_weight, dt_weight, dt_bias, A, D, *, orders, run):
     """Read the orders as groups of one scan for each length that occurs, scan, and write back."""
     wide = functools.reduce(jnp.promote_types, (a.dtype for a in (x, x_weight, dt_weight, dt_bias, A, D)), jnp.float32)
@@ -108,3 +117,10 @@ def _planar(x, x_weight, dt_weight, dt_bias, A, D, *, orders, run):
 def _rows(parameters, ks, dtype):
     """Return the parameters of the orders ks, by static slices."""
     return jnp.stack([parameters[k] for k in ks]).astype(dtype)
+
+
+def _portable(*arrays, orders):
+    return (_planar(*arrays, orders=orders, run=PORTABLE["sequential"]),)
+
+
+_OPERATION = Operation("scan2d", 6, _portable, lambda x, *_: (x,))

@@ -1,10 +1,11 @@
 """The scan token by token, in chunks, with a backward pass that computes the states again.
 
-Forward: a loop over chunks around a loop over tokens; nothing larger than one state lives between tokens. When a
-gradient is wanted, the state at the start of each chunk is kept, and nothing else but the inputs.
+Forward: a loop over chunks around a loop over tokens; nothing larger than one state lives between tokens, and nothing
+but the inputs is kept for the gradient.
 
-Backward: chunk by chunk from the last, the states of one chunk are computed again, then the adjoint runs through it
-from its last token. With g the gradient of the state after token t, and h the state::
+Backward: the state at the start of each chunk is computed again. Then, chunk by chunk from the last, the states of one
+chunk are computed once more, and the adjoint runs through it from its last token. With g the gradient of the state
+after token t, and h the state::
 
     g[t] = C[t] dy[t] + exp(dt[t+1] A) g[t+1]
 
@@ -23,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.dispatch import vary_alike
 from pallas_kernels.terms import decay, softplus, write_in
 
 
@@ -30,7 +32,7 @@ def scan(u, delta, A, B, C, D, delta_bias, initial_state, delta_softplus, revers
     """Scan K groups of P channels (shapes and contract: ``terms.py``)."""
     raw = delta.astype(A.dtype) + delta_bias
     dt = _softplus(raw) if delta_softplus else raw
-    return _scan(*_vary_alike(u, dt, A, B, C, D, initial_state), reverse)
+    return _scan(*vary_alike(u, dt, A, B, C, D, initial_state), reverse)
 
 
 @jax.custom_vjp
@@ -43,35 +45,17 @@ def _softplus(raw):
 _softplus.defvjp(lambda raw: (softplus(raw),) * 2, lambda dt, d_dt: (d_dt * -jnp.expm1(-dt),))
 
 
-def _vary_alike(*arrays):
-    """Under ``jax.shard_map``, mark all arrays as varying over every mesh axis over which any of them varies.
-
-    A loop must carry values of one type, and the gradients of shared parameters then get their sum over devices from
-    the transpose of this marking.
-    """
-    axes = [jax.typeof(x).manual_axis_type.varying for x in arrays]
-    every = frozenset().union(*axes)
-    return [
-        lax.pcast(x, tuple(every - own), to="varying") if every - own else x
-        for x, own in zip(arrays, axes, strict=True)
-    ]
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
 def _scan(u, dt, A, B, C, D, initial_state, reverse):
-    y, state, _ = _per_platform(_forward, u, dt, A, B, C, D, initial_state, reverse=reverse, keep_borders=False)
-    return y, state
+    return _per_platform(_forward, u, dt, A, B, C, D, initial_state, reverse=reverse)
 
 
-def _scan_fwd(u, dt, A, B, C, D, initial_state, reverse):
-    inputs = (u, dt, A, B, C, D)
-    y, state, borders = _per_platform(_forward, *inputs, initial_state, reverse=reverse, keep_borders=True)
-    return (y, state), (inputs, borders)
+def _scan_fwd(*inputs_and_reverse):
+    return _scan(*inputs_and_reverse), inputs_and_reverse[:-1]
 
 
-def _scan_bwd(reverse, residuals, cotangents):
-    inputs, borders = residuals
-    return _per_platform(_backward, *inputs, borders, *cotangents, reverse=reverse)
+def _scan_bwd(reverse, inputs, cotangents):
+    return _per_platform(_backward, *inputs, *cotangents, reverse=reverse)
 
 
 _scan.defvjp(_scan_fwd, _scan_bwd)
@@ -82,48 +66,58 @@ UNROLL = {"cpu": 1, "default": 8}
 
 
 def _per_platform(loop, *arrays, **options):
-    """Run ``loop`` as the platform likes it that the program is lowered for, which need not be the one tracing it.
-
-    The choice is made here, inside the two rules of the custom gradient, so that whatever is kept between them has one
-    form on all platforms.
-    """
+    """Run ``loop`` as the platform likes it that the program is lowered for, which need not be the one tracing it."""
     choices = {platform: functools.partial(loop, unroll=n, **options) for platform, n in UNROLL.items()}
     return lax.platform_dependent(*arrays, **choices)
 
 
-def _forward(u, dt, A, B, C, D, initial_state, *, reverse, keep_borders, unroll):
+def _forward(u, dt, A, B, C, D, initial_state, *, reverse, unroll):
+    """Return y and the last state."""
     walk = _Walk(u.shape[1], A.dtype, reverse)
     u, dt, B, C = map(walk.pad, (u, dt, B, C))
 
-    def at(x, t):
-        return lax.dynamic_index_in_dim(x, t, 1, keepdims=False).astype(A.dtype)
-
     def chunk(i, carry):
-        state, y, borders = carry
-        c = walk.chunk(i)
-        if keep_borders:
-            borders = lax.dynamic_update_index_in_dim(borders, state, c, 0)
-
         # Tokens are read where they are: copying a chunk together first costs a CPU a sixth of the whole scan.
         def token(i, carry):
             state, y = carry
-            t = c * walk.size + (walk.size - 1 - i if reverse else i)
-            dt_t, u_t = at(dt, t), at(u, t)
-            state = decay(dt_t, A) * state + write_in(dt_t * u_t, at(B, t))
-            y_t = _sum_states(state, at(C, t)[..., None]) + D * u_t
+            t = walk.token(c, i)
+            dt_t, u_t = walk.at(dt, t), walk.at(u, t)
+            state = decay(dt_t, A) * state + write_in(dt_t * u_t, walk.at(B, t))
+            y_t = _sum_states(state, walk.at(C, t)[..., None]) + D * u_t
             return state, lax.dynamic_update_index_in_dim(y, y_t, t, 1)
 
-        return *lax.fori_loop(0, walk.size, token, (state, y), unroll=unroll), borders
+        c = walk.chunk(i)
+        return lax.fori_loop(0, walk.size, token, carry, unroll=unroll)
+
+    state, y = lax.fori_loop(0, walk.chunks, chunk, (initial_state, jnp.zeros_like(u, dtype=A.dtype)))
+    return walk.unpad(y), state
+
+
+def _borders(walk, u, dt, A, B, initial_state, unroll):
+    """Return the state before each chunk, (chunks, B, K, N, P)."""
+
+    def chunk(i, carry):
+        state, borders = carry
+        c = walk.chunk(i)
+        borders = lax.dynamic_update_index_in_dim(borders, state, c, 0)
+
+        def token(i, state):
+            t = walk.token(c, i)
+            dt_t = walk.at(dt, t)
+            return decay(dt_t, A) * state + write_in(dt_t * walk.at(u, t), walk.at(B, t))
+
+        return lax.fori_loop(0, walk.size, token, state, unroll=unroll), borders
 
     # Every border is written; broadcasting, unlike new zeros, keeps the sharding of the state.
-    borders = jnp.broadcast_to(initial_state, (walk.chunks, *initial_state.shape)) if keep_borders else None
-    state, y, borders = lax.fori_loop(0, walk.chunks, chunk, (initial_state, jnp.zeros_like(u, dtype=A.dtype), borders))
-    return walk.unpad(y), state, borders
+    borders = jnp.broadcast_to(initial_state, (walk.chunks, *initial_state.shape))
+    return lax.fori_loop(0, walk.chunks, chunk, (initial_state, borders))[1]
 
 
-def _backward(u, dt, A, B, C, D, borders, dy, d_state, *, reverse, unroll):
+def _backward(u, dt, A, B, C, D, initial_state, dy, d_state, *, reverse, unroll):
+    """Return the gradients of the first seven from those of y and of the last state."""
     walk = _Walk(u.shape[1], A.dtype, reverse)
     u, dt, B, C, dy = map(walk.pad, (u, dt, B, C, dy))
+    borders = _borders(walk, u, dt, A, B, initial_state, unroll)
 
     def chunk(i, carry):
         s, dA, dD, du, d_dt, dB, dC = carry
@@ -186,6 +180,14 @@ class _Walk:
     def chunk(self, i):
         """Return which chunk comes i-th in scan order."""
         return self.chunks - 1 - i if self.reverse else i
+
+    def token(self, c, i):
+        """Return which token of chunk c comes i-th in scan order."""
+        return c * self.size + (self.size - 1 - i if self.reverse else i)
+
+    def at(self, x, t):
+        """Return token t of x (B, L, ...)."""
+        return lax.dynamic_index_in_dim(x, t, 1, keepdims=False).astype(self.dtype)
 
     def pad(self, x):
         extra = self.chunks * self.size - self.length

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from evmamba_jax.layers.initializers import ScanInit
-from pallas_kernels import Chain, Order, scan2d
+from evmamba_jax.ops import scan2d
+from pallas_kernels import Chain, Order
 
 
 class S6(nnx.Module):

@@ -229,7 +229,7 @@ def test_lowers_for_other_platforms(platform):
             {"implementation": "asociative"},
             ValueError,
             "implementation='asociative' is not known; choose from None, 'associative', 'sequential', "
-            "did you mean 'associative'?",
+            "'pallas', 'pallas_interpret', did you mean 'associative'?",
         ),
     ],
 )

@@ -324,7 +324,7 @@ def test_the_platform_is_chosen_at_lowering(platform, wrap):
             {"implementation": "sequental"},
             ValueError,
             "implementation='sequental' is not known; choose from None, 'associative', 'sequential', "
-            "did you mean 'sequential'?",
+            "'pallas', 'pallas_interpret', did you mean 'sequential'?",
         ),
     ],
 )

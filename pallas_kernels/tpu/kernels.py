@@ -1,0 +1,494 @@
+"""The two kernels: forward, and backward with the states computed again. Both run on one block at a time.
+
+A block is a sub-lattice (or a chunk of it) of ``channels`` channels and up to 128 images: images lie on lanes, channels
+on sublanes, and a token is a whole number of registers on an untiled axis, which makes every order an address. The
+rows of ``packed`` hold, for each parameter set of a pixel, the time step before its projection (rank R), B and C; a row
+is read as one register, repeated over the sublanes by the load itself.
+
+Forward, for every walk of the block: the time steps of all its tokens (projected on the matrix unit, several tokens in
+one product with block-diagonal weights), then the recurrence, a tile of eight channels after the other with the states
+in registers. Backward: the same time steps; the states once more, kept on chip; then from the last token to the first
+with ``s[n]``, the gradient of the state handed on to the token before, in registers::
+
+    g = s + C dy        s <- a g        w = s h_before        (a = exp(dt A))
+    dC = sum_e h_after dy    dB = sum_e g dt u    d_dt = sum_n w A + u sum_n g B    du = dt sum_n g B    dA = sum_t w dt
+"""
+
+import dataclasses
+import types
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.tpu.geometry import Segment, Walk, for_tokens
+
+LOG2E = 1.4426950408889634
+TILE = 8  # channels of a register
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """What a kernel is compiled for, besides the shapes of its blocks.
+
+    Attributes:
+        walks: what is done on the block.
+        rows, columns: pixels of the block.
+        flat: whether they lie on its first axis, row by row, or on the first two.
+        channels: channels of the block, a multiple of 8.
+        lanes: images, at most 128.
+        state: N.
+        rank: rows that hold the time step before its projection; 0 where the time steps come from outside.
+        slab: the rows that the product with the projection's weights reads, a multiple of 8, at least rank.
+        set_rows: rows of one parameter set.
+        softplus: whether time steps go through softplus.
+        together: pixels whose time steps are projected in one product.
+        at_a_time: pixels of one turn of the loops that have no order.
+        unroll: tokens of one turn of the forward loop.
+        unroll_again, unroll_back: the same for the two loops of the backward pass.
+        tiles: tiles of 8 channels in flight.
+        chunks, blocks: sizes of the grid's axes over chunks and over channels.
+        at_once: sum dB and dC over the channels of a block token by token, not for all channels at the end.
+        keep_decays: keep the decays of the recomputation for the way back.
+        exact: float32 in all products and in softplus; otherwise products take bfloat16.
+    """
+
+    walks: tuple[Walk, ...]
+    rows: int
+    columns: int
+    flat: bool
+    channels: int
+    lanes: int
+    state: int
+    rank: int
+    slab: int
+    set_rows: int
+    softplus: bool
+    together: int
+    at_a_time: int
+    unroll: int
+    unroll_again: int
+    unroll_back: int
+    tiles: int
+    chunks: int
+    blocks: int
+    at_once: bool
+    keep_decays: bool
+    exact: bool
+
+    @property
+    def product(self) -> dict[str, Any]:
+        """Options of products with the projection's weights."""
+        return {"precision": lax.Precision.HIGHEST if self.exact else None, "preferred_element_type": jnp.float32}
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of the block."""
+        return self.rows * self.columns
+
+    @property
+    def axes(self) -> tuple[int, int]:
+        """The two axes that pixels have in a block."""
+        return (self.pixels, 1) if self.flat else (self.rows, self.columns)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of its longest walk."""
+        return max(len(walk.orders) for walk in self.walks) * self.pixels
+
+    def segments(self, walk: Walk) -> list[tuple[Segment, int]]:
+        """Return the segments of a walk, each with the number of tokens before it."""
+        ways = [Segment.of(*order, self.rows, self.columns, flat=self.flat) for order in walk.orders]
+        return [(segment, i * self.pixels) for i, segment in enumerate(ways)]
+
+    def for_pixels(self, size: int, body) -> None:
+        """Run ``body(pixels)`` over all pixels of the block, about ``size`` of them, a list, at once."""
+        if self.flat or self.columns >= size:
+            segment = Segment.of(False, False, self.rows, self.columns, flat=self.flat)
+
+            def group(t, p, count, carry):
+                body([segment.further(p, i) for i in range(count)])
+                return carry
+
+            for_tokens(segment, size, group)
+        else:  # several whole rows
+            rows = Segment(1, self.rows, (0, 0), (0, 0), (1, 0))
+
+            def lines(t, p, count, carry):
+                body([(row, column) for i in range(count) for row in [p[0] + i] for column in range(self.columns)])
+                return carry
+
+            for_tokens(rows, size // self.columns, lines)
+
+    def channel_groups(self) -> list[list[slice]]:
+        """Return the tiles that are in flight together, as slices of the channels."""
+        tiles = [slice(i, i + TILE) for i in range(0, self.channels, TILE)]
+        return [tiles[i : i + self.tiles] for i in range(0, len(tiles), self.tiles)]
+
+    def full(self, row):
+        """Repeat a row (1, lanes) for all channels of a tile."""
+        return jnp.broadcast_to(row, (TILE, self.lanes))
+
+    def row_of_b(self, walk: Walk) -> int:
+        """Return the row of the first B of a walk's parameters; the first C is ``state`` rows further."""
+        return walk.slot * self.set_rows + self.rank
+
+
+def softplus(x, *, exact: bool):
+    """Return log(1 + exp(x)) of float32 without overflow.
+
+    Where it is far below 1, rounding 1 + exp(x) costs relative precision: 6e-8 over the result. ``exact`` adds back
+    what was rounded off.
+    """
+    e = jnp.exp2(jnp.abs(x) * -LOG2E)
+    one_more = 1.0 + e
+    log = jnp.log(one_more)
+    if exact:
+        log = log + (e - (one_more - 1.0))
+    return jnp.maximum(x, 0.0) + log
+
+
+def softplus_slope(dt, *, exact: bool):
+    """Return the derivative of softplus from its value, 1 - exp(-dt); ``exact`` keeps its digits for short steps."""
+    slope = 1.0 - jnp.exp2(dt * -LOG2E)
+    return jnp.where(dt < 0.01, dt * (1.0 - dt * (0.5 - dt * (1 / 6))), slope) if exact else slope
+
+
+def _references(names, references):
+    """Name the references; those that this call has not are None."""
+    return types.SimpleNamespace(**(dict.fromkeys(ALL) | dict(zip(names, references, strict=True))))
+
+
+ALL = (
+    *("x", "delta", "packed", "weights", "weights_back", "A", "bias", "skip", "start", "dy", "d_final", "kept"),
+    *("y", "final", "borders", "dx", "d_delta", "d_packed", "dA", "d_bias", "d_skip", "d_weights", "d_start"),
+    *("sum", "dt", "d_raw", "state", "h", "a", "sum_B", "sum_C", "acc_A", "acc_bias", "acc_skip", "acc_weights"),
+)
+
+
+def _time_steps(r, s: Block, walk: Walk):
+    """Fill ``r.dt``, which is laid out as the image is, with the time steps of a walk."""
+    bias = r.bias[walk.slot]
+    row = walk.slot * s.set_rows
+
+    def group(pixels):
+        if s.rank:
+            raw = []
+            for some in _portions(pixels, s.together):
+                low = jnp.concatenate([r.packed[*q, row : row + s.slab, :] for q in some], 0)
+                weights = r.weights[walk.slot, : len(some) * s.channels, : len(some) * s.slab]
+                product = jnp.dot(weights, low.astype(weights.dtype), **s.product)
+                raw += [product[i * s.channels : (i + 1) * s.channels] for i in range(len(some))]
+        else:
+            raw = [r.delta[*q, walk.slot].astype(jnp.float32) for q in pixels]
+        for q, x in zip(pixels, raw, strict=True):
+            r.dt[q] = softplus(x + bias, exact=s.exact) if s.softplus else x + bias
+
+    s.for_pixels(s.at_a_time, group)
+
+
+def _portions(items: list, size: int) -> list[list]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def forward(*references, names, block: Block):
+    """Scan a block along its walks; the parts that ``names`` leaves out are not computed."""
+    s = block
+    r = _references(names, references)
+    chunk, number = pl.program_id(2), pl.program_id(3)
+    mine = number if s.chunks > 1 else 0
+    target = r.y if r.sum is None else r.sum
+
+    if s.chunks > 1:
+
+        @pl.when(chunk == 0)
+        def _():
+            r.state[mine] = jnp.zeros_like(r.state[mine]) if r.start is None else r.start[...]
+
+        if r.borders is not None:
+            r.borders[...] = r.state[mine]
+
+    for walk in s.walks:
+        _time_steps(r, s, walk)
+        b, c = s.row_of_b(walk), s.row_of_b(walk) + s.state
+        for tiles in s.channel_groups():
+            if s.chunks > 1:
+                h = [[r.state[mine, n, tile, :] for n in range(s.state)] for tile in tiles]
+            elif r.start is not None:
+                h = [[r.start[n, tile, :] for n in range(s.state)] for tile in tiles]
+            else:
+                h = [[jnp.zeros((TILE, s.lanes), jnp.float32)] * s.state for _ in tiles]
+            for segment, before in s.segments(walk):
+                first = walk.slot == 0 and before == 0 and target is not None
+
+                def group(
+                    t, p, count, h, segment=segment, before=before, first=first, walk=walk, tiles=tiles, b=b, c=c
+                ):
+                    h = [list(x) for x in h]
+                    results = []
+                    for i in range(count):
+                        q = segment.further(p, i)
+                        us = [r.x[*q, tile, :].astype(jnp.float32) for tile in tiles]
+                        dts = [r.dt[*q, tile, :] for tile in tiles]
+                        dtus = [dt * u for dt, u in zip(dts, us, strict=True)]
+                        ys = [None if not first else u * r.skip[tile, :] for u, tile in zip(us, tiles, strict=True)]
+                        for n in range(s.state):
+                            B = s.full(r.packed[*q, b + n : b + n + 1, :])
+                            C = s.full(r.packed[*q, c + n : c + n + 1, :]) if target is not None else None
+                            for j, tile in enumerate(tiles):
+                                a = jnp.exp2(dts[j] * r.A[walk.slot, n, tile, :])
+                                h[j][n] = a * h[j][n] + dtus[j] * B
+                                if target is not None:
+                                    y = h[j][n] * C
+                                    ys[j] = y if ys[j] is None else ys[j] + y
+                        results.append((q, ys))
+                    if target is not None:
+                        # All loads before the first store: the compiler keeps their order.
+                        if not first:
+                            results = [
+                                (q, [y + target[*q, tile, :] for y, tile in zip(ys, tiles, strict=True)])
+                                for q, ys in results
+                            ]
+                        for q, ys in results:
+                            for y, tile in zip(ys, tiles, strict=True):
+                                target[*q, tile, :] = y
+                    return tuple(tuple(x) for x in h)
+
+                h = for_tokens(segment, s.unroll, group, tuple(tuple(x) for x in h))
+            for tile, states in zip(tiles, h, strict=True):
+                for n, state in enumerate(states):
+                    if s.chunks > 1:
+                        r.state[mine, n, tile, :] = state
+                    if r.final is not None:
+                        r.final[n, tile, :] = state
+    _convert(s, r.sum, r.y)
+
+
+def _convert(s: Block, source, target):
+    """Write a float32 sum as what the caller asked for."""
+    if source is not None:
+
+        def one(q):
+            target[q] = source[q].astype(target.dtype)
+
+        s.for_pixels(8, lambda pixels: [one(q) for q in pixels])
+
+
+def backward(*references, names, block: Block):
+    """Compute the gradients of a block's inputs from the gradient of its result."""
+    s = block
+    r = _references(names, references)
+    chunk, number = pl.program_id(2), pl.program_id(3)  # chunks come from the last to the first
+    mine = number if s.chunks > 1 else 0
+    target = r.dx if r.sum is None else r.sum
+
+    totals = {"dA": r.dA, "d_bias": r.d_bias, "d_skip": r.d_skip, "d_weights": r.d_weights}
+    totals = {name: total for name, total in totals.items() if total is not None}
+    if s.chunks > 1:
+        sums = {"dA": r.acc_A, "d_bias": r.acc_bias, "d_skip": r.acc_skip, "d_weights": r.acc_weights}
+        results, totals = totals, {name: sums[name].at[mine] for name in totals}
+
+    @pl.when(chunk == 0)
+    def _():
+        for total in totals.values():
+            total[...] = jnp.zeros(total.shape, total.dtype)
+        if s.chunks > 1:
+            r.state[mine] = jnp.zeros_like(r.state[mine]) if r.d_final is None else r.d_final[...]
+
+    @pl.when(number == 0)
+    def _():
+        s.for_pixels(8, lambda pixels: [_clear(r.d_packed, q) for q in pixels])
+        if not s.at_once:
+            for total in (r.sum_B, r.sum_C):
+                lax.fori_loop(0, s.tokens, lambda t, carry, total=total: _clear(total, (t,)) or carry, 0)
+
+    for walk in s.walks:
+        _time_steps(r, s, walk)
+        for tiles in s.channel_groups():
+            start = r.start if r.kept is None else r.kept  # of the chunk
+            if start is None:
+                h = [[jnp.zeros((TILE, s.lanes), jnp.float32)] * s.state for _ in tiles]
+            else:
+                h = [[start[n, tile, :] for n in range(s.state)] for tile in tiles]
+            _again(r, s, walk, tiles, h)
+            back = r.state.at[mine] if s.chunks > 1 else r.d_final
+            if back is None:
+                g = [[jnp.zeros((TILE, s.lanes), jnp.float32)] * s.state for _ in tiles]
+            else:
+                g = [[back[n, tile, :] for n in range(s.state)] for tile in tiles]
+            g = _back(r, s, walk, tiles, g, target, totals)
+            for tile, states in zip(tiles, g, strict=True):
+                for n, state in enumerate(states):
+                    if s.chunks > 1:
+                        r.state[mine, n, tile, :] = state
+                    if r.d_start is not None:
+                        r.d_start[n, tile, :] = state
+        _project_back(r, s, walk, totals)
+    if not s.at_once:
+
+        @pl.when(number == s.blocks - 1)
+        def _():
+            _sum_channels(r, s)
+
+    if s.chunks > 1:
+
+        @pl.when(chunk == s.chunks - 1)
+        def _():
+            for name, result in results.items():
+                result[...] = totals[name][...]
+
+    _convert(s, r.sum, r.dx)
+
+
+def _clear(reference, at):
+    reference[at] = jnp.zeros(reference.shape[len(at) :], reference.dtype)
+
+
+def _again(r, s: Block, walk: Walk, tiles, h):
+    """Compute the states of a walk again and keep the state before each token in ``r.h``, with the last one behind."""
+    b = s.row_of_b(walk)
+    for j in range(len(tiles)):
+        for n in range(s.state):
+            r.h[0, j, n] = h[j][n]
+    for segment, before in s.segments(walk):
+
+        def group(t, p, count, h, segment=segment, before=before):
+            h = [list(x) for x in h]
+            kept = []
+            for i in range(count):
+                q = segment.further(p, i)
+                dts = [r.dt[*q, tile, :] for tile in tiles]
+                dtus = [dt * r.x[*q, tile, :].astype(jnp.float32) for dt, tile in zip(dts, tiles, strict=True)]
+                for n in range(s.state):
+                    B = s.full(r.packed[*q, b + n : b + n + 1, :])
+                    for j, tile in enumerate(tiles):
+                        a = jnp.exp2(dts[j] * r.A[walk.slot, n, tile, :])
+                        h[j][n] = a * h[j][n] + dtus[j] * B
+                        kept.append((before + t + i, j, n, a, h[j][n]))
+            for t, j, n, a, state in kept:
+                r.h[t + 1, j, n] = state
+                if s.keep_decays:
+                    r.a[t, j, n] = a
+            return tuple(tuple(x) for x in h)
+
+        h = for_tokens(segment, s.unroll_again, group, tuple(tuple(x) for x in h))
+
+
+def _back(r, s: Block, walk: Walk, tiles, g, target, totals):
+    """Go through a walk from its last token to its first; return the gradient of its first state."""
+    slot, b, c = walk.slot, s.row_of_b(walk), s.row_of_b(walk) + s.state
+    g = tuple(tuple(x) for x in g)
+    # A chain comes to every pixel again and needs its time step then.
+    d_raw = r.dt if r.d_raw is None else r.d_raw
+    last = s.segments(walk)[-1][1]
+    for segment, before in reversed(s.segments(walk)):
+        first = slot == 0 and before == last  # to write to its pixels; all others add
+
+        def group(t, p, count, g, segment=segment, before=before, first=first):
+            passed = [list(x) for x in g]
+            order = list(reversed(range(count)))
+            q = [segment.further(p, i) for i in range(count)]
+            time = [before + t + i for i in range(count)]
+            u = [[r.x[*q[i], tile, :].astype(jnp.float32) for tile in tiles] for i in range(count)]
+            dy = [[r.dy[*q[i], tile, :].astype(jnp.float32) for tile in tiles] for i in range(count)]
+            dt = [[r.dt[*q[i], tile, :] for tile in tiles] for i in range(count)]
+            every = [(i, j) for i in order for j in range(len(tiles))]
+            dtu = {(i, j): dt[i][j] * u[i][j] for i, j in every}
+            if first:
+                for j, tile in enumerate(tiles):
+                    totals["d_skip"][tile, :] += sum(u[i][j] * dy[i][j] for i in order)
+            g_B, w_A = {}, {}
+            rows = []
+            for n in range(s.state):
+                sums = {}
+                for j, tile in enumerate(tiles):
+                    A = r.A[slot, n, tile, :]
+                    dA = totals["dA"][slot, n, tile, :]
+                    for i in order:
+                        gradient = passed[j][n] + s.full(r.packed[*q[i], c + n : c + n + 1, :]) * dy[i][j]
+                        a = r.a[time[i], j, n] if s.keep_decays else jnp.exp2(dt[i][j] * A)
+                        passed[j][n] = a * gradient
+                        w = passed[j][n] * r.h[time[i], j, n]
+                        x = gradient * s.full(r.packed[*q[i], b + n : b + n + 1, :])
+                        g_B[i, j] = x if n == 0 else g_B[i, j] + x
+                        w_A[i, j] = w * A if n == 0 else w_A[i, j] + w * A
+                        dA = dA + w * dt[i][j]
+                        of_B, of_C = gradient * dtu[i, j], r.h[time[i] + 1, j, n] * dy[i][j]
+                        if (i, "B") in sums:
+                            of_B, of_C = sums[i, "B"] + of_B, sums[i, "C"] + of_C
+                        elif not s.at_once:
+                            of_B, of_C = r.sum_B[time[i], n] + of_B, r.sum_C[time[i], n] + of_C
+                        sums[i, "B"], sums[i, "C"] = of_B, of_C
+                    totals["dA"][slot, n, tile, :] = dA
+                if s.at_once:
+                    for i in order:
+                        for row, name in ((b + n, "B"), (c + n, "C")):
+                            row = (*q[i], slice(row, row + 1))
+                            rows.append((row, r.d_packed[row] + jnp.sum(sums[i, name], axis=0, keepdims=True)))
+                else:
+                    for i in order:
+                        r.sum_B[time[i], n], r.sum_C[time[i], n] = sums[i, "B"], sums[i, "C"]
+            gradients, raw = {}, {}
+            for i, j in every:
+                du = g_B[i, j] * dt[i][j]
+                gradients[i, j] = du + r.skip[tiles[j], :] * dy[i][j] if first else target[*q[i], tiles[j], :] + du
+                d_dt = w_A[i, j] * (1 / LOG2E) + g_B[i, j] * u[i][j]  # A is in units of log2(e)
+                raw[i, j] = d_dt * softplus_slope(dt[i][j], exact=s.exact) if s.softplus else d_dt
+                if len(walk.orders) > 1 and before != last:
+                    raw[i, j] += d_raw[*q[i], tiles[j], :]
+            for row, total in rows:
+                r.d_packed[row] = total
+            for i, j in every:
+                target[*q[i], tiles[j], :] = gradients[i, j]
+                d_raw[*q[i], tiles[j], :] = raw[i, j]
+            return tuple(tuple(x) for x in passed)
+
+        g = for_tokens(segment, s.unroll_back, group, g, backwards=True)
+    return g
+
+
+def _project_back(r, s: Block, walk: Walk, totals):
+    """Hand on the gradient of the raw time steps to what they were made from."""
+    slot, row = walk.slot, walk.slot * s.set_rows
+    rows = slice(row, row + s.slab)
+    d_raw = r.dt if r.d_raw is None else r.d_raw
+
+    def group(pixels):
+        raw = [d_raw[q] for q in pixels]
+        totals["d_bias"][slot] += sum(raw)
+        if not s.rank:
+            for q, gradient in zip(pixels, raw, strict=True):
+                r.d_delta[*q, slot] = gradient.astype(r.d_delta.dtype)
+            return
+        results = []
+        for some, gradients in zip(_portions(pixels, s.together), _portions(raw, s.together), strict=True):
+            dtype = r.weights_back.dtype
+            low = jnp.concatenate([r.packed[*q, rows, :] for q in some], 0).astype(dtype)
+            gradient = jnp.concatenate(gradients, 0).astype(dtype)
+            high, wide = slice(0, len(some) * s.slab), slice(0, len(some) * s.channels)
+            d_low = jnp.dot(r.weights_back[slot, high, wide], gradient, **s.product)
+            totals["d_weights"][slot, high, wide] += lax.dot_general(
+                low, gradient, (((1,), (1,)), ((), ())), **s.product
+            )
+            results += [(q, d_low[i * s.slab : (i + 1) * s.slab]) for i, q in enumerate(some)]
+        results = [(q, r.d_packed[*q, rows, :] + gradient) for q, gradient in results]
+        for q, gradient in results:
+            r.d_packed[*q, rows, :] = gradient
+
+    s.for_pixels(s.at_a_time, group)
+
+
+def _sum_channels(r, s: Block):
+    """Sum the gradients of B and C over the sublanes, once all channels are in."""
+    (walk,) = s.walks
+    b = s.row_of_b(walk)
+    for segment, before in s.segments(walk):
+
+        def token(t, p, count, carry, before=before):
+            kept = [x[before + t, n] for x in (r.sum_B, r.sum_C) for n in range(s.state)]
+            sums = [jnp.sum(x, axis=0, keepdims=True) for x in kept]
+            r.d_packed[*p, b : b + 2 * s.state, :] += jnp.concatenate(sums, 0)
+            return carry
+
+        for_tokens(segment, 1, token)
