@@ -43,15 +43,27 @@ class Segment:
             return cls(columns, rows, base, (0, sign), (sign, 0))
         return cls(rows, columns, base, (sign, 0), (0, sign))
 
-    def at(self, line, token) -> tuple:
-        """Return the pixel of a token of a line."""
-        return tuple(
-            b + line * o + token * i for b, o, i in zip(self.base, self.outer_step, self.inner_step, strict=True)
-        )
+    def pixels(self, line, number, count: int, first: int = 0) -> Callable[[int], tuple]:
+        """Return the function from i to the pixel of token ``first + number * count + i`` of a line, for i below count.
 
-    def further(self, pixel: tuple, tokens: int) -> tuple:
-        """Return the pixel some tokens after another of the same line."""
-        return tuple(p + tokens * step if step else p for p, step in zip(pixel, self.inner_step, strict=True))
+        Its addresses are sums and products of counts from zero up, which the compiler folds into the accesses; from
+        differences it computes every one anew.
+        """
+
+        groups = (self.inner - first) // count
+
+        def place(axis: int, i: int):
+            base, outer, inner = (pair[axis] for pair in (self.base, self.outer_step, self.inner_step))
+            result, constant = 0, base + inner * (first + i)
+            for step, index, size in ((outer, line, self.outer), (inner * count, number, groups)):
+                if step < 0:  # from the other end
+                    constant += step * (size - 1)
+                    index = size - 1 - index
+                if step:
+                    result += abs(step) * index
+            return result + constant
+
+        return lambda i: (place(0, i), place(1, i))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,27 +130,27 @@ def grids(orders: tuple[Order | Chain, ...]) -> tuple[Grid, ...] | str:
 
 
 def for_tokens(segment: Segment, size: int, body: Callable, carry=0, *, backwards: bool = False):
-    """Run ``body(t, p, count, carry) -> carry`` over a segment in groups of ``count`` tokens, at most ``size``.
+    """Run ``body(t, pixel, count, carry) -> carry`` over a segment in groups of ``count`` tokens, at most ``size``.
 
-    Token ``t`` of the segment, the first of the group, is pixel ``p`` of the block, and token ``t + i`` is
-    ``segment.further(p, i)``. Groups never cross the end of a line; count is a number, t and p are traced.
-    ``backwards`` takes the groups in the opposite order.
+    Token ``t + i`` of the segment, for i below count, is the pixel ``pixel(i)`` of the block. Groups never cross the
+    end of a line; count is a number, t and pixels are traced. ``backwards`` takes the groups in the opposite order.
     """
     count = group_size(segment.inner, size)
     whole, rest = divmod(segment.inner, count)
 
-    def at(line, first, n, carry):
-        return body(line * segment.inner + first, segment.at(line, first), n, carry)
+    def at(line, number, n, first, carry):
+        t = line * segment.inner + first + number * n
+        return body(t, segment.pixels(line, number, n, first), n, carry)
 
     def one_line(line, carry):
         def group(i, carry):
-            return at(line, (whole - 1 - i if backwards else i) * count, count, carry)
+            return at(line, whole - 1 - i if backwards else i, count, 0, carry)
 
         if rest and backwards:
-            carry = at(line, whole * count, rest, carry)
+            carry = at(line, 0, rest, whole * count, carry)
         carry = group(0, carry) if whole == 1 else lax.fori_loop(0, whole, group, carry)
         if rest and not backwards:
-            carry = at(line, whole * count, rest, carry)
+            carry = at(line, 0, rest, whole * count, carry)
         return carry
 
     if segment.outer == 1:

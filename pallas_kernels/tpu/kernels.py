@@ -8,16 +8,18 @@ is read as one register, repeated over the sublanes by the load itself.
 Forward, for every walk of the block: the time steps of all its tokens (projected on the matrix unit, several tokens in
 one product with block-diagonal weights), then the recurrence, a tile of eight channels after the other with the states
 in registers. Backward: the same time steps; the states once more, kept on chip; then from the last token to the first
-with ``s[n]``, the gradient of the state handed on to the token before, in registers::
+with ``s[n]``, the gradient of the state that a token hands on to the one before::
 
     g = s + C dy        s <- a g        w = s h_before        (a = exp(dt A))
     dC = sum_e h_after dy    dB = sum_e g dt u    d_dt = sum_n w A + u sum_n g B    du = dt sum_n g B    dA = sum_t w dt
 """
 
 import dataclasses
+import functools
 import types
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -107,16 +109,16 @@ class Block:
         if self.flat or self.columns >= size:
             segment = Segment.of(False, False, self.rows, self.columns, flat=self.flat)
 
-            def group(t, p, count, carry):
-                body([segment.further(p, i) for i in range(count)])
+            def group(t, pixel, count, carry):
+                body([pixel(i) for i in range(count)])
                 return carry
 
             for_tokens(segment, size, group)
         else:  # several whole rows
             rows = Segment(1, self.rows, (0, 0), (0, 0), (1, 0))
 
-            def lines(t, p, count, carry):
-                body([(row, column) for i in range(count) for row in [p[0] + i] for column in range(self.columns)])
+            def lines(t, pixel, count, carry):
+                body([(pixel(i)[0], column) for i in range(count) for column in range(self.columns)])
                 return carry
 
             for_tokens(rows, size // self.columns, lines)
@@ -204,58 +206,35 @@ def forward(*references, names, block: Block):
 
         @pl.when(chunk == 0)
         def _():
-            r.state[mine] = jnp.zeros_like(r.state[mine]) if r.start is None else r.start[...]
+            _set(r.state.at[mine], r.start)
 
         if r.borders is not None:
             r.borders[...] = r.state[mine]
 
     for walk in s.walks:
         _time_steps(r, s, walk)
-        b, c = s.row_of_b(walk), s.row_of_b(walk) + s.state
         for tiles in s.channel_groups():
-            if s.chunks > 1:
-                h = [[r.state[mine, n, tile, :] for n in range(s.state)] for tile in tiles]
-            elif r.start is not None:
-                h = [[r.start[n, tile, :] for n in range(s.state)] for tile in tiles]
-            else:
-                h = [[jnp.zeros((TILE, s.lanes), jnp.float32)] * s.state for _ in tiles]
+            start = r.state.at[mine] if s.chunks > 1 else r.start
+            h = _first_states(s, tiles, start)
             for segment, before in s.segments(walk):
-                first = walk.slot == 0 and before == 0 and target is not None
+                first = walk.slot == 0 and before == 0  # to write to its pixels; all others add
 
-                def group(
-                    t, p, count, h, segment=segment, before=before, first=first, walk=walk, tiles=tiles, b=b, c=c
-                ):
-                    h = [list(x) for x in h]
+                def group(t, pixel, count, h, walk=walk, tiles=tiles, first=first):
+                    h, tokens = _advance(r, s, walk, tiles, [pixel(i) for i in range(count)], h)
+                    if target is None:
+                        return h
                     results = []
-                    for i in range(count):
-                        q = segment.further(p, i)
-                        us = [r.x[*q, tile, :].astype(jnp.float32) for tile in tiles]
-                        dts = [r.dt[*q, tile, :] for tile in tiles]
-                        dtus = [dt * u for dt, u in zip(dts, us, strict=True)]
-                        ys = [None if not first else u * r.skip[tile, :] for u, tile in zip(us, tiles, strict=True)]
-                        for n in range(s.state):
-                            B = s.full(r.packed[*q, b + n : b + n + 1, :])
-                            C = s.full(r.packed[*q, c + n : c + n + 1, :]) if target is not None else None
-                            for j, tile in enumerate(tiles):
-                                a = jnp.exp2(dts[j] * r.A[walk.slot, n, tile, :])
-                                h[j][n] = a * h[j][n] + dtus[j] * B
-                                if target is not None:
-                                    y = h[j][n] * C
-                                    ys[j] = y if ys[j] is None else ys[j] + y
-                        results.append((q, ys))
-                    if target is not None:
-                        # All loads before the first store: the compiler keeps their order.
-                        if not first:
-                            results = [
-                                (q, [y + target[*q, tile, :] for y, tile in zip(ys, tiles, strict=True)])
-                                for q, ys in results
-                            ]
-                        for q, ys in results:
-                            for y, tile in zip(ys, tiles, strict=True):
-                                target[*q, tile, :] = y
-                    return tuple(tuple(x) for x in h)
+                    for token in tokens:
+                        q, c = token.pixel, s.row_of_b(walk) + s.state
+                        C = [s.full(r.packed[*q, c + n : c + n + 1, :]) for n in range(s.state)]
+                        for tile, u, states in zip(tiles, token.u, token.states, strict=True):
+                            y = functools.reduce(jnp.add, [h * row for h, row in zip(states, C, strict=True)])
+                            results.append(((*q, tile), y + (u * r.skip[tile, :] if first else target[*q, tile, :])))
+                    for place, y in results:  # after all loads: the compiler keeps the order of loads and stores
+                        target[place] = y
+                    return h
 
-                h = for_tokens(segment, s.unroll, group, tuple(tuple(x) for x in h))
+                h = for_tokens(segment, s.unroll, group, h)
             for tile, states in zip(tiles, h, strict=True):
                 for n, state in enumerate(states):
                     if s.chunks > 1:
@@ -265,6 +244,51 @@ def forward(*references, names, block: Block):
     _convert(s, r.sum, r.y)
 
 
+def _first_states(s: Block, tiles, start):
+    """Return the states before the first token, a tuple for each tile."""
+    rest = jnp.zeros((TILE, s.lanes), jnp.float32)
+    return tuple(tuple(rest if start is None else start[n, tile, :] for n in range(s.state)) for tile in tiles)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Token:
+    """What a token was computed with: its pixel and, for each tile, u, and decays and states after it for each n."""
+
+    pixel: tuple
+    u: list[jax.Array]
+    decays: list[list[jax.Array]]
+    states: list[list[jax.Array]]
+
+
+def _advance(r, s: Block, walk: Walk, tiles, pixels, h) -> tuple[tuple, list[_Token]]:
+    """Run the recurrence over some tokens; return the last states, and every token."""
+    b = s.row_of_b(walk)
+    tokens = []
+    # With few states in flight each must wait for the one before. Two tokens at once make two steps in the time of one.
+    for some in _portions(pixels, 2 if s.state * len(tiles) <= 2 else 1):
+        u = [[r.x[*q, tile, :].astype(jnp.float32) for tile in tiles] for q in some]
+        dt = [[r.dt[*q, tile, :] for tile in tiles] for q in some]
+        dtu = [[x * y for x, y in zip(*pair, strict=True)] for pair in zip(dt, u, strict=True)]
+        decays, states = ([[[] for _ in tiles] for _ in some] for _ in range(2))
+        after = [[] for _ in tiles]
+        for n in range(s.state):
+            B = [s.full(r.packed[*q, b + n : b + n + 1, :]) for q in some]
+            for j, tile in enumerate(tiles):
+                A = r.A[walk.slot, n, tile, :]
+                a = [jnp.exp2(dt[i][j] * A) for i in range(len(some))]
+                new = [dtu[i][j] * B[i] for i in range(len(some))]
+                reached = [a[0] * h[j][n] + new[0]]
+                if len(some) == 2:
+                    reached.append((a[1] * a[0]) * h[j][n] + (a[1] * new[0] + new[1]))
+                for i, state in enumerate(reached):
+                    decays[i][j].append(a[i])
+                    states[i][j].append(state)
+                after[j].append(reached[-1])
+        h = tuple(tuple(x) for x in after)
+        tokens += [_Token(q, *parts) for q, *parts in zip(some, u, decays, states, strict=True)]
+    return h, tokens
+
+
 def _convert(s: Block, source, target):
     """Write a float32 sum as what the caller asked for."""
     if source is not None:
@@ -272,7 +296,7 @@ def _convert(s: Block, source, target):
         def one(q):
             target[q] = source[q].astype(target.dtype)
 
-        s.for_pixels(8, lambda pixels: [one(q) for q in pixels])
+        s.for_pixels(16, lambda pixels: [one(q) for q in pixels])
 
 
 def backward(*references, names, block: Block):
@@ -294,7 +318,7 @@ def backward(*references, names, block: Block):
         for total in totals.values():
             total[...] = jnp.zeros(total.shape, total.dtype)
         if s.chunks > 1:
-            r.state[mine] = jnp.zeros_like(r.state[mine]) if r.d_final is None else r.d_final[...]
+            _set(r.state.at[mine], r.d_final)
 
     @pl.when(number == 0)
     def _():
@@ -304,27 +328,16 @@ def backward(*references, names, block: Block):
                 lax.fori_loop(0, s.tokens, lambda t, carry, total=total: _clear(total, (t,)) or carry, 0)
 
     for walk in s.walks:
+        if s.chunks == 1:
+            _set(r.state.at[mine], r.d_final)
         _time_steps(r, s, walk)
         for tiles in s.channel_groups():
-            start = r.start if r.kept is None else r.kept  # of the chunk
-            if start is None:
-                h = [[jnp.zeros((TILE, s.lanes), jnp.float32)] * s.state for _ in tiles]
-            else:
-                h = [[start[n, tile, :] for n in range(s.state)] for tile in tiles]
+            h = _first_states(s, tiles, r.start if r.kept is None else r.kept)
             _again(r, s, walk, tiles, h)
-            back = r.state.at[mine] if s.chunks > 1 else r.d_final
-            if back is None:
-                g = [[jnp.zeros((TILE, s.lanes), jnp.float32)] * s.state for _ in tiles]
-            else:
-                g = [[back[n, tile, :] for n in range(s.state)] for tile in tiles]
-            g = _back(r, s, walk, tiles, g, target, totals)
-            for tile, states in zip(tiles, g, strict=True):
-                for n, state in enumerate(states):
-                    if s.chunks > 1:
-                        r.state[mine, n, tile, :] = state
-                    if r.d_start is not None:
-                        r.d_start[n, tile, :] = state
+            _back(r, s, walk, tiles, r.state.at[mine], target, totals)
         _project_back(r, s, walk, totals)
+    if r.d_start is not None:
+        r.d_start[...] = r.state[mine]
     if not s.at_once:
 
         @pl.when(number == s.blocks - 1)
@@ -341,54 +354,51 @@ def backward(*references, names, block: Block):
     _convert(s, r.sum, r.dx)
 
 
+def _set(reference, value):
+    """Copy a block, or clear where there is none."""
+    reference[...] = jnp.zeros(reference.shape, reference.dtype) if value is None else value[...]
+
+
 def _clear(reference, at):
     reference[at] = jnp.zeros(reference.shape[len(at) :], reference.dtype)
 
 
 def _again(r, s: Block, walk: Walk, tiles, h):
     """Compute the states of a walk again and keep the state before each token in ``r.h``, with the last one behind."""
-    b = s.row_of_b(walk)
-    for j in range(len(tiles)):
-        for n in range(s.state):
-            r.h[0, j, n] = h[j][n]
+    for j, states in enumerate(h):
+        for n, state in enumerate(states):
+            r.h[0, j, n] = state
     for segment, before in s.segments(walk):
 
-        def group(t, p, count, h, segment=segment, before=before):
-            h = [list(x) for x in h]
-            kept = []
-            for i in range(count):
-                q = segment.further(p, i)
-                dts = [r.dt[*q, tile, :] for tile in tiles]
-                dtus = [dt * r.x[*q, tile, :].astype(jnp.float32) for dt, tile in zip(dts, tiles, strict=True)]
-                for n in range(s.state):
-                    B = s.full(r.packed[*q, b + n : b + n + 1, :])
-                    for j, tile in enumerate(tiles):
-                        a = jnp.exp2(dts[j] * r.A[walk.slot, n, tile, :])
-                        h[j][n] = a * h[j][n] + dtus[j] * B
-                        kept.append((before + t + i, j, n, a, h[j][n]))
-            for t, j, n, a, state in kept:
-                r.h[t + 1, j, n] = state
-                if s.keep_decays:
-                    r.a[t, j, n] = a
-            return tuple(tuple(x) for x in h)
+        def group(t, pixel, count, h, before=before):
+            h, tokens = _advance(r, s, walk, tiles, [pixel(i) for i in range(count)], h)
+            for i, token in enumerate(tokens):
+                for j in range(len(tiles)):
+                    for n in range(s.state):
+                        r.h[before + t + i + 1, j, n] = token.states[j][n]
+                        if s.keep_decays:
+                            r.a[before + t + i, j, n] = token.decays[j][n]
+            return h
 
-        h = for_tokens(segment, s.unroll_again, group, tuple(tuple(x) for x in h))
+        h = for_tokens(segment, s.unroll_again, group, h)
 
 
-def _back(r, s: Block, walk: Walk, tiles, g, target, totals):
-    """Go through a walk from its last token to its first; return the gradient of its first state."""
+def _back(r, s: Block, walk: Walk, tiles, passed, target, totals):
+    """Go through a walk from its last token to its first.
+
+    ``passed`` is the gradient of the state that a token hands on to the one before. It stays in memory: together with
+    what the tokens of a turn need it is more than there are registers.
+    """
     slot, b, c = walk.slot, s.row_of_b(walk), s.row_of_b(walk) + s.state
-    g = tuple(tuple(x) for x in g)
     # A chain comes to every pixel again and needs its time step then.
     d_raw = r.dt if r.d_raw is None else r.d_raw
     last = s.segments(walk)[-1][1]
     for segment, before in reversed(s.segments(walk)):
         first = slot == 0 and before == last  # to write to its pixels; all others add
 
-        def group(t, p, count, g, segment=segment, before=before, first=first):
-            passed = [list(x) for x in g]
+        def group(t, pixel, count, carry, segment=segment, before=before, first=first):
             order = list(reversed(range(count)))
-            q = [segment.further(p, i) for i in range(count)]
+            q = [pixel(i) for i in range(count)]
             time = [before + t + i for i in range(count)]
             u = [[r.x[*q[i], tile, :].astype(jnp.float32) for tile in tiles] for i in range(count)]
             dy = [[r.dy[*q[i], tile, :].astype(jnp.float32) for tile in tiles] for i in range(count)]
@@ -405,11 +415,12 @@ def _back(r, s: Block, walk: Walk, tiles, g, target, totals):
                 for j, tile in enumerate(tiles):
                     A = r.A[slot, n, tile, :]
                     dA = totals["dA"][slot, n, tile, :]
+                    g = passed[n, tile, :]
                     for i in order:
-                        gradient = passed[j][n] + s.full(r.packed[*q[i], c + n : c + n + 1, :]) * dy[i][j]
+                        gradient = g + s.full(r.packed[*q[i], c + n : c + n + 1, :]) * dy[i][j]
                         a = r.a[time[i], j, n] if s.keep_decays else jnp.exp2(dt[i][j] * A)
-                        passed[j][n] = a * gradient
-                        w = passed[j][n] * r.h[time[i], j, n]
+                        g = a * gradient
+                        w = g * r.h[time[i], j, n]
                         x = gradient * s.full(r.packed[*q[i], b + n : b + n + 1, :])
                         g_B[i, j] = x if n == 0 else g_B[i, j] + x
                         w_A[i, j] = w * A if n == 0 else w_A[i, j] + w * A
@@ -421,6 +432,7 @@ def _back(r, s: Block, walk: Walk, tiles, g, target, totals):
                             of_B, of_C = r.sum_B[time[i], n] + of_B, r.sum_C[time[i], n] + of_C
                         sums[i, "B"], sums[i, "C"] = of_B, of_C
                     totals["dA"][slot, n, tile, :] = dA
+                    passed[n, tile, :] = g
                 if s.at_once:
                     for i in order:
                         for row, name in ((b + n, "B"), (c + n, "C")):
@@ -442,10 +454,9 @@ def _back(r, s: Block, walk: Walk, tiles, g, target, totals):
             for i, j in every:
                 target[*q[i], tiles[j], :] = gradients[i, j]
                 d_raw[*q[i], tiles[j], :] = raw[i, j]
-            return tuple(tuple(x) for x in passed)
+            return carry
 
-        g = for_tokens(segment, s.unroll_back, group, g, backwards=True)
-    return g
+        for_tokens(segment, s.unroll_back, group, backwards=True)
 
 
 def _project_back(r, s: Block, walk: Walk, totals):
@@ -485,10 +496,10 @@ def _sum_channels(r, s: Block):
     b = s.row_of_b(walk)
     for segment, before in s.segments(walk):
 
-        def token(t, p, count, carry, before=before):
+        def token(t, pixel, count, carry, before=before):
             kept = [x[before + t, n] for x in (r.sum_B, r.sum_C) for n in range(s.state)]
             sums = [jnp.sum(x, axis=0, keepdims=True) for x in kept]
-            r.d_packed[*p, b : b + 2 * s.state, :] += jnp.concatenate(sums, 0)
+            r.d_packed[*pixel(0), b : b + 2 * s.state, :] += jnp.concatenate(sums, 0)
             return carry
 
         for_tokens(segment, 1, token)

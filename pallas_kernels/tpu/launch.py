@@ -71,6 +71,8 @@ class Call:
         sets: how many the call uses.
         by_columns: chunks are columns instead of rows.
         reverse: the walk begins at the last chunk.
+        single: packed and its gradient, the same for all channels, have one buffer instead of two. They take the most
+            memory, and the next tile of images is fetched only once this one is done.
     """
 
     block: Block
@@ -80,6 +82,7 @@ class Call:
     sets: int
     by_columns: bool
     reverse: bool
+    single: bool = False
 
     @property
     def grid(self) -> tuple[int, int, int, int]:
@@ -110,10 +113,12 @@ def plan(launch: Launch, shape: Shape, target: Target, *, gradient: bool) -> tup
 
     def fitting(walks: tuple[Walk, ...], first: int) -> Call | None:
         column_major, reverse = walks[0].orders[0]
-        for block in _blocks(walks, shape, target, gradient=gradient):
-            call = Call(block, shape, launch.origins, first, len(walks), column_major, reverse)
-            if _fits(call, target.vmem, gradient=gradient):
-                return call
+        for single in (False, True):
+            for block in _blocks(walks, shape, target, gradient=gradient):
+                call = Call(block, shape, launch.origins, first, len(walks), column_major, reverse, single)
+                # The compiler needs some for values that do not stay in registers.
+                if memory(call, gradient=gradient) <= 0.9 * target.vmem:
+                    return call
         return None
 
     together = fitting(launch.walks, 0)
@@ -143,10 +148,10 @@ def _blocks(walks: tuple[Walk, ...], shape: Shape, target: Target, *, gradient: 
             flying = tiles if at_once else max(n for n in _divisors(tiles) if n * shape.state <= max(8, shape.state))
             together = max(1, min(LANES // max(shape.slab, TILE), LANES // channels if gradient else 16, 16))
             turns = {
-                "at_a_time": 56 if channels <= 16 else 32 if channels <= 32 else 16,
-                "unroll": 14 if shape.state >= 8 else 28 // flying,
+                "at_a_time": max(8, 1792 // channels),
+                "unroll": 14 if shape.state >= 8 else 24 // flying if flying > 1 else 28,
                 "unroll_again": 8,
-                "unroll_back": 4,
+                "unroll_back": 3 if shape.state >= 8 else 2,
             }
             if target.interpret:  # by XLA for a CPU, which takes long to compile long turns and gains nothing by them
                 turns = {"at_a_time": 4, "unroll": 3, "unroll_again": 3, "unroll_back": 2}
@@ -182,11 +187,18 @@ class _Array:
     dtype: Any
     block: tuple[int | None, ...]
     index: Callable
+    buffers: int = 2  # one is fetched or written back while another is computed with
 
     @property
     def bytes(self) -> int:
-        """What a block takes of the chip's memory."""
-        return _bytes([n for n in self.block if n is not None], self.dtype)
+        """What its blocks take of VMEM."""
+        return self.buffers * _bytes([n for n in self.block if n is not None], self.dtype)
+
+    @property
+    def spec(self) -> pl.BlockSpec:
+        """The block as Pallas wants it described."""
+        mode = None if self.buffers == 2 else pl.Buffered(self.buffers)
+        return pl.BlockSpec(self.block, self.index, pipeline_mode=mode)
 
 
 def _arrays(call: Call, *, gradient: bool) -> dict[str, _Array]:
@@ -227,6 +239,7 @@ def _arrays(call: Call, *, gradient: bool) -> dict[str, _Array]:
 
     rows, sets = call.sets * s.set_rows, call.sets
     packed = pixels((s.slots * s.set_rows, s.images), (rows, b.lanes), lambda i, g, c, d: (at, i), FLOAT32)
+    packed = dataclasses.replace(packed, buffers=1 if call.single else 2)
     steps = pixels((s.slots, s.channels, s.images), (sets, b.channels, b.lanes), lambda i, g, c, d: (at, d, i), FLOAT32)
     state = plain(
         (lattices, s.state, s.channels, s.images),
@@ -298,8 +311,8 @@ def _scratch(call: Call, *, gradient: bool, names: tuple[str, ...]) -> dict[str,
     arrays: dict[str, tuple[int, ...]] = {"dt": (*b.axes, b.channels, b.lanes)}
     if call.shape.result != FLOAT32 and ("dx" if gradient else "y") in names:
         arrays["sum"] = (*b.axes, b.channels, b.lanes)
-    if b.chunks > 1:
-        arrays["state"] = (b.blocks, *state)
+    if b.chunks > 1 or gradient:
+        arrays["state"] = (b.blocks if b.chunks > 1 else 1, *state)
     if gradient:
         if b.tokens > b.pixels:
             arrays["d_raw"] = arrays["dt"]
@@ -324,18 +337,13 @@ GRADIENTS = ("dx", "d_packed", "dA", "d_bias", "d_skip")
 
 
 def memory(call: Call, *, gradient: bool) -> int:
-    """Return the bytes of VMEM that a call takes: its blocks twice, as one is fetched during another, and the rest."""
+    """Return the bytes of VMEM that a call takes."""
     names = [*(BACKWARD if gradient else FORWARD), *(GRADIENTS if gradient else ("y",))]
     names += ["weights", *(["weights_back", "d_weights"] if gradient else [])] if call.block.rank else []
     names += [] if call.block.rank else ["delta", *(["d_delta"] if gradient else [])]
     arrays = _arrays(call, gradient=gradient)
     scratch = _scratch(call, gradient=gradient, names=tuple(names))
-    return 2 * sum(arrays[name].bytes for name in names) + sum(_bytes(*array) for array in scratch.values())
-
-
-def _fits(call: Call, vmem: int, *, gradient: bool) -> bool:
-    # The compiler needs some for values that do not stay in registers.
-    return memory(call, gradient=gradient) <= 0.9 * vmem
+    return sum(arrays[name].bytes for name in names) + sum(_bytes(*array) for array in scratch.values())
 
 
 def run(
@@ -364,9 +372,6 @@ def run(
     scratch = _scratch(call, gradient=gradient, names=results)
     kernel = kernels.backward if gradient else kernels.forward
 
-    def spec(name):
-        return pl.BlockSpec(arrays[name].block, arrays[name].index)
-
     inputs, hidden = list(values), [name for name in results if name in onto]
 
     def body(*references):
@@ -381,8 +386,8 @@ def run(
     outputs = pl.pallas_call(
         body,
         grid=call.grid,
-        in_specs=[spec(name) for name in inputs] + [pl.BlockSpec(memory_space=pl.ANY) for _ in hidden],
-        out_specs=[spec(name) for name in results],
+        in_specs=[arrays[name].spec for name in inputs] + [pl.BlockSpec(memory_space=pl.ANY) for _ in hidden],
+        out_specs=[arrays[name].spec for name in results],
         out_shape=[shape_like(arrays[name].shape, arrays[name].dtype, values["x"]) for name in results],
         scratch_shapes=[pltpu.VMEM(size, dtype) for size, dtype in scratch.values()],
         input_output_aliases={len(inputs) + i: results.index(name) for i, name in enumerate(hidden)},
