@@ -1,8 +1,8 @@
 """The scans of ``pallas_kernels``, each device with its own part of the batch.
 
 XLA cannot divide a kernel among devices, so under a mesh (``jax.set_mesh``) they run inside ``jax.shard_map``: the
-batch lies over as many of the mesh's axes as divide it, parameters are whole on every device. Without a mesh, and on
-axes that the caller has taken in hand, these are the functions of ``pallas_kernels`` and nothing more.
+batch lies over as many of the mesh's axes as divide it, and is whole, as parameters are, along the others. Without a
+mesh, and on axes that the caller has taken in hand, these are the functions of ``pallas_kernels`` and nothing more.
 """
 
 import functools
@@ -47,15 +47,16 @@ def _over_batch(function: Callable, streams: tuple, parameters: tuple) -> Any:
     """Call ``function(*streams, *parameters)``, the first axis of streams and results over the devices of the mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     batch = jax.tree.leaves(streams)[0].shape[0]
-    axes: list[str] = []
-    for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True):
-        free = kind == AxisType.Auto and mesh.shape[name] > 1
-        if free and batch % math.prod([mesh.shape[axis] for axis in (*axes, name)]) == 0:
-            axes.append(name)
-    if not axes:
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    free = [name for name, kind in kinds if kind == AxisType.Auto and mesh.shape[name] > 1]
+    if not free:
         return function(*streams, *parameters)
-    rows = PartitionSpec(tuple(axes))
+    axes: list[str] = []
+    for name in free:
+        if batch % math.prod([mesh.shape[axis] for axis in (*axes, name)]) == 0:
+            axes.append(name)
+    rows = PartitionSpec(tuple(axes) or None)
     specs = (*(rows for _ in streams), *(PartitionSpec() for _ in parameters))
     # Without check_vma, which the interpreter of kernels does not know.
-    mapped = jax.shard_map(function, in_specs=specs, out_specs=rows, axis_names=set(axes), check_vma=False)
+    mapped = jax.shard_map(function, in_specs=specs, out_specs=rows, axis_names=set(free), check_vma=False)
     return mapped(*streams, *parameters)

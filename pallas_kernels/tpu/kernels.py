@@ -263,29 +263,31 @@ class _Token:
 def _advance(r, s: Block, walk: Walk, tiles, pixels, h) -> tuple[tuple, list[_Token]]:
     """Run the recurrence over some tokens; return the last states, and every token."""
     b = s.row_of_b(walk)
-    tokens = []
+    tokens: list[_Token] = []
     # With few states in flight each must wait for the one before. Two tokens at once make two steps in the time of one.
     for some in _portions(pixels, 2 if s.state * len(tiles) <= 2 else 1):
-        u = [[r.x[*q, tile, :].astype(jnp.float32) for tile in tiles] for q in some]
+        new = [
+            _Token(
+                q, [r.x[*q, tile, :].astype(jnp.float32) for tile in tiles], [[] for _ in tiles], [[] for _ in tiles]
+            )
+            for q in some
+        ]
         dt = [[r.dt[*q, tile, :] for tile in tiles] for q in some]
-        dtu = [[x * y for x, y in zip(*pair, strict=True)] for pair in zip(dt, u, strict=True)]
-        decays, states = ([[[] for _ in tiles] for _ in some] for _ in range(2))
-        after = [[] for _ in tiles]
+        dtu = [[x * y for x, y in zip(steps, token.u, strict=True)] for steps, token in zip(dt, new, strict=True)]
         for n in range(s.state):
             B = [s.full(r.packed[*q, b + n : b + n + 1, :]) for q in some]
             for j, tile in enumerate(tiles):
                 A = r.A[walk.slot, n, tile, :]
                 a = [jnp.exp2(dt[i][j] * A) for i in range(len(some))]
-                new = [dtu[i][j] * B[i] for i in range(len(some))]
-                reached = [a[0] * h[j][n] + new[0]]
+                written = [dtu[i][j] * B[i] for i in range(len(some))]
+                reached = [a[0] * h[j][n] + written[0]]
                 if len(some) == 2:
-                    reached.append((a[1] * a[0]) * h[j][n] + (a[1] * new[0] + new[1]))
-                for i, state in enumerate(reached):
-                    decays[i][j].append(a[i])
-                    states[i][j].append(state)
-                after[j].append(reached[-1])
-        h = tuple(tuple(x) for x in after)
-        tokens += [_Token(q, *parts) for q, *parts in zip(some, u, decays, states, strict=True)]
+                    reached.append((a[1] * a[0]) * h[j][n] + (a[1] * written[0] + written[1]))
+                for i, token in enumerate(new):
+                    token.decays[j].append(a[i])
+                    token.states[j].append(reached[i])
+        h = tuple(tuple(states) for states in new[-1].states)
+        tokens += new
     return h, tokens
 
 

@@ -1,4 +1,4 @@
-"""The example of ``pallas_kernels/README.md`` runs as printed."""
+"""The examples of ``pallas_kernels/README.md`` run as printed."""
 
 import re
 from pathlib import Path
@@ -8,9 +8,10 @@ import chex
 README = Path(__file__).parents[2] / "pallas_kernels" / "README.md"
 
 
-def test_the_example_runs():
+def test_the_examples_run():
     names = {}
-    exec(re.search(r"```python\n(.*?)```", README.read_text(), re.DOTALL).group(1), names)
+    for block in re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL):
+        exec(block, names)
     chex.assert_shape(names["y"], (2, 64, 32))
     chex.assert_shape(names["state"], (2, 32, 16))
     chex.assert_shape(names["out"], (2, 9, 7, 32))
