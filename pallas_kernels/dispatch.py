@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 # Platforms with kernels, as JAX names them, and the modules of these. A module has, for every operation, NAME_forward
 # and NAME_backward, which take the operation's arrays (and cotangents) and options, and NAME_unsupported, which takes
 # the same arrays and options and returns why the kernels cannot do this, or None.
-KERNELS = {"tpu": "pallas_kernels.tpu"}
+KERNELS = {"tpu": "pallas_kernels.tpu", "cuda": "pallas_kernels.gpu"}
 
 # "pallas_interpret" runs the TPU kernels in Pallas's interpreter, on any platform: slow, for tests.
 PALLAS = ("pallas", "pallas_interpret")

@@ -1,0 +1,243 @@
+"""Device time of the GPU kernels on the GPU at hand, next to their peers. **This script has not been run on a GPU.**
+
+First the results are compared with loops in float64; then come medians of device times, forward and backward, and
+ratios to ``scan2d``. Peers that are not installed are left out. They are: the CUDA selective scan of mamba-ssm, alone
+and within VMamba's chain (cross-scan, projections, scan, cross-merge); the scan of jax-linear-attention (Hopper only);
+``sequential``; and a copy of the image, which tells the bandwidth. Those called "alone" get step sizes, B and C ready,
+and write what nobody has added up yet.
+
+    python benchmarks/gpu_scan.py [--runs 20] [--out FILE]
+    JAX_PLATFORMS=cpu python benchmarks/gpu_scan.py --interpret     # compares small results on any machine
+"""
+
+import argparse
+import datetime
+import functools
+import importlib.util
+import statistics
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import ATROUS, CROSS, Order, gpu, scan2d
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "kernels"))
+import scan_oracle
+
+BOTH = (Order(), Order(reverse=True))
+BATCH = 128
+# Models at 224 x 224: (orders, height, width, E, R, N).
+SHAPES = {
+    "EfficientVMamba-T stage 1": (ATROUS, 56, 56, 96, 3, 16),
+    "EfficientVMamba-T stage 2": (ATROUS, 28, 28, 192, 6, 16),
+    "VMamba-T stage 1": (CROSS, 56, 56, 96, 6, 1),
+    "VMamba-T stage 2": (CROSS, 28, 28, 192, 12, 1),
+    "VMamba-T stage 3": (CROSS, 14, 14, 384, 24, 1),
+    "VMamba-T stage 4": (CROSS, 7, 7, 768, 48, 1),
+    "Vim-S": (BOTH, 1, 197, 768, 24, 16),
+}
+ARGUMENTS = ("x", "x_weight", "dt_weight", "dt_bias", "A", "D")
+
+
+def check(interpret):
+    """Compare small results and gradients with loops in float64, or stop."""
+    for name, orders, state, rank in (("atrous", ATROUS, 16, 3), ("cross", CROSS, 1, 17), ("both", BOTH, 4, 2)):
+        problem = scan_oracle.make_scan2d(0, height=5, width=6, orders=len(orders), state=state, rank=rank, channels=40)
+        dy = np.random.default_rng(1).normal(size=problem["x"].shape)
+        y, gradients = scan_oracle.scan2d(problem, [order.indices(5, 6) for order in orders], dy)
+        arrays = [jnp.float32(problem[argument]) for argument in ARGUMENTS]
+        run = functools.partial(functools.partial, orders=orders, interpret=interpret)
+        with jax.default_matmul_precision("highest"):  # else XLA's own products are in TF32
+            actual = [jax.jit(run(gpu.scan2d_forward))(*arrays)]
+            actual += jax.jit(run(gpu.scan2d_backward))(*arrays, jnp.float32(dy))
+        for what, one, wanted in zip(
+            ("y", *ARGUMENTS), actual, (y, *(gradients[argument] for argument in ARGUMENTS)), strict=True
+        ):
+            error = np.abs(np.asarray(one, np.float64) - wanted).max() / np.abs(wanted).max()
+            print(f"{name}: {what} differs by {error:.1e} of its maximum")
+            if not error < 1e-5:
+                sys.exit(f"{name}: {what} is wrong")
+
+
+def jax_time(function, arguments, runs):
+    """Return the median of the device time of all kernels of a call, in ms."""
+    from jax.experimental.mosaic.gpu import profiler
+
+    _, times = profiler.measure(jax.jit(function), iterations=runs)(*arguments)
+    return statistics.median(times)
+
+
+def torch_time(function, runs):
+    import torch
+
+    times = []
+    for i in range(runs + 3):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        function()
+        end.record()
+        torch.cuda.synchronize()
+        times += [begin.elapsed_time(end)] if i >= 3 else []
+    return statistics.median(times)
+
+
+def arrays(orders, height, width, channels, rank, state):
+    """Return random arguments of ``scan2d``, and those of a scan of all orders alone; streams are bfloat16."""
+    keys, sets = iter(jax.random.split(jax.random.key(0), 16)), len(orders)
+    length = orders[0].length(height, width)
+
+    def normal(*shape):
+        return jax.random.normal(next(keys), shape)
+
+    image = normal(BATCH, height, width, channels).astype(jnp.bfloat16)
+    A, D, bias = -jnp.exp(normal(sets, channels, state)), normal(sets, channels), normal(sets, channels) - 4
+    x_weight, dt_weight = normal(sets, channels, rank + 2 * state) / channels**0.5, normal(sets, rank, channels) / rank
+    u, delta = (normal(BATCH, length, sets, channels).astype(jnp.bfloat16) for _ in range(2))
+    B, C = (normal(BATCH, length, sets, state).astype(jnp.bfloat16) for _ in range(2))
+    return (image, x_weight, dt_weight, bias, A, D), (u, delta, A.swapaxes(1, 2), B, C, D, bias)
+
+
+def jax_peers(orders, full, alone):
+    """Yield (name, forward, its arguments, backward, its arguments)."""
+    dy = full[0]
+
+    def pulled(function):
+        return lambda dy, *arguments: jax.vjp(function, *arguments)[1](dy)
+
+    yield (
+        "scan2d (ours)",
+        functools.partial(gpu.scan2d_forward, orders=orders),
+        full,
+        functools.partial(gpu.scan2d_backward, orders=orders),
+        (*full, dy),
+    )
+    start = jnp.zeros((BATCH, *alone[2].shape))
+    options = {"delta_softplus": True, "reverse": False}
+    yield (
+        "selective_scan alone (ours)",
+        functools.partial(gpu.selective_scan_forward, **options),
+        (*alone, start),
+        functools.partial(gpu.selective_scan_backward, **options),
+        (*alone, start, jnp.float32(alone[0]), start),
+    )
+    sequential = functools.partial(scan2d, orders=orders, implementation="sequential")
+    yield "scan2d, sequential (ours)", sequential, full, pulled(sequential), (dy, *full)
+    if importlib.util.find_spec("jla"):
+        from jla.ops import linear_attention
+
+        def scan(u, delta, A, B, C, D, bias):
+            v, dt = (x.reshape(*x.shape[:2], -1) for x in (u, delta))
+            a, d, dt_bias = A.swapaxes(1, 2).reshape(v.shape[2], -1), D.ravel(), bias.ravel()
+            return linear_attention("mamba1", C, B, v, dt=dt, a=a, d=d, dt_bias=dt_bias, impl="mosaic_gpu")[0]
+
+        yield (
+            "jax-linear-attention, scan alone",
+            scan,
+            alone,
+            pulled(scan),
+            (alone[0].reshape(*alone[0].shape[:2], -1), *alone),
+        )
+    yield "copy of the image", lambda x: x + 1, (dy,), lambda x: x + 1, (dy,)
+
+
+def torch_peers(orders, full, alone):
+    """Yield (name, forward, backward) of what is on the GPU with PyTorch, the tensors within."""
+    if not (importlib.util.find_spec("torch") and importlib.util.find_spec("mamba_ssm")):
+        return
+    import torch
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    def tensor(x, grad=True):
+        dtype = torch.bfloat16 if x.dtype == jnp.bfloat16 else torch.float32
+        return torch.tensor(np.asarray(x, np.float32), device="cuda", dtype=dtype, requires_grad=grad)
+
+    def pair(function, *inputs):
+        y = function(*inputs)
+        return lambda: function(*inputs), lambda: torch.autograd.grad(y, inputs, y.detach(), retain_graph=True)
+
+    u, delta, A, B, C, D, bias = (np.asarray(x, np.float32) for x in alone)
+    rows = [jnp.bfloat16(x.reshape(*x.shape[:2], -1).swapaxes(1, 2)) for x in (u, delta)]
+    few = [jnp.bfloat16(x.transpose(0, 2, 3, 1)) for x in (B, C)]
+    flat = [jnp.float32(x) for x in (A.swapaxes(1, 2).reshape(-1, A.shape[1]), D.ravel(), bias.ravel())]
+
+    def scan(u, delta, A, B, C, D, bias):
+        return selective_scan_fn(u, delta, A, B, C, D, delta_bias=bias, delta_softplus=True)
+
+    yield "mamba-ssm, scan alone", *pair(scan, *map(tensor, (*rows, flat[0], *few, *flat[1:])))
+    if orders is not CROSS:
+        return
+    image, x_weight, dt_weight, dt_bias, A, D = full
+    rank, state = dt_weight.shape[1], A.shape[2]
+
+    def chain(x, x_weight, dt_weight, bias, A, D):
+        """VMamba's SS2D, section 4.3: four sequences, projected, scanned, and summed where they came from."""
+        b, c, h, w = x.shape
+        two = torch.stack([x.flatten(2), x.transpose(2, 3).flatten(2)], 1)
+        xs = torch.cat([two, two.flip(-1)], 1)
+        projected = torch.einsum("bkdl,kdc->bkcl", xs, x_weight)
+        dt, B, C = projected.split([rank, state, state], 2)
+        dts = torch.einsum("bkrl,krd->bkdl", dt, dt_weight)
+        one = (t.reshape(b, 4 * c, -1).contiguous() for t in (xs, dts))
+        ys = selective_scan_fn(
+            *one, A.flatten(0, 1), B.contiguous(), C.contiguous(), D.flatten(), delta_bias=bias.flatten(),
+            delta_softplus=True,
+        ).view(b, 4, c, -1)  # fmt: skip
+        ys = ys[:, :2] + ys[:, 2:].flip(-1)
+        return ys[:, 0] + ys[:, 1].view(b, c, w, h).transpose(2, 3).flatten(2)
+
+    narrow = [image.transpose(0, 3, 1, 2), x_weight.astype(jnp.bfloat16), dt_weight.astype(jnp.bfloat16)]
+    yield "VMamba's chain on mamba-ssm", *pair(chain, *map(tensor, (*narrow, dt_bias, A, D)))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, default=20, help="timed runs of each program (default 20)")
+    parser.add_argument("--out", type=Path, help="also write the table to this markdown file")
+    parser.add_argument("--interpret", action="store_true", help="only compare small results, without a GPU")
+    options = parser.parse_args()
+    check(options.interpret)
+    if options.interpret:
+        return
+    installed = [name for name in ("torch", "mamba-ssm", "jax-linear-attention") if _installed(name)]
+    names = ", ".join(f"{name} {version(name)}" for name in ("jax", "jaxlib", *installed))
+    lines = [
+        "# Scans on a GPU",
+        "",
+        f"{jax.devices()[0].device_kind}; {names}; {datetime.date.today().isoformat()}.",
+        "",
+        f"Batch {BATCH}, bfloat16, TF32 for float32 products. Median device time of {options.runs} runs in ms, and its "
+        "ratio to `scan2d`.",
+        "",
+        "| shape | what | forward | ratio | backward | ratio |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    print("\n".join(lines), flush=True)
+    for shape, (orders, *sizes) in SHAPES.items():
+        full, alone = arrays(orders, *sizes)
+        base = None
+        for name, forward, inputs, backward, more in jax_peers(orders, full, alone):
+            times = [jax_time(forward, inputs, options.runs), jax_time(backward, more, options.runs)]
+            base = base or times
+            _row(lines, shape, name, times, base)
+        for name, forward, backward in torch_peers(orders, full, alone):
+            _row(lines, shape, name, [torch_time(forward, options.runs), torch_time(backward, options.runs)], base)
+    if options.out:
+        options.out.write_text("\n".join(lines) + "\n")
+
+
+def _installed(name):
+    return importlib.util.find_spec({"jax-linear-attention": "jla"}.get(name, name.replace("-", "_"))) is not None
+
+
+def _row(lines, shape, name, times, base):
+    cells = [f"{time:.3f} | {time / ours:.2f}" for time, ours in zip(times, base, strict=True)]
+    lines.append(f"| {shape} | {name} | {' | '.join(cells)} |")
+    print(lines[-1], flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""The scans as GPU kernels: what ``scan_1d.py`` and ``scan_2d.py`` call on an NVIDIA GPU.
+
+Why Triton, through Pallas. Of the two ways from Pallas to a GPU, Mosaic GPU is for Hopper and newer only; on an A100
+there is Triton, or CUDA, with a compiler and a binary for every release of CUDA and Python. Pallas for Triton is
+deprecated since JAX 0.11, but JAX 0.12 has it, and it compiles the scans for the A100, H100 and H200 alike
+(``benchmarks/results/gpu_compile.md`` lists the registers). And the scan needs nothing that only Mosaic GPU has: it
+multiplies no large matrices, and a program is one warp, which waits for no other. So that another way can be taken when
+this one ends, all that depends on it is in ``backend.py``; ``kernels.py`` is the maths, ``walks.py`` the orders, and
+``launch.py`` cuts the work into programs.
+
+What is not the recurrence stays in XLA: the projection to step size, B and C, once for each pixel that an order visits,
+and sums of what several programs find for one array, over images or blocks of channels. The gradient of the projection
+is JAX's own; the kernels have gradients written by hand, and keep nothing from the forward pass but its inputs.
+Under ``jax.shard_map``, all arguments must vary over the same axes; ``sequential.py`` shows how to mark them.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.gpu.backend import in_sight
+from pallas_kernels.gpu.kernels import LOG2E
+from pallas_kernels.gpu.launch import Arrays, programs, run
+from pallas_kernels.gpu.walks import TILE, Plan, lattice, plan, sequences
+from pallas_kernels.orders import Chain, Order
+
+# Programs, of one warp each, that keep a large GPU busy: two for each scheduler of its 132 multiprocessors.
+ENOUGH = 1056
+
+
+def scan2d_unsupported(x, *parameters, orders) -> str | None:
+    """Return why no kernel can do a call of ``scan2d`` and its gradient, or None."""
+    *_, A, _ = parameters
+    return _unsupported(A.shape[2], x.shape[1] * x.shape[2], x, *parameters)
+
+
+def selective_scan_unsupported(u, delta, A, *others, delta_softplus, reverse) -> str | None:
+    """Return why no kernel can do a scan in the form of ``terms.py`` and its gradient, or None."""
+    return _unsupported(A.shape[1], u.shape[1], u, delta, A, *others)
+
+
+def _unsupported(state: int, length: int, image: jax.Array, *others: jax.Array) -> str | None:
+    if not in_sight():
+        return "there is no GPU to compile for; describe one with jax.set_mesh or jax.sharding.use_abstract_mesh"
+    if image.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"they take float32 and bfloat16, not {image.dtype}"
+    if any(x.dtype == jnp.float64 for x in others):
+        return "they do not take float64"
+    if state > 32:
+        return f"they take a state of up to 32, not {state}"
+    return f"they take up to 65536 tokens, not {length}" if length > 65536 else None
+
+
+def scan2d_forward(x, x_weight, dt_weight, dt_bias, A, D, *, orders, interpret: Any = False) -> jax.Array:
+    """Return y of ``scan2d``, whose arguments these are."""
+    walks = _plan(x, orders)
+    arrays = _prepare_2d(walks, orders, x.astype(jnp.float32), x_weight, dt_weight, dt_bias, A, D)
+    # Where something is added to y yet, it is rounded after that.
+    dtype = jnp.float32 if walks.merges or walks.layers > 1 else x.dtype
+    of = run(walks, {"x": _flat(x), **arrays}, rank=dt_weight.shape[1], softplus=True, dtype=dtype, interpret=interpret)
+    return _merged(of["y"]).reshape(x.shape).astype(x.dtype)
+
+
+def scan2d_backward(
+    x, x_weight, dt_weight, dt_bias, A, D, dy, *, orders, interpret: Any = False
+) -> tuple[jax.Array, ...]:
+    """Return the gradients of the six arrays from that of y."""
+    walks = _plan(x, orders)
+    prepare = functools.partial(_prepare_2d, walks, orders)
+    arrays, pull = jax.vjp(prepare, x.astype(jnp.float32), x_weight, dt_weight, dt_bias, A, D)
+    arrays |= {"x": _flat(x), "dy": _flat(dy)}
+    of = run(walks, arrays, rank=dt_weight.shape[1], softplus=True, dtype=None, interpret=interpret)
+    projected, *others = pull({name: of[f"d_{name}"].sum(0) for name in ("packed", "weights", "bias", "A", "D")})
+    return (projected + _merged(of["dx"]).reshape(x.shape)).astype(x.dtype), *others
+
+
+def selective_scan_forward(
+    u, delta, A, B, C, D, delta_bias, initial_state, *, delta_softplus, reverse, interpret: Any = False
+) -> tuple[jax.Array, jax.Array]:
+    """Return y and the last state of a scan in the form of ``terms.py``, both float32."""
+    walks = sequences(u.shape[1], u.shape[2], reverse=reverse)
+    arrays = {"x": u, **_prepare_1d(delta, A, B, C, D, delta_bias, initial_state)}
+    of = run(walks, arrays, rank=0, softplus=delta_softplus, dtype=jnp.float32, interpret=interpret)
+    return _merged(of["y"]), of["final"].swapaxes(2, 3)[:, :, : A.shape[1]]
+
+
+def selective_scan_backward(
+    u, delta, A, B, C, D, delta_bias, initial_state, dy, d_final, *, delta_softplus, reverse, interpret: Any = False
+) -> tuple[jax.Array, ...]:
+    """Return the gradients of the eight arrays from those of y and of the last state."""
+    walks = sequences(u.shape[1], u.shape[2], reverse=reverse)
+    arrays, pull = jax.vjp(_prepare_1d, delta, A, B, C, D, delta_bias, initial_state)
+    arrays |= {"x": u, "dy": dy, "d_final": _powers_of_two(d_final.swapaxes(2, 3))}
+    of = run(walks, arrays, rank=0, softplus=delta_softplus, dtype=None, interpret=interpret)
+    gradients = {name: of[f"d_{name}"].sum(0) for name in ("A", "D", "bias", "B", "C")}
+    gradients |= {"delta": of["d_delta"], "start": of["d_start"]}
+    return _merged(of["dx"]).astype(u.dtype), *pull({n: g.astype(arrays[n].dtype) for n, g in gradients.items()})
+
+
+def _plan(x: jax.Array, orders: tuple[Order | Chain, ...]) -> Plan:
+    images, height, width, channels = x.shape
+    return plan(tuple(orders), height, width, apart=programs(images, channels) < ENOUGH)
+
+
+def _flat(image: jax.Array) -> jax.Array:
+    """Bring an image (B, H, W, E) into the form of ``run``."""
+    return image.reshape(image.shape[0], -1, 1, image.shape[3])
+
+
+def _merged(layers: jax.Array) -> jax.Array:
+    return layers[0] if layers.shape[0] == 1 else layers.sum(0)
+
+
+def _powers_of_two(x: jax.Array) -> jax.Array:
+    """Fill up the last axis, of N states, with states that stay zero."""
+    return _filled(x, -1, 1 << (x.shape[-1] - 1).bit_length())
+
+
+def _filled(x: jax.Array, axis: int, size: int) -> jax.Array:
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, size - x.shape[axis])
+    return jnp.pad(x, widths)
+
+
+def _prepare_1d(delta, A, B, C, D, delta_bias, initial_state) -> Arrays:
+    """Return what ``run`` takes beside u."""
+    return {
+        "delta": delta,
+        "A": _powers_of_two(A.swapaxes(1, 2)) * LOG2E,
+        "B": _powers_of_two(B),
+        "C": _powers_of_two(C),
+        "D": D,
+        "bias": delta_bias,
+        "start": _powers_of_two(initial_state.swapaxes(2, 3)),
+    }
+
+
+def _prepare_2d(walks: Plan, orders, x, x_weight, dt_weight, dt_bias, A, D) -> Arrays:
+    """Return what ``run`` takes beside the image."""
+    x_weight, dt_weight, dt_bias, A, D = (a.astype(jnp.float32) for a in (x_weight, dt_weight, dt_bias, A, D))
+    rank, state = dt_weight.shape[1], A.shape[2]
+    low, B, C = jnp.split(x_weight, [rank, rank + state], -1)
+    x_weight = jnp.concatenate([low, _powers_of_two(B), _powers_of_two(C)], -1)
+    return {
+        "packed": _project(walks, orders, x, x_weight),
+        "weights": _filled(dt_weight, 1, max(TILE, 1 << (rank - 1).bit_length())),
+        "bias": dt_bias,
+        "A": _powers_of_two(A) * LOG2E,
+        "D": D,
+    }
+
+
+def _project(walks: Plan, orders, x: jax.Array, x_weight: jax.Array) -> jax.Array:
+    """Return (B, H * W, slots, R + 2N): what each pixel is projected to for the orders that visit it."""
+    images, height, width, _ = x.shape
+    lattices = [lattice(order) for order in orders]
+    if all(own == Order() for own in lattices):
+        packed = jnp.einsum("bhwe,kec->bhwkc", x, x_weight)  # one product; every set has a slot of its own
+    else:
+        parts: list[Any] = [0] * walks.slots
+        for k, own in enumerate(lattices):
+            rows = jnp.einsum("ble,ec->blc", own.read(x), x_weight[k])
+            parts[walks.slot_of[k]] = parts[walks.slot_of[k]] + own.write(rows, height, width)
+        packed = jnp.stack(parts, 3)
+    return packed.reshape(images, height * width, *packed.shape[3:])

@@ -1,0 +1,117 @@
+"""Everything here that depends on Pallas for Triton: how a kernel is called, how it reads, writes and computes.
+
+Names that changed, or may change, between releases of JAX stand in this file only.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as pltriton
+
+BlockSpec, program_id, slice_of = pl.BlockSpec, pl.program_id, pl.ds
+load, store = pltriton.load, pltriton.store
+
+
+def in_sight() -> bool:
+    """Return whether there is a GPU to compile for: one of the mesh in use, which may only be described, or of here."""
+    described = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    kinds = {described.platform} if described else {device.platform for device in jax.devices()}
+    return bool(kinds & {"gpu", "cuda"})
+
+
+class Device:
+    """The few instructions that Triton does not choose by itself; an interpreted program computes the same without."""
+
+    def __init__(self, interpret: bool):
+        self.interpret = interpret
+
+    def exp2(self, x: jax.Array) -> jax.Array:
+        """Return 2**x by one instruction; Triton's own takes four, for results below 2**-126, which here become 0."""
+        return jnp.exp2(x) if self.interpret else _instruction("ex2.approx.ftz.f32 $0, $1;", x)
+
+    def fma(self, x: jax.Array, y: jax.Array, z: jax.Array) -> jax.Array:
+        """Return x * y + z by one instruction; XLA forbids Triton to join the two."""
+        x, y, z = jnp.broadcast_arrays(x, y, z)
+        return x * y + z if self.interpret else _instruction("fma.rn.f32 $0, $1, $2, $3;", x, y, z)
+
+    def dot(self, x: jax.Array, y: jax.Array, axes: tuple[int, int]) -> jax.Array:
+        """Return the product of two matrices, summed over one axis of each, to some 21 bits.
+
+        Three products of halves, on tensor cores. In float32 proper the factors would fill the registers.
+        """
+        split = lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+        return lax.dot_general(
+            x,
+            y,
+            (((axes[0],), (axes[1],)), ((), ())),
+            precision=lax.Precision.HIGHEST if self.interpret else split,
+            preferred_element_type=jnp.float32,
+        )
+
+    def barrier(self) -> None:
+        """Let every thread of a program see what the others have written."""
+        if not self.interpret:
+            pltriton.debug_barrier()
+
+
+def _instruction(text: str, *arguments: jax.Array) -> jax.Array:
+    [result] = pltriton.elementwise_inline_asm(
+        text,
+        args=arguments,
+        constraints=",".join(["=f"] + ["f"] * len(arguments)),
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(arguments[0].shape, arguments[0].dtype)],
+    )
+    return result
+
+
+def call(
+    kernel: Callable,
+    programs: int,
+    inputs: Sequence[tuple[jax.Array, BlockSpec]],
+    outputs: Sequence[tuple[jax.ShapeDtypeStruct, BlockSpec]],
+    *,
+    name: str,
+    flops: int,
+    exponentials: int,
+    aliases: dict[int, int],
+    interpret: Any,
+) -> list[jax.Array]:
+    """Run a kernel in ``programs`` programs of one warp each.
+
+    With one warp, sums over channels need no shared memory and there is nobody to wait for.
+    """
+    # Under jax.shard_map, all that a kernel reads and writes varies over the same axes.
+    axes = [jax.typeof(x).manual_axis_type.varying for x, _ in inputs]
+    every = frozenset().union(*axes)
+    given = [
+        lax.pcast(x, tuple(every - own), to="varying") if every - own else x
+        for (x, _), own in zip(inputs, axes, strict=True)
+    ]
+    kind = jax.typeof(given[0]).manual_axis_type
+    shapes = [jax.ShapeDtypeStruct(s.shape, s.dtype, manual_axis_type=kind) for s, _ in outputs]
+    kernel.__name__ = name  # Triton names the program after the function, not after ``name``
+    # JAX 0.11 and newer say so when the program is lowered, after this has returned: so the filter must stay.
+    warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
+    return pl.pallas_call(
+        kernel,
+        grid=(programs,),
+        in_specs=[spec for _, spec in inputs],
+        out_specs=[spec for _, spec in outputs],
+        out_shape=shapes,
+        compiler_params=pltriton.CompilerParams(num_warps=1, num_stages=1),
+        cost_estimate=pl.CostEstimate(
+            flops=flops,
+            transcendentals=exponentials,
+            bytes_accessed=sum(math.prod(a.shape) * a.dtype.itemsize for a in (*given, *shapes)),
+        ),
+        input_output_aliases=aliases,
+        interpret=interpret,
+        name=name,
+    )(*given)
