@@ -1,7 +1,6 @@
 """The training loop: evaluate, save, fetch, step, log, in this order, until the last step."""
 
 import contextlib
-import dataclasses
 import os
 import signal
 import time
@@ -9,22 +8,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from evmamba_jax import __version__, functional
 from evmamba_jax.checkpoint import Checkpoints, storage_errors
 from evmamba_jax.data import loader
 from evmamba_jax.data.sources import open_source
 from evmamba_jax.errors import UserError
 from evmamba_jax.training import mesh as meshes
-from evmamba_jax.training import optimizer, pictures
+from evmamba_jax.training import pictures
 from evmamba_jax.training.config import Config
+from evmamba_jax.training.layout import Layout
 from evmamba_jax.training.reporting import Reporter
-from evmamba_jax.training.step import State, init_state, make_train_step
+from evmamba_jax.training.step import State
 from evmamba_jax.training.task import Task, told
 
 
@@ -63,13 +61,9 @@ def _evaluate_only(task: Task, workdir: Path) -> dict[str, float]:
 def _train(task: Task, workdir: Path) -> dict[str, float]:
     config = task.config
     source = open_source(config.data, config.data.train_split)
-    steps_per_epoch = len(source) / config.batch_size
-    total = max(1, config.duration.in_steps(steps_per_epoch))
-    log_every, eval_every, save_every = (
-        max(1, every.in_steps(steps_per_epoch)) for every in (config.log_every, config.eval_every, config.save_every)
-    )
-    schedule = optimizer.learning_rate(config.optim, total_steps=total, steps_per_epoch=steps_per_epoch)
-    layout = _Layout(task, optimizer.adamw(config.optim, schedule))
+    layout = Layout(task, len(source))
+    total, log_every = layout.total_steps, layout.log_every
+    eval_every, save_every = layout.in_steps(config.eval_every), layout.in_steps(config.save_every)
 
     with contextlib.ExitStack() as stack:
         stopping = stack.enter_context(_Stopping())
@@ -83,7 +77,7 @@ def _train(task: Task, workdir: Path) -> dict[str, float]:
                 f"the run in {workdir} has ended at step {total}: {told(figures)}; another --workdir starts a new one"
             )
             return figures
-        report = Reporter(workdir, total_steps=total, steps_per_epoch=steps_per_epoch, is_main=task.is_main)
+        report = Reporter(workdir, total_steps=total, steps_per_epoch=layout.steps_per_epoch, is_main=task.is_main)
         stack.callback(report.close)
         report.rewind(start)
         if task.is_main:
@@ -100,7 +94,7 @@ def _train(task: Task, workdir: Path) -> dict[str, float]:
                 process_count=jax.process_count(),
             )
         )
-        train_step = layout.compile(log_every, report)
+        train_step = _compile(layout, report)
         clock = _Clock(config.batch_size)
 
         for step in range(start, total + 1):
@@ -136,7 +130,7 @@ def _train(task: Task, workdir: Path) -> dict[str, float]:
                 window = {name: float(value) for name, value in jax.device_get(state["train"]["window"]).items()}
                 metrics = {
                     "loss": window["loss"] / window["steps"],
-                    "lr": float(np.asarray(schedule(step))),
+                    "lr": float(np.asarray(layout.schedule(step))),
                     "grad_norm": window["grad_norm"] / window["steps"],
                 }
                 if config.data.on_corrupt == "skip":
@@ -151,81 +145,22 @@ def _train(task: Task, workdir: Path) -> dict[str, float]:
     return figures
 
 
-class _Layout:
-    """The train state's structure and where each of its arrays lies, and the step compiled for it."""
-
-    def __init__(self, task: Task, tx):
-        self.task = task
-        self.tx = tx
-        _, *arrays = task.abstract
-        shapes = jax.eval_shape(self.init, *arrays)
-        self.shardings = meshes.state_shardings(task.mesh, shapes)
-        self.abstract_state: State = jax.tree.map(
-            lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), shapes, self.shardings
-        )
-
-    def init(self, params: functional.Arrays, batch_stats: functional.Arrays) -> State:
-        """Return the state before the first step of a model."""
-        return init_state(params, batch_stats, self.tx, ema=self.task.config.optim.ema_decay > 0)
-
-    def fresh(self) -> State:
-        """Return the state of step 0: initial values, or those of ``model.pretrained``."""
-        pretrained = self.task.config.model.pretrained
-        if pretrained:
-            return jax.jit(self.init, out_shardings=self.shardings)(**self.task.load(pretrained)[0])
-        return jax.jit(
-            lambda: self.init(*functional.split(self.task.build_model())[1:]), out_shardings=self.shardings
-        )()
-
-    def compile(self, log_every: int, report: Reporter) -> Callable[[State, dict[str, jax.Array]], State]:
-        """Return the compiled train step and report the time it took."""
-        config = self.task.config
-        graphdef, params, batch_stats = self.task.abstract
-        model = functional.merge(graphdef, params, batch_stats)
-        model.train()
-        step = make_train_step(
-            functional.split(model).graphdef,
-            self.tx,
-            config,
-            num_classes=self.task.num_classes,
-            log_every=log_every,
-        )
-        side, channels = config.data.image_size, config.data.in_channels
-        kinds = {"image": ((side, side, channels), jnp.uint8), "label": ((), jnp.int32), "corrupt": ((), jnp.int32)}
-        sharding = meshes.batch_sharding(self.task.mesh)
-        batch = {
-            name: jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=sharding)
-            for name, (shape, dtype) in kinds.items()
-        }
-        started = time.perf_counter()
-        jitted = jax.jit(step, out_shardings=self.shardings, donate_argnums=0)
-        compiled = jitted.lower(self.abstract_state, batch).compile()
-        seconds = time.perf_counter() - started
-        report.line(f"compiled the train step for {self.task.mesh.size} device(s) in {seconds:.1f} s")
-        report.log_speed({"compile_seconds": seconds})
-        return compiled
-
-    def meta(self, step: int, figures: dict[str, float], evaluated: int | None) -> dict[str, Any]:
-        """Return what a checkpoint says about itself."""
-        config = self.task.config
-        return {
-            "model": config.model.name,
-            "num_classes": self.task.num_classes,
-            "step": step,
-            "figures": figures,
-            "evaluated": evaluated,
-            "ema": config.optim.ema_decay > 0,
-            "config": dataclasses.asdict(config),
-            "versions": {"evmamba-jax": __version__, "jax": jax.__version__, "flax": flax.__version__},
-        }
+def _compile(layout: Layout, report: Reporter) -> Callable[[State, dict[str, jax.Array]], State]:
+    """Return the compiled train step and report the time it took."""
+    started = time.perf_counter()
+    compiled = layout.lower().compile()
+    seconds = time.perf_counter() - started
+    report.line(f"compiled the train step for {layout.plan.mesh.size} device(s) in {seconds:.1f} s")
+    report.log_speed({"compile_seconds": seconds})
+    return compiled
 
 
-def _restore_or_init(layout: _Layout, checkpoints: Checkpoints, workdir: Path) -> tuple[int, State, dict[str, Any]]:
+def _restore_or_init(layout: Layout, checkpoints: Checkpoints, workdir: Path) -> tuple[int, State, dict[str, Any]]:
     """Return step, state and meta: of the newest whole checkpoint, of ``model.pretrained``, or of a fresh model."""
     stored = checkpoints.restore_meta()
     if stored is not None:
         for name in ("batch_size", "seed"):
-            there, here = stored["config"][name], getattr(layout.task.config, name)
+            there, here = stored["config"][name], getattr(layout.plan.config, name)
             if there != here:
                 raise UserError(
                     f"config.{name} is {here}, but the run in {workdir} was started with {there}, on which the order "
@@ -235,7 +170,7 @@ def _restore_or_init(layout: _Layout, checkpoints: Checkpoints, workdir: Path) -
     return restored or (0, layout.fresh(), {"figures": {}, "evaluated": None})
 
 
-def _check_finite(state: State, checkpoints: Checkpoints, report: Reporter, layout: _Layout) -> None:
+def _check_finite(state: State, checkpoints: Checkpoints, report: Reporter, layout: Layout) -> None:
     """Stop the run at a loss or gradient that is not finite, with the state before it on disk."""
     last = {name: float(value) for name, value in jax.device_get(state["train"]["last"]).items()}
     bad = next((name for name, value in last.items() if not np.isfinite(value)), None)

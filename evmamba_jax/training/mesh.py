@@ -1,6 +1,7 @@
 """The device mesh, and where parameters and batches lie on it."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -32,13 +33,17 @@ def join_processes(config: DistributedConfig) -> None:
         ) from error
 
 
-def make_mesh(config: Config) -> Mesh:
+def make_mesh(config: Config, described: Sequence[jax.Device] | None = None) -> Mesh:
     """Build the (``data``, ``fsdp``) mesh over all devices of all processes.
+
+    Args:
+        config: reads mesh, batch_size and accumulation.
+        described: devices of a topology to compile for, in place of those of this run.
 
     Raises:
         UserError: the axes do not multiply to the number of devices, or the batch does not divide by them.
     """
-    devices = np.array(jax.devices())
+    devices = np.array(jax.devices() if described is None else described)
     data, fsdp = config.mesh.data, config.mesh.fsdp
     if data == -1 and fsdp > 0 and len(devices) % fsdp == 0:
         data = len(devices) // fsdp

@@ -1,4 +1,4 @@
-"""A model, the data it is evaluated on and the mesh it lies on: what training and evaluation share."""
+"""A model, the mesh it lies on and the data it is evaluated on: what training and evaluation share."""
 
 import os
 from collections.abc import Mapping
@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from evmamba_jax import create_model, functional
 from evmamba_jax.data import loader
@@ -22,19 +23,17 @@ from evmamba_jax.training.step import make_eval_step
 PICTURED = 64  # examples in predictions.png
 
 
-class Task:
-    """Opens the evaluation split, settles the model's shapes without allocating it, and evaluates.
+class Plan:
+    """A model and the mesh it lies on, settled from shapes alone: nothing is read, placed or computed.
 
     Raises:
-        UserError: data, model, mesh or image size that cannot be.
+        UserError: a model or image size that cannot be.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, mesh: Mesh, num_classes: int):
         self.config = config
-        self.is_main = jax.process_index() == 0
-        self.mesh = meshes.make_mesh(config)
-        self.eval_source = open_source(config.data, config.data.eval_split)
-        self.num_classes = self.eval_source.num_classes
+        self.mesh = mesh
+        self.num_classes = num_classes
         self.model = abstract_model(config.model.name, **self._model_options())
         self.abstract = functional.split(self.model)
         # Traced once for its errors: an image size that the model cannot take is found before anything is compiled.
@@ -42,7 +41,6 @@ class Task:
         image = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
         graphdef, *arrays = self.abstract
         jax.eval_shape(lambda arrays, image: functional.merge(graphdef, *arrays)(image), arrays, image)
-        self.eval_step = jax.jit(make_eval_step(graphdef, config), out_shardings=meshes.replicated(self.mesh))
 
     def build_model(self) -> nnx.Module:
         """Return the model with fresh initial values."""
@@ -65,6 +63,21 @@ class Task:
         name = f"{self.config.model.name} with {self.num_classes} classes"
         params, batch_stats, meta = load_pretrained(self.model, directory, name, ema=ema)
         return {"params": params, "batch_stats": batch_stats}, meta
+
+
+class Task(Plan):
+    """A plan for the devices of this run, with the evaluation split open.
+
+    Raises:
+        UserError: data, model, mesh or image size that cannot be.
+    """
+
+    def __init__(self, config: Config):
+        mesh = meshes.make_mesh(config)
+        self.is_main = jax.process_index() == 0
+        self.eval_source = open_source(config.data, config.data.eval_split)
+        super().__init__(config, mesh, self.eval_source.num_classes)
+        self.eval_step = jax.jit(make_eval_step(self.abstract.graphdef, config), out_shardings=meshes.replicated(mesh))
 
     def global_batch(self, rows: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """Make this process's rows part of a batch that lies over all devices."""
@@ -97,7 +110,8 @@ class Task:
                 batch = self.global_batch({k: rows[k] for k in ("image", "label", "weight", "corrupt")})
                 answers = {}
                 for name in variants:
-                    sums, answers = self.eval_step(state[name], batch)
+                    with jax.set_mesh(self.mesh):  # kernels find their shards by it
+                        sums, answers = self.eval_step(state[name], batch)
                     totals[name] = jax.tree.map(jnp.add, totals[name], sums) if name in totals else sums
                 if gallery:
                     gallery.add(rows, jax.device_get(answers))

@@ -1,0 +1,255 @@
+"""Compile the exact train step for a TPU or GPU system that is not here, and say what it would need.
+
+    python -m evmamba_jax.preflight --config configs/evmamba_t.py --topology v5e-256
+    python -m evmamba_jax.preflight --config configs/evmamba_t.py --topology v5p-128 --fast --config.batch_size=4096
+
+--config FILE[:VARIANT], --config.NAME=VALUE    as for train_tpu.py; no data set is needed
+--topology NAME    v5e-N, v6e-N (N chips); v4-N, v5p-N, tpu7x-N (N TensorCores, two a chip); 2xv5e-256 is two slices;
+                   a100-N, h100-N, h200-N (N GPUs): as far as a compiler without a GPU goes
+--fast             compile with less optimization: sooner, with less memory; its time is too long, the rest holds
+--find-batch       also search the largest batch of a device that fits (compiles several times, with --fast)
+--export FILE      write the lowered step, which jax.export.deserialize reads
+Exit code: 0 it fits, 1 it does not compile or fit, 2 a mistake in the command.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from evmamba_jax.errors import UserError
+from evmamba_jax.preflight import gpu
+from evmamba_jax.preflight.batch import largest_batch
+from evmamba_jax.preflight.program import Request
+from evmamba_jax.preflight.report import needed, report
+from evmamba_jax.training import parse_command
+from pallas_kernels import aot
+
+GRANULE = 8  # images: the search for a batch goes in rows of a TPU's registers
+LEAST_MEMORY = 1.5e9  # bytes: the smallest step of the tests takes 1.2e9
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; return its exit code."""
+    if not argv or {"-h", "--help"} & set(argv):
+        print((__doc__ or "").strip())
+        return 0 if argv else 2
+    try:
+        options, request = _parse(argv)
+        facts = inspect(request, fast=options.fast)
+        print(report(facts, fast=options.fast), flush=True)
+        if options.find_batch:
+            print(f"\n{_find_batch(request, facts, fast=options.fast)}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0 if needed(facts) <= facts["available"] else 1
+
+
+class _Arguments(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message}; see --help")
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, Request]:
+    """Read the command and refuse at once what needs no compiler to be seen."""
+    parser = _Arguments(allow_abbrev=False, add_help=False)
+    parser.add_argument("--topology")
+    parser.add_argument("--fast", action="store_true")
+    parser.add_argument("--find-batch", action="store_true")
+    parser.add_argument("--export", default="")
+    options, rest = parser.parse_known_args(argv)
+    if not options.topology:
+        raise UserError("--topology is missing: v5e-8, v5e-256, v4-32, h100-8 ...; see --help")
+    config, _ = parse_command(["train_tpu.py", *rest])
+    config.validate()
+    if gpu.is_gpu(options.topology):
+        gpu.parse_name(options.topology)
+    else:
+        try:
+            aot.topology(options.topology)
+        except ValueError as error:
+            raise UserError(f"--topology: {error}") from error
+    if options.export:
+        _check_export(Path(options.export))
+    available = _available_memory()
+    if available < LEAST_MEMORY:
+        raise UserError(
+            f"this machine is too small: {available / 1e9:.1f} GB of memory are free, and the compiler takes more than "
+            f"{LEAST_MEMORY / 1e9:.1f} GB; end other programs, or take another machine"
+        )
+    return options, Request(
+        rest, options.topology, export=str(Path(options.export).absolute()) if options.export else ""
+    )
+
+
+def _check_export(file: Path) -> None:
+    """Refuse now what would otherwise fail after a minute."""
+    if importlib.util.find_spec("flatbuffers") is None:
+        raise UserError(
+            '--export needs flatbuffers: pip install flatbuffers (in a clone: pip install -e ".[preflight]")'
+        )
+    if file.is_dir() or not os.access(file if file.exists() else file.absolute().parent, os.W_OK):
+        raise UserError(f"--export {file} cannot be written: it must be a file in a folder that exists and is yours")
+
+
+def _available_memory() -> float:
+    """Return the bytes of memory that a new process can have."""
+    try:
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return 1024 * float(fields["MemAvailable"].split()[0])
+    except (OSError, KeyError):
+        return float("inf")  # not Linux: the process will tell
+
+
+def inspect(request: Request, *, fast: bool) -> dict[str, Any]:
+    """Compile as asked for and return the facts, the schedules of Pallas kernels included."""
+    facts = _run(request, fast=fast)
+    file = facts.pop("kernel_file", None)
+    if file and "refusal" not in facts and facts["platform"] == "tpu":
+        schedules = _run(dataclasses.replace(request, kernels=file, export=""), fast=False)["found"]
+        facts["kernel_cycles"], facts["unread_kernels"] = _counted(facts["kernels"], schedules)
+    if file:
+        os.unlink(file)
+    return facts
+
+
+def _counted(calls: list[list[Any]], schedules: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
+    """Return the kernels that are called, each with its number of calls, and the number of calls of no known kernel."""
+    unread = 0
+    counts = [0] * len(schedules)
+    for name, types, times in calls:
+        # The compiler adds to a kernel's name: "scan.3", "scan.1.references_6_".
+        fitting = [
+            number
+            for number, kernel in enumerate(schedules)
+            if (name == kernel["name"] or name.startswith(kernel["name"] + ".")) and types == kernel["types"]
+        ]
+        if fitting:
+            counts[fitting[0]] += times
+        else:
+            unread += times
+    called = [kernel | {"count": count} for kernel, count in zip(schedules, counts, strict=True) if count]
+    return sorted(called, key=lambda kernel: -kernel["count"] * kernel["cycles"]), unread
+
+
+def _find_batch(request: Request, facts: dict[str, Any], *, fast: bool) -> str:
+    """Search the largest batch of a device; return the result in words."""
+    devices, granule = facts["devices"], GRANULE * facts["accumulation"]
+    start = facts["batch_size"] // devices
+
+    def compile_for(batch: int) -> float:
+        if batch == start and fast:
+            return needed(facts)
+        trial = dataclasses.replace(request, batch_per_device=batch, export="")
+        need = needed(_run(trial, fast=True))
+        print(f"batch {batch} a device: {need / 2**30:.2f} GiB", file=sys.stderr)
+        return need
+
+    fits, fails, tried = largest_batch(compile_for, start=start, granule=granule, available=facts["available"])
+    if not fits:
+        return f"No multiple of {granule} images a device fits: even {fails} take more than there is."
+    beyond = f"{fails} do not" if fails else "larger ones were not tried"
+    return (
+        f"Largest batch found to fit: {fits} a device, config.batch_size={fits * devices} "
+        f"({tried[fits] / 2**30:.2f} of {facts['available'] / 2**30:.2f} GiB; {beyond}; compiled with --fast)"
+    )
+
+
+def _run(request: Request, *, fast: bool) -> dict[str, Any]:
+    """Let another process serve a request, and show how it gets on."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",  # the process that compiles uses no device, should there be one
+        "CUDA_VISIBLE_DEVICES": "-1",
+        "JAX_ENABLE_COMPILATION_CACHE": "false",  # a step for 256 chips would fill it
+    }
+    if fast:
+        environment["JAX_OPTIMIZATION_LEVEL"] = "O1"
+    command = [sys.executable, "-m", "evmamba_jax.preflight.program", json.dumps(dataclasses.asdict(request))]
+    with tempfile.TemporaryFile("w+") as log:
+        with (
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment) as process,
+            _Progress(process.pid) as progress,
+        ):
+            answer: dict[str, Any] = {}
+            assert process.stdout is not None
+            try:
+                for line in process.stdout:
+                    answer = json.loads(line)
+                    progress.stage = answer.get("stage", progress.stage)
+                code = process.wait()
+            finally:
+                process.kill()  # where this one is interrupted
+        if "error" in answer:
+            raise UserError(answer["error"])
+        if "facts" not in answer:
+            log.seek(0)
+            raise UserError(_death(code, progress, log.read()))
+    return answer["facts"] | {"peak_rss": progress.peak}
+
+
+def _death(code: int, progress: "_Progress", log: str) -> str:
+    """Return why the compiling process may have ended without an answer."""
+    if -code == signal.SIGKILL:
+        return (
+            f"this machine is too small: the compiler was killed at {progress.peak / 1e9:.1f} GB while "
+            f"{progress.stage}; try --fast, end other programs, or take a machine with more memory"
+        )
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    return f"the compiler ended with code {code} while {progress.stage}: {lines[-1][:300] if lines else 'no message'}"
+
+
+class _Progress:
+    """Shows on standard error what a process does, for how long, and how much memory it has had."""
+
+    def __init__(self, pid: int):
+        self.stage = "starting"
+        self.peak = 0.0  # bytes
+        self._pid, self._began, self._stop = pid, time.monotonic(), threading.Event()
+        self._thread = threading.Thread(target=self._show, daemon=True)
+
+    def __enter__(self) -> "_Progress":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _show(self) -> None:
+        told, since = "", 0.0
+        live = sys.stderr.isatty()
+        while not self._stop.wait(0.2):
+            self._measure()
+            seconds = time.monotonic() - self._began
+            if live:
+                print(f"\r\033[K{seconds:4.0f} s  {self.stage} ({self.peak / 1e9:.1f} GB)", end="", file=sys.stderr)
+            elif self.stage != told or seconds - since > 30:
+                print(f"{seconds:4.0f} s  {self.stage} ({self.peak / 1e9:.1f} GB)", file=sys.stderr)
+                told, since = self.stage, seconds
+            sys.stderr.flush()
+        if live:
+            print("\r\033[K", end="", file=sys.stderr)
+
+    def _measure(self) -> None:
+        try:
+            status = Path(f"/proc/{self._pid}/status").read_text()
+            self.peak = max(self.peak, 1024 * float(status.partition("VmHWM:")[2].split()[0]))
+        except (OSError, IndexError, ValueError):  # ended already, or not Linux
+            pass
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,281 @@
+"""The process that compiles: it builds the trainer's step from shapes, has it compiled, and writes down what it finds.
+
+It runs apart from the command because libtpu reads its options when it is loaded, and because a compiler that runs out
+of memory takes its process with it. Its answers are lines of JSON on standard output: ``{"stage": ...}`` as it goes on,
+and at last ``{"facts": ...}`` or ``{"error": ...}``.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from evmamba_jax.data.config import DataConfig, resolve_data_dir
+from evmamba_jax.data.sources import find_folder
+from evmamba_jax.errors import UserError
+from evmamba_jax.preflight import gpu, hlo
+from evmamba_jax.training import parse_command
+from evmamba_jax.training.layout import Layout
+from evmamba_jax.training.mesh import make_mesh
+from evmamba_jax.training.task import Plan
+from pallas_kernels import aot
+
+# Classes and training images of the data sets that need not be here: their own documentation.
+KNOWN_DATA = {"imagenet2012": (1000, 1_281_167), "digits": (10, 1437), "fashion_mnist_debian": (10, 60_000)}
+LARGEST = 8  # buffers and exchanges that a report lists
+
+
+@dataclasses.dataclass
+class Request:
+    """What to compile.
+
+    Attributes:
+        arguments: the command line of ``train_tpu.py`` without its name: ``--config FILE --config.NAME=VALUE ...``.
+        topology: a TPU topology's or a GPU's name.
+        batch_per_device: replaces config.batch_size where it is not 0.
+        export: a file for the lowered step, or "".
+        kernels: a file from an earlier request that holds the step's Pallas kernels: read their schedules, and compile
+            nothing else.
+    """
+
+    arguments: list[str]
+    topology: str
+    batch_per_device: int = 0
+    export: str = ""
+    kernels: str = ""
+
+
+def main() -> None:
+    """Serve the request in the last argument."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever libraries print is no answer
+    tell = lambda **words: print(json.dumps(words), file=answers)  # noqa: E731
+    request = Request(**json.loads(sys.argv[-1]))
+    try:
+        tell(facts={"found": kernel_schedules(request)} if request.kernels else step_facts(request, tell))
+    except (UserError, ImportError) as error:
+        tell(error=str(error))
+    except Exception as error:  # a fault of the program that is checked, or of this one: where, and what
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        text = " ".join(str(error).split())[:500]
+        tell(error=f"the step cannot be built: {type(error).__name__}: {text} ({place.filename}:{place.lineno})")
+        raise
+
+
+def described_data(config: DataConfig) -> tuple[int, int, str]:
+    """Return the number of classes and of training images, and where they are known from; nothing is opened.
+
+    Raises:
+        UserError: a data set that is neither here nor known.
+    """
+    folder = find_folder(resolve_data_dir(config.data_dir), config.name)
+    if folder is not None:
+        import tensorflow_datasets as tfds
+
+        info = tfds.builder_from_directory(folder).info
+        if config.train_split in info.splits or re.split(r"[\[+]", config.train_split)[0] in info.splits:
+            examples = info.splits[config.train_split].num_examples
+            return info.features["label"].num_classes, examples, str(folder)
+    stem = re.split("[/:]", config.name)[0]
+    if stem not in KNOWN_DATA:
+        raise UserError(
+            f"data.name={config.name!r} is not prepared in {resolve_data_dir(config.data_dir)}, so its classes are not "
+            f"known: prepare it, or check with one of {', '.join(KNOWN_DATA)}, whose classes are"
+        )
+    classes, examples = KNOWN_DATA[stem]
+    return classes, examples, "known without the data"
+
+
+def step_facts(request: Request, tell) -> dict[str, Any]:
+    """Build, lower, compile and read the step."""
+    config, _ = parse_command(["train_tpu.py", *request.arguments])
+    tell(stage=f"describing {request.topology}")
+    target = gpu.target(request.topology) if gpu.is_gpu(request.topology) else _tpu(request.topology)
+    if request.batch_per_device:
+        config.batch_size = request.batch_per_device * len(target["devices"])
+    config.validate()
+    classes, examples, known_from = described_data(config.data)
+    started = time.perf_counter()
+    tell(stage="tracing the train step")
+    mesh = make_mesh(config, target.pop("devices"))
+    layout = Layout(Plan(config, mesh, classes), examples)
+    lowered = layout.lower()
+    facts: dict[str, Any] = {
+        "model": config.model.name,
+        "data": f"{config.data.name}: {classes} classes, {examples:,} training images ({known_from})",
+        "mesh": dict(mesh.shape),
+        "devices": mesh.size,
+        "batch_size": config.batch_size,
+        "accumulation": config.accumulation,
+        "dtype": config.model.dtype,
+        "image": [config.data.image_size, config.data.image_size, config.data.in_channels],
+        "versions": {"jax": jax.__version__, target["compiler"][0]: target["compiler"][1]},
+        "trace_seconds": time.perf_counter() - started,
+        **target,
+    }
+    if request.export:
+        tell(stage=f"exporting to {request.export}")
+        Path(request.export).write_bytes(exported(layout, target["platform"]))
+    kernels = list(hlo.stablehlo_kernels(lowered))
+    tell(stage=f"compiling for {mesh.size} devices")
+    started = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        return facts | {"refusal": refusal(str(error)), "compile_seconds": time.perf_counter() - started}
+    facts["compile_seconds"] = time.perf_counter() - started
+    tell(stage="reading what the compiler made")
+    facts |= compiled_facts(compiled, facts)
+    if kernels:
+        with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as file:
+            json.dump(kernels, file)
+        facts["kernel_file"] = file.name
+    return facts
+
+
+def _tpu(name: str) -> dict[str, Any]:
+    topology = aot.topology(name)
+    generation, devices = topology.generation, topology.devices
+    import libtpu
+
+    return {
+        "platform": "tpu",
+        "compiler": ("libtpu", libtpu.__version__),
+        "devices": devices,
+        "generation": generation.name,
+        "chips": topology.chips,
+        "hosts": topology.hosts,
+        "slices": topology.slices,
+        "available": generation.available,
+        "clock": generation.clock,
+        # Of one device: half a tpu7x, a whole one of the others.
+        "hbm_bandwidth": generation.hbm_bandwidth / generation.devices_per_chip,
+        "link_bandwidth": generation.ici_bandwidth / generation.devices_per_chip / 2,  # one direction
+    }
+
+
+def exported(layout: Layout, platform: str) -> bytes:
+    """Return the step, lowered for a platform, as ``jax.export`` writes it.
+
+    It takes and gives flat lists, so that nothing needs to be known to read it back: all leaves of (state, batch) in
+    the order of ``jax.tree.leaves``, and those of the new state.
+    """
+    step, arguments = layout.step()
+    leaves, structure = jax.tree.flatten(arguments)
+
+    def flat(leaves):
+        return jax.tree.leaves(step(*jax.tree.unflatten(structure, leaves)))
+
+    jitted = jax.jit(flat, out_shardings=jax.tree.leaves(layout.shardings))
+    with jax.set_mesh(layout.plan.mesh):
+        return bytes(jax.export.export(jitted, platforms=(platform,))(leaves).serialize())
+
+
+def refusal(message: str) -> dict[str, Any]:
+    """Put the compiler's refusal in one line, with the bytes it wanted where it says them."""
+    unit = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    found = re.search(r"\(([\d.]+)([BKMGT])\) exceeds available HBM", message) or re.search(
+        r"Used ([\d.]+)([BKMGT]) of [\d.]+[BKMGT] hbm", message
+    )
+    needed = int(float(found[1]) * unit[found[2]]) if found else None
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return {"line": " ".join(lines[:1])[:600], "needed": needed}
+
+
+def compiled_facts(compiled: jax.stages.Compiled, facts: dict[str, Any]) -> dict[str, Any]:
+    """Read memory, exchanges, cycles and kernels of a compiled step."""
+    program = hlo.parse(compiled.as_text() or "")
+    runs, unknown = hlo.runs(program)
+    memory: Any = compiled.memory_analysis()
+    parts: dict[str, list[int]] = {}
+    for name, array in hlo.arguments(program).items():
+        part = parts.setdefault(_part(name), [0, 0])
+        part[0] += array.padded
+        part[1] += array.size
+    exchanges = list(hlo.collectives(program, runs, devices=facts["devices"], slices=facts["slices"]))
+    return {
+        "memory": {
+            "arguments": memory.argument_size_in_bytes,
+            "parts": parts,
+            "temporaries": memory.temp_size_in_bytes,
+            "code": memory.generated_code_size_in_bytes,
+            "kept_outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        },
+        "buffers": [
+            [b.array.text, b.array.padded, b.array.size, b.count, b.op_name, b.source]
+            for b in hlo.buffers(program, runs)[:LARGEST]
+        ],
+        "collectives": [dataclasses.asdict(e) | {"moved": e.moved} for e in exchanges],
+        "cycles": sum(hlo.cycles(run) * run.times for run in runs),
+        "unknown_loops": len(unknown),
+        "kernels": hlo.pallas_calls(runs),
+    }
+
+
+def _part(name: str) -> str:
+    """Return which part of the memory an argument belongs to."""
+    for start, part in (
+        ("state['model']['params']", "parameters"),
+        ("state['model']['batch_stats']", "batch statistics"),
+        ("state['ema']", "moving average"),
+        ("state['train']", "optimizer"),
+        ("batch", "input batch"),
+    ):
+        if name.startswith(start):
+            return part
+    return "other"
+
+
+# Types as StableHLO, HLO and NumPy write them.
+_TYPES = {
+    **{"f32": ("f32", "float32"), "bf16": ("bf16", "bfloat16"), "f16": ("f16", "float16"), "i1": ("pred", "bool")},
+    **{f"i{bits}": (f"s{bits}", f"int{bits}") for bits in (8, 16, 32)},
+    **{f"ui{bits}": (f"u{bits}", f"uint{bits}") for bits in (8, 16, 32)},
+}
+
+
+def kernel_schedules(request: Request) -> list[dict[str, Any]]:
+    """Compile each Pallas kernel of a step by itself and read its static cycles."""
+    with open(request.kernels) as file:
+        kernels = json.load(file)
+    generation = aot.topology(request.topology).generation
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        aot.prepare(folder)
+        for name, arguments, results, config in kernels:
+            shapes = [[jax.ShapeDtypeStruct(shape, _TYPES[kind][1]) for shape, kind in v] for v in (arguments, results)]
+            call = jax.ffi.ffi_call(
+                "tpu_custom_call",
+                shapes[1],
+                custom_call_api_version=1,
+                legacy_backend_config=config,
+                has_side_effect=True,  # nobody reads what it makes
+            )
+            aot.compile_for(generation.name, call, *shapes[0])
+            schedule = aot.schedule(folder, "ffi_call", generation.name)  # the newest: the one just compiled
+            spills = sum(loop.spills for loop in schedule.loops)
+            types = [f"{_TYPES[kind][0]}[{','.join(map(str, shape))}]" for shape, kind in results]
+            found.append(
+                {
+                    "name": name,
+                    "types": types,
+                    "cycles": schedule.cycles,
+                    "is_complete": schedule.is_complete,
+                    "vmem": schedule.vmem_bytes,
+                    "spills": spills,
+                    "busiest": max(schedule.loops, key=lambda loop: loop.cycles).busiest if schedule.loops else None,
+                }
+            )
+    return found
+
+
+if __name__ == "__main__":
+    main()

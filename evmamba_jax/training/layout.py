@@ -1,0 +1,104 @@
+"""Where every array of the train state lies, and the train step over them, lowered from shapes alone."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+
+from evmamba_jax import __version__, functional
+from evmamba_jax.training import mesh as meshes
+from evmamba_jax.training import optimizer
+from evmamba_jax.training.config import Duration
+from evmamba_jax.training.step import Batch, State, init_state, make_train_step
+from evmamba_jax.training.task import Plan
+
+
+class Layout:
+    """The train state's structure, where each of its arrays lies, and the step over it.
+
+    Args:
+        plan: the model, on a mesh.
+        examples: length of the training split, from which lengths in epochs become steps.
+
+    Raises:
+        UserError: a schedule that cannot be.
+    """
+
+    def __init__(self, plan: Plan, examples: int):
+        config = plan.config
+        self.plan = plan
+        self.steps_per_epoch = examples / config.batch_size
+        self.total_steps, self.log_every = map(self.in_steps, (config.duration, config.log_every))
+        self.schedule = optimizer.learning_rate(
+            config.optim, total_steps=self.total_steps, steps_per_epoch=self.steps_per_epoch
+        )
+        self.tx = optimizer.adamw(config.optim, self.schedule)
+        _, *arrays = plan.abstract
+        shapes = jax.eval_shape(self.init, *arrays)
+        self.shardings = meshes.state_shardings(plan.mesh, shapes)
+        self.abstract_state: State = jax.tree.map(
+            lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), shapes, self.shardings
+        )
+
+    def in_steps(self, length: Duration) -> int:
+        """Return a length of training in steps, at least one."""
+        return max(1, length.in_steps(self.steps_per_epoch))
+
+    def init(self, params: functional.Arrays, batch_stats: functional.Arrays) -> State:
+        """Return the state before the first step of a model."""
+        return init_state(params, batch_stats, self.tx, ema=self.plan.config.optim.ema_decay > 0)
+
+    def fresh(self) -> State:
+        """Return the state of step 0: initial values, or those of ``model.pretrained``."""
+        pretrained = self.plan.config.model.pretrained
+        if pretrained:
+            return jax.jit(self.init, out_shardings=self.shardings)(**self.plan.load(pretrained)[0])
+        return jax.jit(
+            lambda: self.init(*functional.split(self.plan.build_model())[1:]), out_shardings=self.shardings
+        )()
+
+    def step(self) -> tuple[Callable[[State, Batch], State], tuple[State, Batch]]:
+        """Return the train step and its abstract arguments, each with its place on the plan's mesh."""
+        config = self.plan.config
+        graphdef, params, batch_stats = self.plan.abstract
+        model = functional.merge(graphdef, params, batch_stats)
+        model.train()
+        step = make_train_step(
+            functional.split(model).graphdef,
+            self.tx,
+            config,
+            num_classes=self.plan.num_classes,
+            log_every=self.log_every,
+        )
+        side, channels = config.data.image_size, config.data.in_channels
+        kinds = {"image": ((side, side, channels), jnp.uint8), "label": ((), jnp.int32), "corrupt": ((), jnp.int32)}
+        sharding = meshes.batch_sharding(self.plan.mesh)
+        batch: Any = {
+            name: jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=sharding)
+            for name, (shape, dtype) in kinds.items()
+        }
+        return step, (self.abstract_state, batch)
+
+    def lower(self) -> jax.stages.Lowered:
+        """Return the step, traced and lowered for the plan's mesh."""
+        step, arguments = self.step()
+        # The ambient mesh tells kernels how their arguments are sharded and which kind of device they are lowered for.
+        with jax.set_mesh(self.plan.mesh):
+            return jax.jit(step, out_shardings=self.shardings, donate_argnums=0).lower(*arguments)
+
+    def meta(self, step: int, figures: dict[str, float], evaluated: int | None) -> dict[str, Any]:
+        """Return what a checkpoint says about itself."""
+        config = self.plan.config
+        return {
+            "model": config.model.name,
+            "num_classes": self.plan.num_classes,
+            "step": step,
+            "figures": figures,
+            "evaluated": evaluated,
+            "ema": config.optim.ema_decay > 0,
+            "config": dataclasses.asdict(config),
+            "versions": {"evmamba-jax": __version__, "jax": jax.__version__, "flax": flax.__version__},
+        }
