@@ -78,7 +78,7 @@ def compiled(function, name, shapes):
     sharding = NamedSharding(mesh, PartitionSpec())
     shapes = [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding) for s in shapes]
     with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
-        jax.jit(function).lower(*shapes).compile(compiler_options={"xla_dump_to": folder})
+        jax.jit(function).lower(*shapes).compile(compiler_options={"xla_dump_to": folder, "xla_dump_emitter_re": ".*"})
         [file] = [file for file in Path(folder).glob("*.ptx") if ".entry scan_" in file.read_text()]
         architecture = re.search(r"\.target (\w+)", file.read_text())[1]
         [ptxas] = Path(sys.prefix).glob("lib/python3*/site-packages/nvidia/*/bin/ptxas")

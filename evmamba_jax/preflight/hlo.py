@@ -267,6 +267,12 @@ def collectives(program: Program, found: list[Run], *, devices: int, slices: int
     """Yield every exchange of a step, those inside of fusions included."""
     for run in found:
         instruction = run.instruction
+        # Between slices the hosts exchange what they are sent: a share of it for each device of a slice.
+        transfer = instruction.opcode == "send" and instruction.attribute(r'_xla_megascale_transfer_type="(\w+)"')
+        if transfer:
+            size = sum(array.size for array in instruction.result if array.size > 8)
+            kind = transfer.lower().replace("_", "-")
+            yield Collective(kind, size, slices, True, run.times, instruction.op_name, program.source(instruction))
         inner = [instruction]
         if instruction.opcode == "fusion":
             inner = program.computations.get(instruction.attribute(r"calls=%?([\w.\-]+)") or "", [])

@@ -60,7 +60,7 @@ def main() -> None:
     tell = lambda **words: print(json.dumps(words), file=answers)  # noqa: E731
     request = Request(**json.loads(sys.argv[-1]))
     try:
-        tell(facts={"found": kernel_schedules(request)} if request.kernels else step_facts(request, tell))
+        tell(facts=kernel_facts(request, tell) if request.kernels else step_facts(request, tell))
     except (UserError, ImportError) as error:
         tell(error=str(error))
     except Exception as error:  # a fault of the program that is checked, or of this one: where, and what
@@ -242,8 +242,9 @@ _TYPES = {
 }
 
 
-def kernel_schedules(request: Request) -> list[dict[str, Any]]:
-    """Compile each Pallas kernel of a step by itself and read its static cycles."""
+def kernel_facts(request: Request, tell) -> dict[str, Any]:
+    """Compile each Pallas kernel of a step by itself, which is how its schedule can be had, and read its cycles."""
+    tell(stage="reading the schedules of kernels")
     with open(request.kernels) as file:
         kernels = json.load(file)
     generation = aot.topology(request.topology).generation
@@ -274,7 +275,7 @@ def kernel_schedules(request: Request) -> list[dict[str, Any]]:
                     "busiest": max(schedule.loops, key=lambda loop: loop.cycles).busiest if schedule.loops else None,
                 }
             )
-    return found
+    return {"found": found}
 
 
 if __name__ == "__main__":
