@@ -48,8 +48,9 @@ def _over_batch(function: Callable, streams: tuple, parameters: tuple) -> Any:
     mesh = jax.sharding.get_abstract_mesh()
     batch = jax.tree.leaves(streams)[0].shape[0]
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    free = [name for name, kind in kinds if kind == AxisType.Auto and mesh.shape[name] > 1]
-    if not free:
+    # Those of one device too: a kernel must find no axis left to XLA.
+    free = [name for name, kind in kinds if kind == AxisType.Auto]
+    if math.prod(mesh.shape[name] for name in free) == 1:
         return function(*streams, *parameters)
     axes: list[str] = []
     for name in free:

@@ -47,6 +47,17 @@ def test_images_over_devices(batch, over):
     assert gradients["x"].sharding.is_equivalent_to(rows, 4)
 
 
+@pytest.mark.parametrize("shape", [(8, 1), (4, 2), (1, 8)])
+def test_kernels_lower_for_a_tpu_on_any_mesh(shape):
+    """Mosaic wants every axis of the mesh in hand, those of one device too."""
+    mesh = Mesh(np.array(jax.devices()).reshape(shape), ("data", "fsdp"))
+    problem = scan_oracle.make_scan2d(0, height=2, width=2, orders=4, state=1, rank=1, batch=8, channels=8)
+    with jax.set_mesh(mesh):
+        program = jax.jit(lambda p: ops.scan2d(*(p[name] for name in NAMES), orders=CROSS))
+        traced = program.trace(jax.tree.map(jnp.float32, problem))
+        assert "tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).as_text()
+
+
 def test_sequences_over_devices():
     problem = scan_oracle.make_scan(1, length=5, state=2, groups=2, batch=8, optional=("D", "initial_state"))
     wanted, final = scan_oracle.scan(problem, softplus_delta=True)

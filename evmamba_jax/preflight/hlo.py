@@ -18,6 +18,7 @@ COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "coll
 _ALIASES = {
     *("parameter", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "optimization-barrier"),
     *("constant", "dynamic-update-slice", "after-all", "partition-id", "copy-start", "async-start", "async-update"),
+    *("send", "send-done", "recv"),
 }
 
 
