@@ -1,9 +1,10 @@
-"""Registers and spills of the GPU kernels, from the real compiler, without a GPU. Nothing runs.
+r"""Registers and spills of the GPU kernels, from the real compiler, without a GPU. Nothing runs.
 
-XLA compiles for a GPU that it is told about; ptxas then says what a program needs. The wheels, for a matching pair of
-versions of jax and plugin, on Linux:
+XLA compiles for a GPU that it is told about; ptxas then says what a program needs. This takes JAX 0.10.2: 0.12 compiles
+the kernels too, but does not write down their PTX when asked in the same way.
 
-    pip install jax jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-nvvm nvidia-nvjitlink
+    pip install jax==0.10.2 jax-cuda13-plugin==0.10.2 jax-cuda13-pjrt==0.10.2 \
+        nvidia-cuda-nvcc nvidia-nvvm nvidia-nvjitlink
     python benchmarks/gpu_compile.py [--out FILE]
 """
 
@@ -78,7 +79,7 @@ def compiled(function, name, shapes):
     sharding = NamedSharding(mesh, PartitionSpec())
     shapes = [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding) for s in shapes]
     with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
-        jax.jit(function).lower(*shapes).compile(compiler_options={"xla_dump_to": folder, "xla_dump_emitter_re": ".*"})
+        jax.jit(function).lower(*shapes).compile(compiler_options={"xla_dump_to": folder})
         [file] = [file for file in Path(folder).glob("*.ptx") if ".entry scan_" in file.read_text()]
         architecture = re.search(r"\.target (\w+)", file.read_text())[1]
         [ptxas] = Path(sys.prefix).glob("lib/python3*/site-packages/nvidia/*/bin/ptxas")

@@ -1,0 +1,250 @@
+"""Static estimates of the TPU kernels' times, against what the chip allows and against XLA's scans.
+
+Nothing runs on a TPU: cycles are those of the compiler's schedule, over clocks and bandwidths of ``aot.GENERATIONS``.
+
+    python benchmarks/tpu_scan.py [--out FILE]     # the scans of three models, and XLA's implementations
+    python benchmarks/tpu_scan.py --all --out FILE # every scan of every registered model on every generation (hours)
+"""
+
+import argparse
+import dataclasses
+import datetime
+import functools
+import importlib.metadata
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import jax.numpy as jnp
+import tpu_kernels
+from tpu_kernels import BATCH, Kernel, Scan
+
+from evmamba_jax.preflight import hlo
+from pallas_kernels import ATROUS, CROSS, Order, aot, selective_scan
+
+GENERATIONS = ("v5e", "v6e", "v5p", "v4", "tpu7x")  # the two that matter most, then the rest
+FIGURES = {
+    "EfficientVMamba-T stage 1": [Scan(BATCH, 56, 56, 96, 3, 16, ATROUS)],
+    "EfficientVMamba-T stage 2": [Scan(BATCH, 28, 28, 192, 6, 16, ATROUS)],
+    "VMamba-T stage 1": [Scan(BATCH, 56, 56, 96, 6, 1, CROSS)],
+    "VMamba-T stage 2": [Scan(BATCH, 28, 28, 192, 12, 1, CROSS)],
+    "VMamba-T stage 3": [Scan(BATCH, 14, 14, 384, 24, 1, CROSS)],
+    "VMamba-T stage 4": [Scan(BATCH, 7, 7, 768, 48, 1, CROSS)],
+    "Vim-S, both ways": [Scan(BATCH, 1, 197, 768, 24, 16, (Order(reverse=back),)) for back in (False, True)],
+}
+# XLA's implementations against the kernels, as the mamba-ssm function: (images, tokens, channels, states).
+PEER = (BATCH, 784, 384, 16)
+
+REGISTER = 1024  # elements of 4 bytes
+VECTOR_UNITS = 4  # operations a cycle
+# Operations of the vector units for each token, channel and state. Forward: the exponent, its scaling, decay, input,
+# their sum, output, its sum. Backward: 5 of these again, and 14 on the way back, decays kept.
+OPERATIONS = {"forward": 7, "backward": 5 + 14}
+ATTAINABLE = 0.8  # of the peak of HBM
+
+EVERY_SCAN = """\
+Every distinct scan of every registered model, bfloat16, compiled for one JAX device. Cycles are those of the
+compiler's schedule, a row of it a cycle, without waiting for memory; "portable" scans are left to XLA by the kernels.
+"""
+
+THREE_MODELS = f"""\
+Batch {BATCH} a JAX device (a chip; of tpu7x, half a chip), bfloat16, kernels alone: projections to B, C and the rank of
+the time step, and sums of the results of several calls, are XLA's and are not in here.
+
+- **ms by cycles**: the schedules of all calls, a row a cycle, over the clock; without waiting for memory.
+- **HBM moved**, **ms by HBM**: what the windows of all calls bring in and out, at {ATTAINABLE:.0%} of the peak.
+- **floor**: the largest of three times of a fused scan. HBM: x and y once, projections (float32) once; backward: x, dy
+  and dx once, projections read and their gradients written (**fused ideal**). Exponentials: one for each token, channel
+  and state, {REGISTER} a cycle of a core. Vector: {OPERATIONS["forward"]} operations for each,
+  {OPERATIONS["backward"]} in the backward pass, {VECTOR_UNITS * REGISTER} a cycle of a core.
+- **ratio**: the larger of the two times over the floor.
+- **busiest unit**: of the loop that takes most, and the share of its slots in use. **spills**: registers that one turn
+  of the innermost loops writes to memory, all calls together.
+"""
+
+XLA = f"""\
+Against XLA's scans: `selective_scan` with {PEER[0]} images of {PEER[1]} tokens, {PEER[2]} channels, {PEER[3]} states,
+bfloat16 streams, whole programs. What is not a kernel counts with XLA's own `estimated_cycles`, loops by their trips:
+an estimate of low trust, good for factors well above 2.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Floor:
+    """The least time, in seconds, by each of three limits of one JAX device, and the bytes of the first."""
+
+    bytes: int
+    hbm: float
+    exponentials: float
+    vector: float
+
+    @classmethod
+    def of(cls, scans: list[Scan], generation: aot.Generation, direction: str) -> "Floor":
+        """Return the floor of a fused scan, which reads and writes every pixel once."""
+        elements = sum(s.batch * s.visits * s.channels * s.state for s in scans)
+        images = sum(2 * s.batch * s.height * s.width * s.channels for s in scans)  # x, y and their gradients: bfloat16
+        packed = sum(4 * s.batch * s.visits * (s.rank + 2 * s.state) for s in scans)
+        moved = 2 * images + packed if direction == "forward" else 3 * images + 2 * packed
+        rate = REGISTER * generation.cores_per_device * generation.clock
+        return cls(
+            bytes=moved,
+            hbm=hbm_seconds(moved, generation),
+            exponentials=elements / rate,
+            vector=OPERATIONS[direction] * elements / (VECTOR_UNITS * rate),
+        )
+
+    @property
+    def binding(self) -> tuple[str, float]:
+        """The limit that holds, and its time."""
+        limits = {"HBM": self.hbm, "exponentials": self.exponentials, "vector": self.vector}
+        return max(limits.items(), key=lambda limit: limit[1])
+
+
+def hbm_seconds(moved: float, generation: aot.Generation) -> float:
+    """Return how long a JAX device takes to move bytes from and to HBM."""
+    share = generation.cores_per_device / generation.cores
+    return moved / (ATTAINABLE * generation.hbm_bandwidth * share)
+
+
+def figures(dump_folder: str) -> Iterator[str]:
+    """Yield the lines of the table of three models."""
+    yield (
+        "| scan | TPU | pass | calls | ms by cycles | HBM moved, MB | ms by HBM | floor, ms | set by | ratio "
+        "| fused ideal, MB | busiest unit | spills in inner loops |"
+    )
+    yield "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | --- | ---: | ---: | --- | ---: |"
+    for name in GENERATIONS:
+        generation = aot.GENERATIONS[name]
+        for title, scans in FIGURES.items():
+            kernels = [k for scan in scans for k in tpu_kernels.compile_scan(scan, name, dump_folder)]
+            for direction in OPERATIONS:
+                yield _figure(title, generation, direction, scans, kernels)
+
+
+def _figure(title: str, generation: aot.Generation, direction: str, scans: list[Scan], kernels: list[Kernel]) -> str:
+    start = f"| {title} | {generation.name} | {direction} |"
+    problems = [kernel.problem for kernel in kernels if kernel.problem]
+    if problems:
+        return f"{start} {problems[0]} | | | | | | | | | |"
+    calls = [kernel for kernel in kernels if kernel.direction == direction]
+    compute = sum(call.cycles for call in calls) / generation.clock
+    moved = sum(call.hbm_bytes for call in calls)
+    waiting = hbm_seconds(moved, generation)
+    floor = Floor.of(scans, generation, direction)
+    limit, least = floor.binding
+    slowest = max(calls, key=lambda call: call.cycles)
+    return (
+        f"{start} {len(calls)} | {1e3 * compute:.3f} | {moved / 1e6:.0f} | {1e3 * waiting:.3f} | {1e3 * least:.3f} "
+        f"| {limit} | {max(compute, waiting) / least:.2f} | {floor.bytes / 1e6:.0f} "
+        f"| {slowest.unit} {slowest.load:.0%} | {sum(call.spills for call in calls)} |"
+    )
+
+
+def peers(dump_folder: str) -> Iterator[str]:
+    """Yield the lines of the table against XLA's implementations."""
+    yield "| TPU | program | implementation | ms, estimate | of it kernels | temporaries, GiB | over ours |"
+    yield "| --- | --- | --- | ---: | ---: | ---: | ---: |"
+    batch, length, channels, state = PEER
+    stream = jax.ShapeDtypeStruct((batch, length, channels), jnp.bfloat16)
+    projected = jax.ShapeDtypeStruct((batch, length, 1, state), jnp.bfloat16)
+    decay = jax.ShapeDtypeStruct((channels, state), jnp.float32)
+    vector = jax.ShapeDtypeStruct((channels,), jnp.float32)
+    arguments = (stream, stream, decay, projected, projected, vector, vector)
+
+    def forward(implementation, u, delta, A, B, C, D, bias):
+        options = {"delta_bias": bias, "delta_softplus": True, "implementation": implementation}
+        return selective_scan(u, delta, A, B, C, D, **options)
+
+    def both(implementation, dy, *arguments):
+        y, pull = jax.vjp(functools.partial(forward, implementation), *arguments)
+        return y, pull(dy)
+
+    programs = {
+        "forward": (forward, arguments, ("pallas", "sequential", "associative")),
+        "forward + backward": (both, (stream, *arguments), ("pallas", "sequential")),
+    }
+    for name in GENERATIONS[:2]:
+        for title, (program, shapes, implementations) in programs.items():
+            ours = None
+            for implementation in implementations:
+                start = f"| {name} | {title} | {implementation} |"
+                try:
+                    compiled = aot.compile_for(name, functools.partial(program, implementation), *shapes)
+                except jax.errors.JaxRuntimeError as error:
+                    yield f"{start} {str(error).splitlines()[0]} | | | |"
+                    continue
+                total, of_kernels = program_cycles(compiled.as_text(), name, dump_folder)
+                ours = ours or total
+                clock = aot.GENERATIONS[name].clock
+                temporaries = compiled.memory_analysis().temp_size_in_bytes / 2**30
+                yield (
+                    f"{start} {1e3 * total / clock:.2f} | {1e3 * of_kernels / clock:.2f} | {temporaries:.2f} "
+                    f"| {total / ours:.1f} |"
+                )
+
+
+def program_cycles(text: str, generation: str, dump_folder: str) -> tuple[float, float]:
+    """Return the cycles of a compiled program, XLA's estimates and its kernels' schedules, and of the latter alone."""
+    found, unknown = hlo.runs(hlo.parse(text))
+    if unknown:
+        raise ValueError(f"loops of unknown trips: {unknown}")
+    kernels = 0.0
+    rest = 0
+    for run in found:
+        if 'custom_call_target="tpu_custom_call"' in run.instruction.line:
+            kernels += run.times * tpu_kernels.read_schedule(dump_folder, run.instruction.name, generation).cycles
+        else:
+            rest += run.times * hlo.cycles(run)
+    return rest + kernels, kernels
+
+
+def every_scan(dump_folder: str) -> Iterator[str]:
+    """Yield the lines of the tables of all scans of all registered models on all generations."""
+    for detector in (False, True):
+        scans = tpu_kernels.model_scans(detector=detector)
+        for generation in GENERATIONS:
+            yield from ("", f"## {'One image of 800x1280' if detector else f'{BATCH} images'}, {generation}", "")
+            yield from tpu_kernels.table_head()
+            for scan in scans:
+                for kernel in tpu_kernels.compile_scan(scan, generation, dump_folder):
+                    yield tpu_kernels.table_row(kernel)
+
+
+def report(dump_folder: str, *, everything: bool) -> Iterator[str]:
+    """Yield the lines of the whole text."""
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib", "libtpu"))
+    yield "# Scans on TPUs: static estimates, nothing ran on a TPU"
+    yield ""
+    yield f"{datetime.date.today().isoformat()}; {versions}."
+    yield ""
+    yield from (*(EVERY_SCAN if everything else THREE_MODELS).splitlines(), "")
+    if everything:
+        yield from every_scan(dump_folder)
+        return
+    yield from figures(dump_folder)
+    yield ""
+    yield from (*XLA.splitlines(), "")
+    yield from peers(dump_folder)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--all", action="store_true", help="every scan of every registered model instead")
+    parser.add_argument("--out", type=Path, help="also write the tables to this markdown file")
+    options = parser.parse_args()
+    lines = []
+    with tempfile.TemporaryDirectory() as dump_folder:
+        aot.prepare(dump_folder)
+        for line in report(dump_folder, everything=options.all):
+            print(line, flush=True)
+            lines.append(line)
+    if options.out:
+        options.out.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
