@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.tpu.geometry import Grid, Launch, Walk, grids
@@ -266,7 +267,9 @@ class _Images:
         """Return what the kernels read."""
         f32 = jnp.float32
         x_weight = _pad(x_weight.astype(x.dtype), 1, self.wide)
-        dt_weight, dt_bias = _pad(dt_weight.astype(f32), 2, self.wide), _pad(dt_bias.astype(f32), 1, self.wide)
+        # Time steps in units of ln 2: their bias and weights here, B below.
+        dt_weight = _pad(LOG2E * dt_weight.astype(f32), 2, self.wide)
+        dt_bias = _pad(LOG2E * dt_bias.astype(f32), 1, self.wide)
         A, D = _pad(A.astype(f32), 1, self.wide), _pad(D.astype(f32), 1, self.wide)
         image = self.image(x)
         shape = self.shape(x.dtype, x.dtype)
@@ -281,6 +284,8 @@ class _Images:
         packed = jnp.einsum(
             "hiwjeb,ijkec->hiwjkcb", image, of_lattices(used, self.grid.sets), preferred_element_type=f32
         )
+        is_B = (np.arange(shape.set_rows) >= shape.rank) & (np.arange(shape.set_rows) < shape.rank + self.state)
+        packed *= np.where(is_B, 1 / LOG2E, 1.0).astype(np.float32)[:, None]
         packed = packed.reshape(*packed.shape[:4], -1, packed.shape[-1])
         images = {"x": self.lanes.fold(image), "packed": self.lanes.repeat(packed)}
         if late is not None:
@@ -308,7 +313,7 @@ class _Images:
             return _pad(self.lanes.spread(parameter[numbers]), 1, self.grid.slots)
 
         values = {
-            "A": spread(LOG2E * A.swapaxes(1, 2)),
+            "A": spread(A.swapaxes(1, 2)),
             "bias": spread(dt_bias),
             "skip": self.lanes.spread((visits * D[numbers]).sum(1)),
         }
@@ -479,14 +484,14 @@ class _Sequences:
     def prepare(self, u, delta, A, B, C, D, delta_bias, initial_state) -> dict[str, Any]:
         """Return what the kernels read."""
         f32 = jnp.float32
-        delta = delta.astype(f32)
+        delta, delta_bias = LOG2E * delta.astype(f32), LOG2E * delta_bias  # time steps in units of ln 2
         rows, columns = self.lattice
         extra = rows * columns - self.length
         if extra:  # tokens behind the last have a time step of zero: they leave the state alone
             delta, delta_bias = delta + delta_bias, jnp.zeros_like(delta_bias)
             never = -1e4 if self.softplus else 0.0
             delta = jnp.pad(delta, [(0, 0), (0, extra), (0, 0), (0, 0)], constant_values=never)
-        packed = jnp.concatenate([B, C], 3).astype(f32)
+        packed = jnp.concatenate([B.astype(f32) * (1 / LOG2E), C.astype(f32)], 3)
         image = {
             "x": self.stream(u),
             "packed": self.lanes.repeat(self.image(_pad(packed, 3, _up(2 * self.state, TILE)))),
@@ -497,7 +502,7 @@ class _Sequences:
             return self.lanes.spread(_pad(parameter.astype(f32), parameter.ndim - 1, self.wide))
 
         launch = {
-            "A": spread(LOG2E * A)[:, None],
+            "A": spread(A)[:, None],
             "bias": spread(delta_bias)[:, None],
             "skip": spread(D),
             "start": self.states(initial_state),

@@ -71,8 +71,9 @@ class Call:
         sets: how many the call uses.
         by_columns: chunks are columns instead of rows.
         reverse: the walk begins at the last chunk.
-        single: packed and its gradient, the same for all channels, have one buffer instead of two. They take the most
-            memory, and the next tile of images is fetched only once this one is done.
+        single: arrays that have one buffer instead of two, where memory is short: first those that are the same for all
+            channels, whose next tile of images is then fetched once this one is done; then the results, which are then
+            written back while nothing is computed.
     """
 
     block: Block
@@ -82,7 +83,7 @@ class Call:
     sets: int
     by_columns: bool
     reverse: bool
-    single: bool = False
+    single: tuple[str, ...] = ()
 
     @property
     def grid(self) -> tuple[int, int, int, int]:
@@ -113,7 +114,7 @@ def plan(launch: Launch, shape: Shape, target: Target, *, gradient: bool) -> tup
 
     def fitting(walks: tuple[Walk, ...], first: int) -> Call | None:
         column_major, reverse = walks[0].orders[0]
-        for single in (False, True):
+        for single in (SHARED[:0], SHARED, (*SHARED, *RESULTS)):
             for block in _blocks(walks, shape, target, gradient=gradient):
                 call = Call(block, shape, launch.origins, first, len(walks), column_major, reverse, single)
                 # The compiler needs some for values that do not stay in registers.
@@ -121,13 +122,15 @@ def plan(launch: Launch, shape: Shape, target: Target, *, gradient: bool) -> tup
                     return call
         return None
 
-    together = fitting(launch.walks, 0)
-    if together:
-        return (together,)
-    if len(launch.walks) == 1:
-        return None
-    parts = [fitting((dataclasses.replace(walk, slot=0),), walk.slot) for walk in launch.walks]
-    return tuple(part for part in parts if part) if all(parts) else None
+    for count in reversed(_divisors(len(launch.walks))):  # of calls
+        size = len(launch.walks) // count
+        parts = []
+        for first in range(0, len(launch.walks), size):
+            walks = launch.walks[first : first + size]
+            parts.append(fitting(tuple(dataclasses.replace(w, slot=w.slot - first) for w in walks), first))
+        if all(parts):
+            return tuple(part for part in parts if part)
+    return None
 
 
 def _blocks(walks: tuple[Walk, ...], shape: Shape, target: Target, *, gradient: bool) -> Iterator[Block]:
@@ -148,10 +151,10 @@ def _blocks(walks: tuple[Walk, ...], shape: Shape, target: Target, *, gradient: 
             flying = tiles if at_once else max(n for n in _divisors(tiles) if n * shape.state <= max(8, shape.state))
             together = max(1, min(LANES // max(shape.slab, TILE), LANES // channels if gradient else 16, 16))
             turns = {
-                "at_a_time": max(8, 1792 // channels),
+                "at_a_time": max(8, 3584 // channels),
                 "unroll": 14 if shape.state >= 8 else 24 // flying if flying > 1 else 28,
-                "unroll_again": 8,
-                "unroll_back": 3 if shape.state >= 8 else 2,
+                "unroll_again": 8 if shape.state >= 8 else max(8, 28 // flying),
+                "unroll_back": 3 if shape.state >= 8 else max(2, 8 // flying),
             }
             if target.interpret:  # by XLA for a CPU, which takes long to compile long turns and gains nothing by them
                 turns = {"at_a_time": 4, "unroll": 3, "unroll_again": 3, "unroll_back": 2}
@@ -239,7 +242,6 @@ def _arrays(call: Call, *, gradient: bool) -> dict[str, _Array]:
 
     rows, sets = call.sets * s.set_rows, call.sets
     packed = pixels((s.slots * s.set_rows, s.images), (rows, b.lanes), lambda i, g, c, d: (at, i), FLOAT32)
-    packed = dataclasses.replace(packed, buffers=1 if call.single else 2)
     steps = pixels((s.slots, s.channels, s.images), (sets, b.channels, b.lanes), lambda i, g, c, d: (at, d, i), FLOAT32)
     state = plain(
         (lattices, s.state, s.channels, s.images),
@@ -289,7 +291,7 @@ def _arrays(call: Call, *, gradient: bool) -> dict[str, _Array]:
 
         return {name: plain((tiles, *full), (None, *array.block), index)}
 
-    return {
+    arrays = {
         **{name: image(s.dtype) for name in ("x", "dy")},
         **{name: image(s.result) for name in ("y", "dx")},
         **dict.fromkeys(("packed", "d_packed"), packed),
@@ -302,6 +304,7 @@ def _arrays(call: Call, *, gradient: bool) -> dict[str, _Array]:
         **summed("d_skip", "skip"),
         **summed("d_weights", "weights_back"),
     }
+    return arrays | {name: dataclasses.replace(arrays[name], buffers=1) for name in call.single}
 
 
 def _scratch(call: Call, *, gradient: bool, names: tuple[str, ...]) -> dict[str, tuple[tuple[int, ...], Any]]:
@@ -330,6 +333,8 @@ def _scratch(call: Call, *, gradient: bool, names: tuple[str, ...]) -> dict[str,
     return {name: (size, FLOAT32) for name, size in arrays.items()}
 
 
+SHARED = ("packed", "d_packed")
+RESULTS = ("y", "dx")
 FORWARD = ("x", "packed", "A", "bias", "skip")
 BACKWARD = (*FORWARD, "dy")
 IMAGES = ("y", "dx", "d_packed", "d_delta")

@@ -1,0 +1,163 @@
+"""Memory of whole train steps on one v5e chip, with the kernels and without, and the copies around the kernels.
+
+Nothing runs on a TPU: the exact step of ``train_tpu.py``, 128 images, no rematerialisation, is compiled by the real TPU
+compiler, once with the Pallas kernels and once with the portable ``sequential`` scans.
+
+    python benchmarks/tpu_step.py [--models evmamba_t vmamba_t] [--out FILE]
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+TOPOLOGY, BATCH = "v5e-1", 128
+IMPLEMENTATIONS = ("pallas", "sequential")
+MEBIBYTE = 2**20
+# What a fusion may hold that only moves numbers about, or rounds them on the way.
+MOVES = {
+    *("parameter", "copy", "transpose", "bitcast", "reshape", "convert", "broadcast", "constant", "pad", "slice"),
+    *("concatenate", "dynamic-slice", "dynamic-update-slice", "tuple", "get-tuple-element"),
+}
+
+
+def compile_step(model: str, implementation: str) -> None:
+    """Compile one step in this process, and print its facts as a line of JSON."""
+    from evmamba_jax.preflight import hlo
+    from evmamba_jax.training import parse_command
+    from evmamba_jax.training.layout import Layout
+    from evmamba_jax.training.mesh import make_mesh
+    from evmamba_jax.training.task import Plan
+    from pallas_kernels import aot, dispatch
+
+    if implementation == "sequential":
+        dispatch.KERNELS.clear()  # the portable scans, as on a platform without kernels
+    config = f"configs/{model}.py"
+    config, _ = parse_command(["train_tpu.py", "--config", config, f"--config.batch_size={BATCH}"])
+    devices = aot.topology(TOPOLOGY).devices
+    compiled = Layout(Plan(config, make_mesh(config, devices), 1000), 1_281_167).lower().compile()
+    memory = compiled.memory_analysis()
+    program = hlo.parse(compiled.as_text())
+    found, _ = hlo.runs(program)
+    facts = {
+        "arguments": memory.argument_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "kept": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        "kernels": len(hlo.pallas_calls(found)),
+        "cycles": sum(hlo.cycles(run) * run.times for run in found),
+        "copies": list(copies(program, found)),
+    }
+    print(json.dumps(facts))
+
+
+def copies(program, found) -> Iterator[tuple[str, int, str]]:
+    """Yield side of the kernel, bytes and type of whatever only moves what a kernel reads or wrote, from 1 MiB up."""
+    by_name = {run.instruction.name: run.instruction for run in found}
+
+    def operands(instruction) -> list:
+        listed = instruction.attribute(rf" {re.escape(instruction.opcode)}\(([^)]*)\)") or ""
+        return [by_name[name] for name in re.findall(r"%([\w.\-]+)", listed) if name in by_name]
+
+    def sources(instruction) -> Iterator:
+        for operand in operands(instruction):
+            yield from sources(operand) if operand.opcode in ("bitcast", "get-tuple-element") else [operand]
+
+    def is_move(instruction) -> bool:
+        if instruction.opcode == "fusion":
+            inner = program.computations.get(instruction.attribute(r"calls=%?([\w.\-]+)") or "", [])
+            return all(one.opcode in MOVES for one in inner)
+        return instruction.opcode in ("copy", "transpose", "copy-done")
+
+    seen = set()
+    for instruction in by_name.values():
+        is_kernel = 'custom_call_target="tpu_custom_call"' in instruction.line
+        for source in sources(instruction):
+            of_kernel = 'custom_call_target="tpu_custom_call"' in source.line
+            mover = source if is_kernel else instruction if of_kernel else None
+            if mover is None or not is_move(mover) or mover.name in seen:
+                continue
+            seen.add(mover.name)
+            size = sum(array.padded for array in mover.result if array.in_hbm)
+            if size >= MEBIBYTE:
+                yield "before" if is_kernel else "after", size, mover.result[0].text
+
+
+def table(models: list[str]) -> Iterator[str]:
+    """Yield the lines of the report, one step after another."""
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib", "libtpu"))
+    yield "# Whole train steps on one v5e chip: the compiler's figures, nothing ran on a TPU"
+    yield ""
+    yield f"{datetime.date.today().isoformat()}; {versions}. `configs/MODEL.py`, {BATCH} images of 224x224, bfloat16,"
+    yield "no rematerialisation. Temporaries are all activations, gradients and scratch at their peak. `over`: of what"
+    yield "the portable `sequential` scans take. A copy is an instruction next to a kernel that only moves 1 MiB or more."
+    yield ""
+    yield "| model | scans | arguments, GiB | temporaries, GiB | over | kernels | copies | their MiB |"
+    yield "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |"
+    details = []
+    for model in models:
+        facts = {implementation: run(model, implementation) for implementation in IMPLEMENTATIONS}
+        for implementation, f in facts.items():
+            if "refusal" in f:
+                yield f"| {model} | {implementation} | {f['refusal']} | | | | | |"
+                continue
+            peak = f["temporaries"]
+            share = f"{peak / facts['sequential'].get('temporaries', float('nan')):.0%}"
+            yield (
+                f"| {model} | {implementation} | {f['arguments'] / 2**30:.2f} | {peak / 2**30:.2f} | {share} "
+                f"| {f['kernels']} | {len(f['copies'])} | {sum(size for _, size, _ in f['copies']) / MEBIBYTE:,.0f} |"
+            )
+            if f["copies"]:
+                details += ["", f"{model}, copies next to its kernels:", ""]
+                details += grouped(f["copies"])
+    yield from details
+
+
+def grouped(copies: list) -> Iterator[str]:
+    """Yield a line for each kind of copy."""
+    counts: dict[tuple, int] = {}
+    for copy in copies:
+        counts[tuple(copy)] = counts.get(tuple(copy), 0) + 1
+    for (side, size, text), count in sorted(counts.items(), key=lambda item: -item[0][1] * item[1]):
+        yield f"- {count} x {text} {side} a kernel, {size / MEBIBYTE:.0f} MiB each"
+
+
+def run(model: str, implementation: str) -> dict:
+    """Compile a step in a process of its own; what the compiler refuses is a result too."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    environment["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, __file__, "--one", model, implementation]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        from evmamba_jax.preflight.program import refusal
+
+        lines = [line for line in done.stderr.splitlines() if "RESOURCE_EXHAUSTED" in line or "Used" in line]
+        return {"refusal": refusal("\n".join(lines or done.stderr.splitlines()[-1:]))["line"][:200]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=["evmamba_t", "vmamba_t"])
+    parser.add_argument("--out", type=Path, help="also write the report to this markdown file")
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        compile_step(*options.one)
+        return
+    lines = []
+    for line in table(options.models):
+        print(line, flush=True)
+        lines.append(line)
+    if options.out:
+        options.out.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
