@@ -1,16 +1,37 @@
-"""What every test process needs before JAX starts: eight virtual CPU devices, and programs compiled once a session."""
+"""What every test process needs before JAX starts: eight virtual CPU devices, and programs compiled once a session.
+
+Also the order of the files: each is done by one worker, which alone makes what its tests share.
+"""
 
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# The tests spend most of their time in the compiler of XLA. Each of their processes has one core: splitting a program
+# for several threads only adds work.
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_cpu_parallel_codegen_split_count=1"
 os.environ["JAX_PLATFORMS"] = "cpu"
 # The controlling process makes the folder; the worker processes, and the commands that tests start, inherit its name.
 _OWN = "JAX_COMPILATION_CACHE_DIR" not in os.environ
 if _OWN:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+
+_HERE = Path(__file__).parent
+# Files that take minutes, the longest first: begun last, one of them would leave the other worker idle at the end.
+_LONG = (
+    *("kernels/test_tpu_compile.py", "models/test_registered.py", "kernels/test_tpu.py", "training/test_resume.py"),
+    *("weights/test_parity_kernels.py", "training/test_processes.py", "training/test_end_to_end.py"),
+    *("weights/test_parity_vmamba.py", "weights/test_parity_msvmamba.py", "training/test_step.py"),
+    *("kernels/test_properties.py", "test_docs.py"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Put the long files first."""
+    rank = {name: place for place, name in enumerate(_LONG)}
+    items.sort(key=lambda item: rank.get(item.path.relative_to(_HERE).as_posix(), len(rank)))
 
 
 def pytest_unconfigure(config):

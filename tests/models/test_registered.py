@@ -26,15 +26,6 @@ every_model = pytest.mark.parametrize("name", list_models())
 # At full size, shapes and types only
 
 
-def possible_sizes(name, length, stage):
-    """Return the least and the greatest side of a stage's map, for a side of the image."""
-    if name.startswith("vim"):  # one resolution, patches of 16 pixels
-        patches = (length - 16) // (8 if name.endswith("stride8") else 16) + 1
-        return patches, patches
-    stride = 4 * 2**stage
-    return length // stride, -(-length // stride)  # stems and downsamplings round up or down
-
-
 @every_model
 def test_full_size_as_its_config_builds_it(name):
     config, _ = parse_command(["train_tpu.py", "--config", str(ROOT / "configs" / f"{name}.py")])
@@ -50,25 +41,41 @@ def test_full_size_as_its_config_builds_it(name):
     _, params, stats = functional.split(model)
     assert {p.dtype for p in (params | stats).values()} == {jnp.dtype(jnp.float32)}
 
-    image = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-    logits = jax.eval_shape(lambda model, x: model(x), model, image((2, side, side, 3)))
+    images = jax.ShapeDtypeStruct((2, side, side, 3), jnp.float32)
+    logits = jax.eval_shape(lambda model, x: model(x), model, images)
     chex.assert_shape(logits, (2, 1000))
     assert logits.dtype == jnp.bfloat16
 
-    height, width = side - 9, side + 21  # odd, and no square
-    maps = jax.eval_shape(lambda model, x: model.features(x), model, image((2, height, width, 3)))
+
+# In small: few and narrow blocks
+
+
+def possible_sizes(name, length, stage):
+    """Return the least and the greatest side of a stage's map, for a side of the image."""
+    if name.startswith("vim"):  # one resolution, patches of 16 pixels
+        patches = (length - 16) // (8 if name.endswith("stride8") else 16) + 1
+        return patches, patches
+    stride = 4 * 2**stage
+    return length // stride, -(-length // stride)  # stems and downsamplings round up or down
+
+
+@every_model
+def test_small_features_of_an_odd_rectangle(name):
+    """Shapes and types only, as many blocks would not change them."""
+    family, options = shrunk(name)
+    height, width = 215, 245
+    model = nnx.eval_shape(lambda: family(**options, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    image = jax.ShapeDtypeStruct((2, height, width, 3), jnp.float32)
+    maps = jax.eval_shape(lambda model, x: model.features(x), model, image)
     assert len(maps) == 4
     for i, stage in enumerate(maps):
         batch, rows, columns, channels = stage.shape
         assert batch == 2
         assert rows in possible_sizes(name, height, i)
         assert columns in possible_sizes(name, width, i)
-        assert channels == maps[0].shape[3] * (1 if name.startswith("vim") else 2**i)
+        assert channels == 16 * (1 if name.startswith("vim") else 2**i)
         # Vim's features are its residual stream, which stays float32.
         assert stage.dtype == (jnp.float32 if name.startswith("vim") else jnp.bfloat16)
-
-
-# In small, really computed
 
 
 class Computed(NamedTuple):
@@ -78,7 +85,7 @@ class Computed(NamedTuple):
     again: jax.Array  # those of a second run
     low: jax.Array  # logits in bfloat16, in which models are trained
     gradients: functional.Arrays  # of these
-    on_tpu: str  # the backward program as a TPU gets it
+    backward: jax.stages.Traced  # the program of both
 
 
 def shrunk(name):
@@ -126,9 +133,9 @@ def _compute(family, options) -> Computed:
         return (logits.astype(jnp.float32) * jnp.arange(20.0).reshape(2, 10)).sum(), logits
 
     exact, again = forward(params, images), forward(params, images)
+    backward = gradient.trace(params, images)
     gradients, low = gradient(params, images)
-    on_tpu = gradient.trace(params, images).lower(lowering_platforms=("tpu",)).as_text()
-    return Computed(exact, again, low, gradients, on_tpu)
+    return Computed(exact, again, low, gradients, backward)
 
 
 @every_model
@@ -159,9 +166,10 @@ def test_small_bfloat16_stays_near_float32(name):
     assert 1e-5 < error < 0.04  # above zero: it did compute in bfloat16
 
 
-@every_model
+@pytest.mark.parametrize("name", ["evmamba_t", "vmamba_t", "msvmamba_t_v2", "vim_t", "mambavision_t"])
 def test_small_lowers_for_a_tpu(name):
-    program = compute(name).on_tpu
+    """One model a family: its variants have the same parts in other sizes."""
+    program = compute(name).backward.lower(lowering_platforms=("tpu",)).as_text()
     assert "tpu_custom_call" in program  # the scans
     # Depthwise convolutions are sums of products on a CPU only.
     assert max(map(int, re.findall(r"feature_group_count = (\d+)", program))) > 1

@@ -108,7 +108,7 @@ def test_incomplete_and_foreign_data_folders(data_dir, tmp_path):
 
 
 def test_batch_that_does_not_divide(data_dir, tmp_path):
-    env = environment(XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    env = environment(devices=8)
     common = (f"--config.data.data_dir={data_dir}", "--workdir", tmp_path / "run", "--config.accumulation=2")
     line = refused("--config.batch_size=40", *common, env=env)
     assert "config.batch_size is 40; it must be a multiple of devices x accumulation = 8 x 2 = 16" in line

@@ -7,7 +7,6 @@ import pytest
 from command import environment, run, start
 
 ARGUMENTS = ("--config.duration.steps=12", "--config.eval_every.steps=6", "--config.mesh.fsdp=2")
-DEVICES = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={}"
 
 
 def free_port() -> int:
@@ -24,7 +23,7 @@ def shared(tmp_path_factory):
 
 def pair(*arguments, shared):
     """Start two joined processes; return exit code and output of each."""
-    env = environment(XLA_FLAGS=DEVICES.format(2), JAX_CPU_COLLECTIVES_IMPLEMENTATION="gloo", **shared)
+    env = environment(devices=2, JAX_CPU_COLLECTIVES_IMPLEMENTATION="gloo", **shared)
     joined = {"enabled": True, "coordinator_address": f"127.0.0.1:{free_port()}", "num_processes": 2}
     flags = [f"--config.distributed.{name}={value}" for name, value in joined.items()]
     processes = [start(*arguments, *flags, f"--config.distributed.process_id={i}", env=env) for i in range(2)]
@@ -37,7 +36,7 @@ def rows(workdir):
 
 
 def test_two_processes_train_as_one(shared, tmp_path):
-    env = environment(XLA_FLAGS=DEVICES.format(4), **shared)
+    env = environment(devices=4, **shared)
     code, out, err = run(*ARGUMENTS, "--workdir", tmp_path / "one", env=env)
     assert code == 0, out + err
 

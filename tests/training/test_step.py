@@ -1,5 +1,7 @@
 """The compiled step: the same on every mesh, accumulation, moving average, refusal of what is not finite."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,9 @@ from evmamba_jax.errors import UserError
 from evmamba_jax.training import mesh as meshes
 from evmamba_jax.training.config import Config, MeshConfig, ModelConfig, OptimConfig
 from evmamba_jax.training.step import init_state, make_eval_step, make_train_step
+
+# Compiling takes far longer than the few steps of these tests.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 CLASSES = 8
 OPTIONS = {"width": 16, "depths": (1, 0, 1, 0), "d_state": 4, "patch_size": 2, "num_classes": CLASSES}
@@ -57,8 +62,7 @@ def compiled(config, start, mesh, tx=None):
     shardings = meshes.state_shardings(mesh, jax.eval_shape(make, *start[1:]))
     step = make_train_step(start.graphdef, tx, config, num_classes=CLASSES, log_every=2)
     state = jax.device_put(make(*start[1:]), shardings)
-    # Compiling takes far longer than the few steps of these tests.
-    return jax.jit(step, out_shardings=shardings, compiler_options={"xla_backend_optimization_level": 0}), state
+    return jit(step, out_shardings=shardings), state
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +133,7 @@ def test_accumulation_averages_gradients_of_the_rounds(start):
     augment_key, drop_key = jax.random.split(jax.random.fold_in(jax.random.key(3), 0))
     images, targets = device.train_augment(augment_key, batch["image"], batch["label"], config.data, CLASSES)
 
-    @jax.jit
+    @jit
     def gradient(stats, images, targets, key):
         def loss(params):
             model = functional.merge(start.graphdef, params, stats)
@@ -183,9 +187,9 @@ def test_evaluation_counts_by_weight(start):
     config = configured()
     graphdef, params, stats = functional.split(create_model("evmamba_t", rngs=nnx.Rngs(0), **OPTIONS))
     batch = next(batches(1)) | {"weight": np.float32([1] * 11 + [0] * 5)}
-    sums, answers = jax.jit(make_eval_step(graphdef, config))({"params": params, "batch_stats": stats}, batch)
+    sums, answers = jit(make_eval_step(graphdef, config))({"params": params, "batch_stats": stats}, batch)
     images = (batch["image"] / 255.0 - np.array(config.data.mean)) / np.array(config.data.std)
-    logits = np.asarray(jax.jit(functional.merge(graphdef, params, stats).__call__)(jnp.float32(images)), np.float64)
+    logits = np.asarray(jit(functional.merge(graphdef, params, stats).__call__)(jnp.float32(images)), np.float64)
     order = np.argsort(-logits, axis=1, kind="stable")
     labels, real = batch["label"], slice(0, 11)
     assert float(sums["weight"]) == 11
