@@ -94,9 +94,9 @@ def table(models: list[str]) -> Iterator[str]:
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib", "libtpu"))
     yield "# Whole train steps on one v5e chip: the compiler's figures, nothing ran on a TPU"
     yield ""
-    yield f"{datetime.date.today().isoformat()}; {versions}. `configs/MODEL.py`, {BATCH} images of 224x224, bfloat16,"
-    yield "no rematerialisation. Temporaries are all activations, gradients and scratch at their peak. `over`: of what"
-    yield "the portable `sequential` scans take. A copy is an instruction next to a kernel that only moves 1 MiB or more."
+    yield f"{datetime.date.today().isoformat()}; {versions}. `configs/MODEL.py`, {BATCH} images, bfloat16, no"
+    yield "rematerialisation. Temporaries are all activations, gradients and scratch at their peak; `over`, the share"
+    yield "of those with portable `sequential` scans. A copy is an instruction beside a kernel that only moves numbers."
     yield ""
     yield "| model | scans | arguments, GiB | temporaries, GiB | over | kernels | copies | their MiB |"
     yield "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |"

@@ -226,7 +226,12 @@ class _Images:
     @property
     def lattice(self) -> tuple[int, int]:
         """Rows and columns of a sub-lattice, padding included."""
-        return -(-self.height // self.grid.step[0]), -(-self.width // self.grid.step[1])
+        rows, columns = -(-self.height // self.grid.step[0]), -(-self.width // self.grid.step[1])
+        if rows == 1 and columns > 256:
+            # For a length that can be cut. The pixels behind the last are 0: they write nothing to a state, and what
+            # they read from it is dropped.
+            columns = _up(columns, 32)
+        return rows, columns
 
     @property
     def wide(self) -> int:

@@ -69,7 +69,7 @@ class Call:
         origins: the sub-lattices.
         first: number of the first of the parameter sets; the block's walks count from it.
         sets: how many the call uses.
-        by_columns: chunks are columns instead of rows.
+        by_columns: chunks are columns.
         reverse: the walk begins at the last chunk.
         single: arrays that have one buffer instead of two, where memory is short: first those that are the same for all
             channels, whose next tile of images is then fetched once this one is done; then the results, which are then
@@ -113,10 +113,11 @@ def plan(launch: Launch, shape: Shape, target: Target, *, gradient: bool) -> tup
     """
 
     def fitting(walks: tuple[Walk, ...], first: int) -> Call | None:
-        column_major, reverse = walks[0].orders[0]
+        _, reverse = walks[0].orders[0]
         for single in (SHARED[:0], SHARED, (*SHARED, *RESULTS)):
             for block in _blocks(walks, shape, target, gradient=gradient):
-                call = Call(block, shape, launch.origins, first, len(walks), column_major, reverse, single)
+                by_columns = block.columns < shape.columns and not block.flat
+                call = Call(block, shape, launch.origins, first, len(walks), by_columns, reverse, single)
                 # The compiler needs some for values that do not stay in registers.
                 if memory(call, gradient=gradient) <= 0.9 * target.vmem:
                     return call
@@ -139,19 +140,28 @@ def _blocks(walks: tuple[Walk, ...], shape: Shape, target: Target, *, gradient: 
     wanted = 32 if shape.state <= 4 else 16
     sizes = [c for c in sizes if c <= wanted] or sizes[-1:]
     alone = len(walks) == 1 and len(walks[0].orders) == 1
-    by_columns = alone and walks[0].orders[0][0]
-    lines = (shape.columns if by_columns else shape.rows) if alone else 1
+    by_columns = alone and walks[0].orders[0][0] and min(shape.rows, shape.columns) > 1
+    # What a walk can be cut into: lines, or, where its tokens lie one after another in memory, tokens.
+    in_line = alone and not by_columns and shape.step == (1, 1)
+    lines = 1 if not alone else shape.rows * shape.columns if in_line else shape.columns if by_columns else shape.rows
     # Summing dB and dC over the channels token by token is cheap where one sum serves many channels and few states.
     ways = [(True, 1)] if gradient and shape.state <= 2 else []
     if not gradient or len(walks) == 1:
         ways += [(False, lines // n) for n in _divisors(lines)]
     for at_once, chunks in ways:
+        part = lines // chunks
+        if chunks == 1:
+            rows, columns = shape.rows, shape.columns
+        elif in_line:
+            rows, columns = 1, part
+        else:
+            rows, columns = (shape.rows, part) if by_columns else (part, shape.columns)
         for channels in sizes:
             tiles = channels // TILE
             flying = tiles if at_once else max(n for n in _divisors(tiles) if n * shape.state <= max(8, shape.state))
             together = max(1, min(LANES // max(shape.slab, TILE), LANES // channels if gradient else 16, 16))
             turns = {
-                "at_a_time": max(8, 3584 // channels),
+                "at_a_time": max(8, (1792 if gradient else 3584) // channels),  # more take longer to compile
                 "unroll": 14 if shape.state >= 8 else 24 // flying if flying > 1 else 28,
                 "unroll_again": 8 if shape.state >= 8 else max(8, 28 // flying),
                 "unroll_back": 3 if shape.state >= 8 else max(2, 8 // flying),
@@ -161,8 +171,8 @@ def _blocks(walks: tuple[Walk, ...], shape: Shape, target: Target, *, gradient: 
                 together = min(together, 3)
             yield Block(
                 walks=walks,
-                rows=shape.rows if by_columns else shape.rows // chunks,
-                columns=shape.columns // chunks if by_columns else shape.columns,
+                rows=rows,
+                columns=columns,
                 flat=shape.step == (1, 1) and not (by_columns and chunks > 1),
                 channels=channels,
                 lanes=min(shape.images, LANES),

@@ -285,6 +285,7 @@ DIVIDED: dict[str, tuple[Case, int, int]] = {
     "rows": (Images((Order(),), (6, 5), 8, 2, 2, batch=1, interpret=RACES), 1, 3),
     "columns from the last": (Images((LAST_FIRST,), (3, 8), 8, 1, 1, batch=2), 1, 2),
     "blocks of channels": (Images((Order(reverse=True),), (4, 3), 16, 2, 3, batch=65), 1, 4),
+    "a long row": (Images((Order(reverse=True),), (1, 262), 8, 1, 1, batch=2), 1, 5),
     "sub-lattices": (Images(ATROUS, (7, 6), 8, 2, 1, batch=2, interpret=STRICT), 1, 2),
     "four calls": (Images(CROSS, (4, 6), 8, 1, 2, batch=2), 4, 2),
     "calls that share sub-lattices, bfloat16": (
