@@ -1,7 +1,7 @@
 """The three recipes of EfficientVMamba, which do not agree with each other.
 
-The released weights come from the ``released`` one, read off their training logs. RandAugment, part of all three,
-is not in this library yet; the rest is as published.
+The released weights come from the ``released`` one, read off their training logs. Its RandAugment and the paper's has
+operations of its own, the README's has timm's.
 """
 
 from evmamba_jax.data.config import DataConfig
@@ -17,7 +17,7 @@ def recipe(model: str, *, batch_size: int, variant: str) -> Config:
         raise UserError(f"unknown variant {variant!r}{nearest(variant, VARIANTS)}; known: {', '.join(VARIANTS)}")
     config = Config(
         model=ModelConfig(name=model, drop_path_rate=0.1),
-        data=DataConfig(name="imagenet2012", mixup=0.2, cutmix=1.0),
+        data=DataConfig(name="imagenet2012", auto_augment="evmamba-m9-mstd0.5", mixup=0.2, cutmix=1.0),
         optim=OptimConfig(
             lr=2e-3, min_lr=1e-6, warmup_lr=1e-7, warmup=Duration(epochs=20), weight_decay=0.04, clip_norm=1.0
         ),
@@ -30,7 +30,7 @@ def recipe(model: str, *, batch_size: int, variant: str) -> Config:
     if variant == "readme":  # main.py with its yaml: Swin's trainer
         config.batch_size, config.seed = 1024, 0
         config.model.drop_path_rate = 0.2
-        config.data.mixup = 0.8
+        config.data.auto_augment, config.data.mixup = "rand-m9-mstd0.5-inc1", 0.8
         config.optim = OptimConfig(
             lr=1e-3,
             min_lr=1e-5,

@@ -1,9 +1,9 @@
 """The recipes of Vim's released scripts: DeiT's, in float32, and a fine-tuning with overlapping patches.
 
-RandAugment (rand-m9-mstd0.5-inc1) and repeated augmentation (each image three times an epoch), part of both, are not in
-this library yet. The official learning rate changes once an epoch, and the warm-up hides the first epochs of a cosine
-over all of them; here the cosine follows the warm-up, and falls with every step. The rest is as published. The paper
-differs from the scripts: weight decay 0.05 for Ti too, batches of 1024 for S too.
+Augmentation is repeated: an epoch shows a third of the images, each three times. The official learning rate changes
+once an epoch, and the warm-up hides the first epochs of a cosine over all of them; here the cosine follows the warm-up,
+and falls with every step. The rest is as published. The paper differs from the scripts: weight decay 0.05 for Ti too,
+batches of 1024 for S too.
 
 Fine-tuning starts from ``config.model.pretrained``, a converted file or a run of the model of stride 16, whose position
 embedding is resized as the official code does it.
@@ -17,7 +17,9 @@ def recipe(model: str, *, batch_size: int, weight_decay: float, drop_path_rate: 
     """Return the recipe of pre-training for ``model``."""
     return Config(
         model=ModelConfig(name=model, drop_path_rate=drop_path_rate, dtype="float32"),
-        data=DataConfig(name="imagenet2012", mixup=0.8, cutmix=1.0),
+        data=DataConfig(
+            name="imagenet2012", auto_augment="rand-m9-mstd0.5-inc1", repeated_aug=3, mixup=0.8, cutmix=1.0
+        ),
         optim=OptimConfig(
             lr=1e-3,
             min_lr=1e-5,

@@ -21,7 +21,7 @@ def get_config() -> Config:
             name="digits",
             eval_split="test",
             image_size=8,
-            eval_resize=8,
+            crop_pct=1.0,
             in_channels=1,
             mean=(0.3,),  # of the training images, in [0, 1]
             std=(0.38,),

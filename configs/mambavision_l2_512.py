@@ -12,4 +12,6 @@ from evmamba_jax.training.config import Config
 
 def get_config() -> Config:
     """Return the configuration."""
-    return recipe("mambavision_l2_512", drop_path_rate=0.3, weight_decay=0.12, image_size=512, crop=0.93)
+    return recipe(
+        "mambavision_l2_512", drop_path_rate=0.3, weight_decay=0.12, image_size=512, crop_pct=0.93, crop_mode="squash"
+    )

@@ -4,6 +4,7 @@ import dataclasses
 import os
 from pathlib import Path
 
+from evmamba_jax.data.augment import rand_augment
 from evmamba_jax.errors import UserError
 
 
@@ -24,10 +25,18 @@ class DataConfig:
     # On the host: encoded record -> uint8 image.
     image_size: int = 224  # side of the square image, pixels
     in_channels: int = 3  # 3 (RGB) or 1 (grey)
-    eval_resize: int = 256  # short side before the centre crop, pixels, bicubic
+    crop_pct: float = 0.875  # evaluation: side of the crop over the side resized to before, 224 / 256
+    crop_mode: str = (
+        "center"  # evaluation resizes the short side ("center") or both sides, whatever their ratio ("squash")
+    )
+    eval_interpolation: str = "bicubic"  # or "bilinear"
     crop_scale: tuple[float, float] = (0.08, 1.0)  # RandomResizedCrop: range of the area, as a share of the image
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # RandomResizedCrop: range of width / height
+    interpolation: str = "bicubic"  # training: "bicubic", "bilinear", or one of the two at "random" for each resizing
     hflip: float = 0.5  # probability of a left-right flip
+    auto_augment: str = ""  # e.g. "rand-m9-mstd0.5-inc1", or "evmamba-m9-mstd0.5" with EfficientVMamba's operations
+    color_jitter: float = 0.0  # strength for brightness, contrast and saturation; not together with auto_augment
+    repeated_aug: int = 1  # differently augmented copies of each image in a row; an epoch then sees fewer images
     num_threads: int = 0  # decoding threads a process; 0: one a core, 16 at most
     num_workers: int = 0  # decoding processes; 0: threads only, which is best on few cores
 
@@ -50,7 +59,11 @@ class DataConfig:
         self._require("on_corrupt", self.on_corrupt in ("error", "skip"), "'error' or 'skip'")
         self._require("image_size", self.image_size >= 1, "1 or more")
         self._require("in_channels", self.in_channels in (1, 3), "1 (grey) or 3 (RGB)")
-        self._require("eval_resize", self.eval_resize >= self.image_size, f"image_size={self.image_size} or more")
+        self._require("crop_pct", 0 < self.crop_pct <= 1, "above 0, up to 1")
+        self._require("crop_mode", self.crop_mode in ("center", "squash"), "'center' or 'squash'")
+        resizing = ("bicubic", "bilinear")
+        self._require("eval_interpolation", self.eval_interpolation in resizing, "'bicubic' or 'bilinear'")
+        self._require("interpolation", self.interpolation in (*resizing, "random"), "'bicubic', 'bilinear' or 'random'")
         for field, least, most in (("crop_scale", 0.0, 1.0), ("crop_ratio", 0.0, float("inf"))):
             value = getattr(self, field)
             ok = len(value) == 2 and least < value[0] <= value[1] <= most
@@ -59,7 +72,11 @@ class DataConfig:
             value = getattr(self, field)
             self._require(field, len(value) == self.in_channels, f"in_channels={self.in_channels} numbers")
         self._require("std", all(value > 0 for value in self.std), "numbers above 0")
-        for field in ("num_threads", "num_workers", "mixup", "cutmix"):
+        if self.auto_augment:
+            rand_augment(self.auto_augment)
+            self._require("color_jitter", self.color_jitter == 0, "0 where auto_augment is set, as timm has it")
+        self._require("repeated_aug", self.repeated_aug >= 1, "1 (off) or more")
+        for field in ("num_threads", "num_workers", "color_jitter", "mixup", "cutmix"):
             self._require(field, getattr(self, field) >= 0, "0 or more")
         for field in ("hflip", "random_erasing", "mix_prob", "switch_prob"):
             self._require(field, 0 <= getattr(self, field) <= 1, "a probability, 0 to 1")

@@ -55,6 +55,9 @@ def train_batches(
 ) -> Batches:
     """Read shuffled, augmented batches without end; every epoch has its own order and its own augmentation.
 
+    With ``repeated_aug`` each image comes several times in a row, every time augmented anew, and an epoch, as long as
+    ever, shows that many times fewer images.
+
     Batches run across the ends of epochs: step s holds examples s * global_batch to (s + 1) * global_batch of the
     endless sequence. Process p of n gets rows p * b to (p + 1) * b of each global batch, b = global_batch / n, which is
     the order in which ``jax.make_array_from_process_local_data`` puts them together.
@@ -79,9 +82,10 @@ def train_batches(
     local_batch = _local_batch(source, global_batch, process_index, process_count)
     if not 0 <= seed < 2**32:
         raise UserError(f"seed={seed} is not allowed: it must be 0 to {2**32 - 1}")
-    examples = (
-        grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().random_map(_TrainExample(config, source))
-    )
+    order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+    if config.repeated_aug > 1:
+        order = _Views(order, len(source), config.repeated_aug)
+    examples = order.random_map(_TrainExample(config, source))
     blocks = examples.batch(local_batch)  # block s * process_count + p is what process p needs at step s
     return _read_ahead(blocks[start_step * process_count + process_index :: process_count], config)
 
@@ -110,6 +114,28 @@ def eval_batches(
     padded = math.ceil(len(source) / global_batch) * global_batch
     blocks = grain.MapDataset.range(padded).map(_EvalExample(config, source)).batch(local_batch)
     return _read_ahead(blocks[process_index::process_count], config)
+
+
+class _Views(grain.MapDataset[int]):
+    """Repeated augmentation: each index of an epoch's order several times in a row, cut off at the epoch's length.
+
+    The views differ because what comes after draws by position. An epoch stays as long as it is, and so holds that
+    many times fewer images.
+
+    Source: RepeatAugSampler of timm, after DeiT's. There the epoch ends at the last multiple of 256, and neighbours in
+    this order go to different devices.
+    """
+
+    def __init__(self, order: grain.MapDataset, epoch: int, views: int):
+        super().__init__(order)
+        self._order, self._epoch, self._views = order, epoch, views
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, index: int):  # pyrefly: ignore[bad-override]
+        epoch, position = divmod(index, self._epoch)
+        return self._order[epoch * self._epoch + position // self._views]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
+from evmamba_jax.data.augment import color_jitter, draw_resampling, rand_augment
 from evmamba_jax.data.config import DataConfig
 
 
@@ -75,28 +76,13 @@ def random_crop_box(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize with Pillow's antialiased bicubic filter.
-
-    Args:
-        image: uint8 (H, W, C), C 1 or 3.
-        height: of the result, pixels.
-        width: of the result, pixels.
-
-    Returns:
-        uint8 (height, width, C).
-    """
-    pixels = image[..., 0] if image.shape[-1] == 1 else image
-    resized = Image.fromarray(np.ascontiguousarray(pixels)).resize((width, height), Image.Resampling.BICUBIC)
-    return np.asarray(resized).reshape(height, width, image.shape[-1])
-
-
 def train_image(data: bytes, config: DataConfig, rng: np.random.Generator) -> np.ndarray:
-    """Make a training image: decode, RandomResizedCrop, random flip.
+    """Make a training image: decode, RandomResizedCrop, random flip, then RandAugment or colour jitter.
 
     Args:
         data: an encoded image.
-        config: reads image_size, in_channels, crop_scale, crop_ratio and hflip.
+        config: reads image_size, in_channels, crop_scale, crop_ratio, interpolation, hflip, auto_augment,
+            color_jitter, and mean, which becomes the colour of what RandAugment uncovers.
         rng: the example's own generator; its draws alone decide the result.
 
     Returns:
@@ -104,20 +90,33 @@ def train_image(data: bytes, config: DataConfig, rng: np.random.Generator) -> np
 
     Raises:
         CorruptImageError: the bytes cannot be decoded.
+
+    Source: timm's transforms_imagenet_train, up to the normalisation.
     """
-    image = decode(data, config.in_channels)
-    height, width = image.shape[:2]
+    pixels = decode(data, config.in_channels)
+    height, width = pixels.shape[:2]
     top, left, h, w = random_crop_box(rng, height, width, config.crop_scale, config.crop_ratio)
-    image = resize(image[top : top + h, left : left + w], config.image_size, config.image_size)
-    return np.ascontiguousarray(image[:, ::-1]) if rng.random() < config.hflip else image
+    resample = draw_resampling(config.interpolation, rng)
+    image = _resize(pixels[top : top + h, left : left + w], config.image_size, config.image_size, resample)
+    if rng.random() < config.hflip:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if config.auto_augment:
+        fill = tuple(min(255, round(255 * mean)) for mean in config.mean)
+        augment = rand_augment(config.auto_augment)
+        image = augment(image, rng, config.interpolation, fill if len(fill) > 1 else fill[0])
+    elif config.color_jitter:
+        image = color_jitter(image, rng, config.color_jitter)
+    return _pixels(image)
 
 
 def eval_image(data: bytes, config: DataConfig) -> np.ndarray:
-    """Make an evaluation image: decode, resize the short side, crop the centre.
+    """Make an evaluation image: decode, resize, crop the centre.
+
+    The short side, or with crop_mode "squash" both sides, becomes floor(image_size / crop_pct).
 
     Args:
         data: an encoded image.
-        config: reads image_size, in_channels and eval_resize.
+        config: reads image_size, in_channels, crop_pct, crop_mode and eval_interpolation.
 
     Returns:
         uint8 (image_size, image_size, in_channels).
@@ -127,9 +126,26 @@ def eval_image(data: bytes, config: DataConfig) -> np.ndarray:
 
     Source: torchvision's Resize (long side truncated) and CenterCrop (offset rounded), as timm uses them.
     """
-    image = decode(data, config.in_channels)
-    height, width = image.shape[:2]
-    short = min(height, width)
-    image = resize(image, config.eval_resize * height // short, config.eval_resize * width // short)
-    top, left = (round((side - config.image_size) / 2) for side in image.shape[:2])
-    return np.ascontiguousarray(image[top : top + config.image_size, left : left + config.image_size])
+    pixels = decode(data, config.in_channels)
+    size = math.floor(config.image_size / config.crop_pct)
+    height, width = pixels.shape[:2]
+    if config.crop_mode == "squash":
+        height = width = size
+    else:
+        short = min(height, width)
+        height, width = size * height // short, size * width // short
+    image = _resize(pixels, height, width, Image.Resampling[config.eval_interpolation.upper()])
+    left, top = (round((side - config.image_size) / 2) for side in image.size)
+    return _pixels(image.crop((left, top, left + config.image_size, top + config.image_size)))
+
+
+def _resize(pixels: np.ndarray, height: int, width: int, resample: Image.Resampling) -> Image.Image:
+    """Resize uint8 (H, W, C) with one of Pillow's antialiased filters."""
+    grey = pixels.shape[-1] == 1
+    image = Image.fromarray(np.ascontiguousarray(pixels[..., 0] if grey else pixels))
+    return image.resize((width, height), resample)
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    """Return uint8 (H, W, C)."""
+    return np.asarray(image).reshape(image.height, image.width, -1)

@@ -40,7 +40,7 @@ def numbered() -> Callable[..., Source]:
 @pytest.fixture
 def small() -> DataConfig:
     """The settings that fit the numbered images."""
-    return DataConfig(image_size=8, eval_resize=8, in_channels=1, mean=(0.5,), std=(0.5,), num_threads=2)
+    return DataConfig(image_size=8, crop_pct=1.0, in_channels=1, mean=(0.5,), std=(0.5,), num_threads=2)
 
 
 def example(image: bytes, label: int, file_name: str | None = None) -> bytes:

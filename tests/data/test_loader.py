@@ -22,7 +22,7 @@ def take(config, source, steps: int, processes: int = 1, **settings) -> list[dic
 
 @pytest.fixture
 def digits(digits_dir, small):
-    config = dataclasses.replace(small, name="digits", data_dir=str(digits_dir), image_size=12, eval_resize=16)
+    config = dataclasses.replace(small, name="digits", data_dir=str(digits_dir), image_size=12, crop_pct=0.75)
     return config, open_source(config, "train")
 
 

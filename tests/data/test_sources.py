@@ -377,7 +377,13 @@ def test_fashion_mnist_truncated(fashion_files, tmp_path):
         ({"on_corrupt": "ignore"}, "data.on_corrupt='ignore' is not allowed: it must be 'error' or 'skip'"),
         ({"image_size": 0}, "data.image_size=0"),
         ({"in_channels": 4}, "data.in_channels=4"),
-        ({"eval_resize": 200}, "image_size=224 or more"),
+        ({"crop_pct": 1.1}, "data.crop_pct=1.1 is not allowed: it must be above 0, up to 1"),
+        ({"crop_mode": "border"}, "data.crop_mode='border' is not allowed: it must be 'center' or 'squash'"),
+        ({"eval_interpolation": "random"}, "data.eval_interpolation='random'"),
+        ({"interpolation": "nearest"}, "data.interpolation='nearest' is not allowed: it must be 'bicubic', 'bilinear'"),
+        ({"color_jitter": -0.1}, "data.color_jitter=-0.1"),
+        ({"auto_augment": "rand-m9", "color_jitter": 0.4}, "it must be 0 where auto_augment is set"),
+        ({"repeated_aug": 0}, "data.repeated_aug=0 is not allowed: it must be 1 (off) or more"),
         ({"crop_scale": (0.5,)}, "data.crop_scale=(0.5,)"),
         ({"crop_scale": (0.5, 1.5)}, "data.crop_scale=(0.5, 1.5)"),
         ({"crop_ratio": (2.0, 1.0)}, "data.crop_ratio=(2.0, 1.0)"),
@@ -426,7 +432,7 @@ from evmamba_jax.data.config import DataConfig
 from evmamba_jax.data.loader import eval_batches, train_batches
 from evmamba_jax.data.sources import open_source
 import evmamba_jax.data.device, evmamba_jax.data.imagenet
-config = DataConfig(name="digits", data_dir=sys.argv[1], image_size=8, eval_resize=8)
+config = DataConfig(name="digits", data_dir=sys.argv[1], image_size=8, crop_pct=1.0)
 with train_batches(config, open_source(config, "train"), seed=0, global_batch=4) as batches:
     next(batches)
 with eval_batches(config, open_source(config, "test"), global_batch=4) as batches:

@@ -167,7 +167,7 @@ def test_train_image_is_crop_resize_flip(photo):
     crop = (
         Image.fromarray(photo).crop((left, top, left + width, top + height)).resize((64, 64), Image.Resampling.BICUBIC)
     )
-    config = DataConfig(image_size=64, eval_resize=64, hflip=1.0)
+    config = DataConfig(image_size=64, crop_pct=1.0, hflip=1.0)
     expected = np.asarray(crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
     np.testing.assert_array_equal(train_image(data, config, rng), expected)
     config.hflip = 0.0
@@ -178,7 +178,7 @@ def test_flip_probability():
     pixels = np.tile(np.arange(8, dtype=np.uint8) * 30, (8, 1))
     data = encode(pixels)
     config = DataConfig(
-        image_size=8, eval_resize=8, in_channels=1, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), hflip=0.3
+        image_size=8, crop_pct=1.0, in_channels=1, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), hflip=0.3
     )
     rng = np.random.default_rng(0)
     flipped = [bool(train_image(data, config, rng)[0, 0, 0] > 0) for _ in range(2000)]
@@ -187,7 +187,7 @@ def test_flip_probability():
 
 def test_train_image_golden(photo):
     """The pixels of a given generator never change: a run can be repeated years later."""
-    config = DataConfig(image_size=32, eval_resize=32)
+    config = DataConfig(image_size=32, crop_pct=1.0)
     data, rng = encode(photo), np.random.default_rng(0)
     images = np.stack([train_image(data, config, rng) for _ in range(8)])
     chex.assert_shape(images, (8, 32, 32, 3))

@@ -18,7 +18,7 @@ from evmamba_jax.training.config import Config, Duration, ModelConfig, OptimConf
 def get_config():
     return Config(
         model=ModelConfig("evmamba_t", 0.1, "float32", options={"width": 8, "depths": (1, 0, 1, 0), "d_state": 2}),
-        data=DataConfig("imagenet2012", image_size=32, eval_resize=36, num_threads=2),
+        data=DataConfig("imagenet2012", image_size=32, crop_pct=0.875, num_threads=2),
         optim=OptimConfig(warmup=Duration(steps=2)),
         batch_size=16,
         # 64 steps of 16 images: one pass over the 1000 training images and a little more

@@ -29,7 +29,7 @@ OPTIONS = {"width": 16, "depths": (1, 0, 1, 0), "d_state": 4, "patch_size": 2, "
 def configured(**changes) -> Config:
     return Config(
         model=ModelConfig(dtype="float32"),
-        data=DataConfig(random_erasing=0.25, mixup=0.8, cutmix=1.0, label_smoothing=0.1, image_size=16, eval_resize=16),
+        data=DataConfig(random_erasing=0.25, mixup=0.8, cutmix=1.0, label_smoothing=0.1, image_size=16, crop_pct=1.0),
         # Gradients that are zero but for rounding would be blown up to the rate by a smaller epsilon.
         optim=OptimConfig(eps=1e-4, clip_norm=1.0, ema_decay=0.9),
         seed=3,
