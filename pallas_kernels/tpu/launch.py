@@ -105,6 +105,11 @@ class Target:
     two_stores: bool
     interpret: Any = None
 
+    @property
+    def room(self) -> int:
+        """Bytes of VMEM for blocks and scratch: the compiler needs some for values that do not stay in registers."""
+        return self.vmem - max(self.vmem // 10, min(self.vmem // 5, 3 * 2**20))
+
 
 def plan(launch: Launch, shape: Shape, target: Target, *, gradient: bool) -> tuple[Call, ...] | None:
     """Divide a launch into calls whose blocks fit the target; None if that cannot be done.
@@ -118,8 +123,7 @@ def plan(launch: Launch, shape: Shape, target: Target, *, gradient: bool) -> tup
             for block in _blocks(walks, shape, target, gradient=gradient):
                 by_columns = block.columns < shape.columns and not block.flat
                 call = Call(block, shape, launch.origins, first, len(walks), by_columns, reverse, single)
-                # The compiler needs some for values that do not stay in registers.
-                if memory(call, gradient=gradient) <= 0.9 * target.vmem:
+                if memory(call, gradient=gradient) <= target.room:
                     return call
         return None
 
