@@ -9,7 +9,8 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -158,6 +159,16 @@ class Kernel:
     def key(self) -> str:
         """What no other kernel is called."""
         return f"{self.generation} {self.scan} {self.direction} {self.name}"
+
+
+def show(report: Iterable[str], out: Path | None) -> None:
+    """Print the lines of a report as they come, and write the whole to a file if there is one."""
+    lines = []
+    for line in report:
+        print(line, flush=True)
+        lines.append(line)
+    if out:
+        out.write_text("\n".join(lines) + "\n")
 
 
 def table_head() -> list[str]:

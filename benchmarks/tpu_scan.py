@@ -236,14 +236,9 @@ def main():
     parser.add_argument("--all", action="store_true", help="every scan of every registered model instead")
     parser.add_argument("--out", type=Path, help="also write the tables to this markdown file")
     options = parser.parse_args()
-    lines = []
     with tempfile.TemporaryDirectory() as dump_folder:
         aot.prepare(dump_folder)
-        for line in report(dump_folder, everything=options.all):
-            print(line, flush=True)
-            lines.append(line)
-    if options.out:
-        options.out.write_text("\n".join(lines) + "\n")
+        tpu_kernels.show(report(dump_folder, everything=options.all), options.out)
 
 
 if __name__ == "__main__":

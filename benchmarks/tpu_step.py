@@ -17,6 +17,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import tpu_kernels
+
 ROOT = Path(__file__).parents[1]
 TOPOLOGY, BATCH = "v5e-1", 128
 IMPLEMENTATIONS = ("pallas", "sequential")
@@ -151,12 +153,7 @@ def main():
     if options.one:
         compile_step(*options.one)
         return
-    lines = []
-    for line in table(options.models):
-        print(line, flush=True)
-        lines.append(line)
-    if options.out:
-        options.out.write_text("\n".join(lines) + "\n")
+    tpu_kernels.show(table(options.models), options.out)
 
 
 if __name__ == "__main__":

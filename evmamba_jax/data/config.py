@@ -26,9 +26,7 @@ class DataConfig:
     image_size: int = 224  # side of the square image, pixels
     in_channels: int = 3  # 3 (RGB) or 1 (grey)
     crop_pct: float = 0.875  # evaluation: side of the crop over the side resized to before, 224 / 256
-    crop_mode: str = (
-        "center"  # evaluation resizes the short side ("center") or both sides, whatever their ratio ("squash")
-    )
+    crop_mode: str = "center"  # evaluation resizes the short side, or with "squash" both sides
     eval_interpolation: str = "bicubic"  # or "bilinear"
     crop_scale: tuple[float, float] = (0.08, 1.0)  # RandomResizedCrop: range of the area, as a share of the image
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # RandomResizedCrop: range of width / height

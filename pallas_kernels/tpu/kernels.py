@@ -10,8 +10,11 @@ one product with block-diagonal weights), then the recurrence, a tile of eight c
 in registers. Backward: the same time steps; the states once more, kept on chip; then from the last token to the first
 with ``s[n]``, the gradient of the state that a token hands on to the one before::
 
-    g = s + C dy        s <- a g        w = s h_before        (a = exp(dt A))
+    g = s + C dy        s <- a g        w = s h_before        (a = 2^(dt A))
     dC = sum_e h_after dy    dB = sum_e g dt u    d_dt = sum_n w A + u sum_n g B    du = dt sum_n g B    dA = sum_t w dt
+
+Time steps are in units of ln 2 and B in units of 1 / ln 2, so that exponentials and softplus are powers and logarithms
+of 2, which is what the chip has; the derivatives of a have a factor ln 2, which is left out above.
 """
 
 import dataclasses

@@ -69,7 +69,6 @@ class Call:
         origins: the sub-lattices.
         first: number of the first of the parameter sets; the block's walks count from it.
         sets: how many the call uses.
-        by_columns: chunks are columns.
         reverse: the walk begins at the last chunk.
         single: arrays that have one buffer instead of two, where memory is short: first those that are the same for all
             channels, whose next tile of images is then fetched once this one is done; then the results, which are then
@@ -81,9 +80,13 @@ class Call:
     origins: tuple[tuple[int, int], ...]
     first: int
     sets: int
-    by_columns: bool
     reverse: bool
     single: tuple[str, ...] = ()
+
+    @property
+    def by_columns(self) -> bool:
+        """Whether chunks are columns."""
+        return self.block.columns < self.shape.columns and not self.block.flat
 
     @property
     def grid(self) -> tuple[int, int, int, int]:
@@ -121,8 +124,7 @@ def plan(launch: Launch, shape: Shape, target: Target, *, gradient: bool) -> tup
         _, reverse = walks[0].orders[0]
         for single in (SHARED[:0], SHARED, (*SHARED, *RESULTS)):
             for block in _blocks(walks, shape, target, gradient=gradient):
-                by_columns = block.columns < shape.columns and not block.flat
-                call = Call(block, shape, launch.origins, first, len(walks), by_columns, reverse, single)
+                call = Call(block, shape, launch.origins, first, len(walks), reverse, single)
                 if memory(call, gradient=gradient) <= target.room:
                     return call
         return None
