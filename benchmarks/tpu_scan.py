@@ -21,6 +21,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import jax.numpy as jnp
 import tpu_kernels
+from jax.experimental.layout import Format, Layout
 from tpu_kernels import BATCH, Kernel, Scan
 
 from evmamba_jax.preflight import hlo
@@ -38,6 +39,8 @@ FIGURES = {
 }
 # XLA's implementations against the kernels, as the mamba-ssm function: (images, tokens, channels, states).
 PEER = (BATCH, 784, 384, 16)
+
+FREE = Format(Layout.AUTO)  # the compiler chooses
 
 REGISTER = 1024  # elements of 4 bytes
 VECTOR_UNITS = 4  # operations a cycle
@@ -68,8 +71,9 @@ the time step, and sums of the results of several calls, are XLA's and are not i
 
 XLA = f"""\
 Against XLA's scans: `selective_scan` with {PEER[0]} images of {PEER[1]} tokens, {PEER[2]} channels, {PEER[3]} states,
-bfloat16 streams, whole programs. What is not a kernel counts with XLA's own `estimated_cycles`, loops by their trips:
-an estimate of low trust, good for factors well above 2.
+bfloat16 streams, whole programs, each with the layouts of arguments and results that the compiler likes best for it: a
+program around it would choose them so. What is not a kernel counts with XLA's own `estimated_cycles`, loops by their
+trips: an estimate of low trust, good for factors well above 2.
 """
 
 
@@ -173,7 +177,9 @@ def peers(dump_folder: str) -> Iterator[str]:
             for implementation in implementations:
                 start = f"| {name} | {title} | {implementation} |"
                 try:
-                    compiled = aot.compile_for(name, functools.partial(program, implementation), *shapes)
+                    compiled = aot.compile_for(
+                        name, functools.partial(program, implementation), *shapes, in_shardings=FREE, out_shardings=FREE
+                    )
                 except jax.errors.JaxRuntimeError as error:
                     yield f"{start} {str(error).splitlines()[0]} | | | |"
                     continue

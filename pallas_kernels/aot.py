@@ -243,8 +243,8 @@ def compile_for(
     generation: str,
     function: Callable[..., Any],
     *arguments: Any,
-    donate_argnums: int | tuple[int, ...] = (),
     compiler_options: Mapping[str, Any] | None = None,
+    **jit_options: Any,
 ) -> jax.stages.Compiled:
     """Compile a function for one chip of a generation.
 
@@ -252,8 +252,8 @@ def compile_for(
         generation: a key of ``GENERATIONS``.
         function: what ``jax.jit`` takes, or its result.
         *arguments: pytrees of ``jax.ShapeDtypeStruct`` (arrays stand for their shapes).
-        donate_argnums: as in ``jax.jit``.
         compiler_options: as in ``Lowered.compile``.
+        **jit_options: as in ``jax.jit``, for instance ``donate_argnums``.
 
     Returns:
         The compiled function, with its ``memory_analysis()``, ``cost_analysis()`` and ``as_text()``; it cannot be run.
@@ -268,7 +268,7 @@ def compile_for(
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments)
     # The ambient mesh tells Pallas which chip it lowers for; without it, it asks this machine's own devices.
     with jax.set_mesh(mesh):
-        lowered = jax.jit(function, donate_argnums=donate_argnums).lower(*shapes)
+        lowered = jax.jit(function, **jit_options).lower(*shapes)
         return lowered.compile(compiler_options=dict(compiler_options) if compiler_options else None)
 
 

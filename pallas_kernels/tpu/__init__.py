@@ -169,7 +169,7 @@ def _backward(problem: Problem, inputs: dict[str, Any], dy: Arrays) -> dict[str,
     shared = [name for name in ("packed", "delta") if name in inputs["image"]]
     onto = {}
     if not problem.grid.whole or any(len(s) < problem.grid.slots for row in problem.grid.sets for s in row):
-        onto = {f"d_{name}": jnp.zeros(inputs["image"][name].shape, jnp.float32) for name in shared}
+        onto = {f"d_{name}": jnp.zeros_like(inputs["image"][name]) for name in shared}
     launches: list[Arrays] = [jax.tree.map(jnp.zeros_like, values) for values in inputs["launches"]]
     layers: list[Any] = []
     for number in range(problem.layers):
@@ -273,7 +273,7 @@ class _Images:
         f32 = jnp.float32
         x_weight = _pad(x_weight.astype(x.dtype), 1, self.wide)
         # Time steps in units of ln 2: their bias and weights here, B below.
-        dt_weight = _pad(LOG2E * dt_weight.astype(f32), 2, self.wide)
+        dt_weight = _pad(dt_weight.astype(f32), 2, self.wide)
         dt_bias = _pad(LOG2E * dt_bias.astype(f32), 1, self.wide)
         A, D = _pad(A.astype(f32), 1, self.wide), _pad(D.astype(f32), 1, self.wide)
         image = self.image(x)
@@ -306,7 +306,7 @@ class _Images:
             images["delta"] = self.lanes.fold(delta)
         return {
             "image": images,
-            "launches": [self._parameters(part, dt_weight, dt_bias, A, D) for part in self.grid.launches],
+            "launches": [self._parameters(part, LOG2E * dt_weight, dt_bias, A, D) for part in self.grid.launches],
         }
 
     def _parameters(self, part: Launch, dt_weight, dt_bias, A, D) -> Arrays:
@@ -434,6 +434,11 @@ class _Sequences:
         return -(-self.length // columns), columns
 
     @property
+    def biased(self) -> bool:
+        """Whether the kernels get time steps with their bias added: tokens behind the last must have a step of zero."""
+        return math.prod(self.lattice) > self.length and not self.softplus
+
+    @property
     def wide(self) -> int:
         """Channels of a group, with those that fill the last tile."""
         return _up(self.channels, TILE)
@@ -445,8 +450,8 @@ class _Sequences:
         launch = Launch(tuple((0, k) for k in range(self.groups)), (walk,))
         return Grid((1, self.groups), (tuple((k,) for k in range(self.groups)),), (launch,))
 
-    def shape(self, dtype: Any) -> Shape:
-        """Return the shape of the launch."""
+    def shape(self, dtype: Any, steps: Any) -> Shape:
+        """Return the shape of the launch, for u and y of a type and time steps of another."""
         rows, columns = self.lattice
         return Shape(
             rows=rows,
@@ -460,6 +465,7 @@ class _Sequences:
             softplus=self.softplus,
             dtype=dtype,
             result=dtype,
+            steps=jnp.float32 if self.biased else steps,
         )
 
     def image(self, x: jax.Array) -> jax.Array:
@@ -489,11 +495,11 @@ class _Sequences:
     def prepare(self, u, delta, A, B, C, D, delta_bias, initial_state) -> dict[str, Any]:
         """Return what the kernels read."""
         f32 = jnp.float32
-        delta, delta_bias = LOG2E * delta.astype(f32), LOG2E * delta_bias  # time steps in units of ln 2
         rows, columns = self.lattice
         extra = rows * columns - self.length
         if extra:  # tokens behind the last have a time step of zero: they leave the state alone
-            delta, delta_bias = delta + delta_bias, jnp.zeros_like(delta_bias)
+            if self.biased:
+                delta, delta_bias = delta.astype(f32) + delta_bias, jnp.zeros_like(delta_bias)
             never = -1e4 if self.softplus else 0.0
             delta = jnp.pad(delta, [(0, 0), (0, extra), (0, 0), (0, 0)], constant_values=never)
         packed = jnp.concatenate([B.astype(f32) * (1 / LOG2E), C.astype(f32)], 3)
@@ -508,7 +514,7 @@ class _Sequences:
 
         launch = {
             "A": spread(A)[:, None],
-            "bias": spread(delta_bias)[:, None],
+            "bias": spread(LOG2E * delta_bias)[:, None],  # in units of ln 2
             "skip": spread(D),
             "start": self.states(initial_state),
         }
@@ -519,12 +525,12 @@ class _Sequences:
 
 
 def _sequences(
-    u, A, target: Target, *, delta_softplus: bool, reverse: bool, gradient: bool
+    u, delta, A, target: Target, *, delta_softplus: bool, reverse: bool, gradient: bool
 ) -> tuple[_Sequences, Problem | None]:
     batch, length, groups, channels = u.shape
     lanes = Lanes.of(batch, _up(channels, TILE))
     sequences = _Sequences(batch, length, groups, channels, A.shape[1], delta_softplus, reverse, lanes)
-    return sequences, Problem.of(sequences.grid, sequences.shape(u.dtype), target, gradient=gradient)
+    return sequences, Problem.of(sequences.grid, sequences.shape(u.dtype, delta.dtype), target, gradient=gradient)
 
 
 def selective_scan_unsupported(u, *others, delta_softplus, reverse) -> str | None:
@@ -534,7 +540,7 @@ def selective_scan_unsupported(u, *others, delta_softplus, reverse) -> str | Non
         return wrong
     for gradient in (False, True):
         options = {"delta_softplus": delta_softplus, "reverse": reverse, "gradient": gradient}
-        _, problem = _sequences(u, others[1], target(), **options)
+        _, problem = _sequences(u, *others[:2], target(), **options)
         if problem is None:
             return f"{u.shape[3]} channels with {others[1].shape[1]} states do not fit the chip's memory"
     return None
@@ -545,7 +551,7 @@ def selective_scan_forward(
 ) -> tuple[jax.Array, jax.Array]:
     """Return y and the last state; arrays as in ``terms.py``."""
     options = {"delta_softplus": delta_softplus, "reverse": reverse, "gradient": False}
-    sequences, problem = _sequences(u, A, target(interpret), **options)
+    sequences, problem = _sequences(u, delta, A, target(interpret), **options)
     assert problem is not None
     inputs = sequences.prepare(u, delta, A, B, C, D, delta_bias, initial_state)
     outputs = _forward(problem, inputs, final=True)
@@ -557,7 +563,7 @@ def selective_scan_backward(
 ) -> tuple[jax.Array, ...]:
     """Return the gradients of the eight arrays."""
     options = {"delta_softplus": delta_softplus, "reverse": reverse, "gradient": True}
-    sequences, problem = _sequences(u, A, target(interpret), **options)
+    sequences, problem = _sequences(u, delta, A, target(interpret), **options)
     assert problem is not None
     inputs, pull = jax.vjp(sequences.prepare, u, delta, A, B, C, D, delta_bias, initial_state)
     cotangents = {"dy": sequences.stream(dy.astype(u.dtype)), "d_final": sequences.states(d_final)}

@@ -34,6 +34,7 @@ class Shape:
         softplus: whether the time steps go through it.
         dtype: of x and dy.
         result: of y and dx.
+        steps: of time steps that come from outside, and of their gradient.
     """
 
     rows: int
@@ -47,6 +48,7 @@ class Shape:
     softplus: bool
     dtype: Any
     result: Any
+    steps: Any = FLOAT32
 
     @property
     def slab(self) -> int:
@@ -258,7 +260,7 @@ def _arrays(call: Call, *, gradient: bool) -> dict[str, _Array]:
 
     rows, sets = call.sets * s.set_rows, call.sets
     packed = pixels((s.slots * s.set_rows, s.images), (rows, b.lanes), lambda i, g, c, d: (at, i), FLOAT32)
-    steps = pixels((s.slots, s.channels, s.images), (sets, b.channels, b.lanes), lambda i, g, c, d: (at, d, i), FLOAT32)
+    steps = pixels((s.slots, s.channels, s.images), (sets, b.channels, b.lanes), lambda i, g, c, d: (at, d, i), s.steps)
     state = plain(
         (lattices, s.state, s.channels, s.images),
         (None, s.state, b.channels, b.lanes),
