@@ -36,7 +36,7 @@ def recipe(model: str, *, batch_size: int, variant: str) -> Config:
             min_lr=1e-5,
             warmup_lr=1e-6,
             warmup=Duration(epochs=20),
-            warmup_by_epoch=False,
+            lr_changes="step",
             weight_decay=0.05,
             clip_norm=5.0,
         )

@@ -18,7 +18,7 @@ def recipe(model: str, *, drop_path_rate: float, lr: float = 1e-3, min_lr: float
             min_lr=min_lr,
             warmup_lr=1e-6,
             warmup=Duration(epochs=20),
-            warmup_by_epoch=False,
+            lr_changes="step",
             weight_decay=0.05,
             clip_norm=5.0,
         ),

@@ -1,9 +1,8 @@
 """The recipes of Vim's released scripts: DeiT's, in float32, and a fine-tuning with overlapping patches.
 
-Augmentation is repeated: an epoch shows a third of the images, each three times. The official learning rate changes
-once an epoch, and the warm-up hides the first epochs of a cosine over all of them; here the cosine follows the warm-up,
-and falls with every step. The rest is as published. The paper differs from the scripts: weight decay 0.05 for Ti too,
-batches of 1024 for S too.
+Augmentation is repeated: an epoch shows a third of the images, each three times. The learning rate changes once an
+epoch, one epoch late, and the warm-up hides the first epochs of a cosine over all of them. The paper differs from the
+scripts: weight decay 0.05 for Ti too, batches of 1024 for S too.
 
 Fine-tuning starts from ``config.model.pretrained``, a converted file or a run of the model of stride 16, whose position
 embedding is resized as the official code does it.
@@ -25,6 +24,8 @@ def recipe(model: str, *, batch_size: int, weight_decay: float, drop_path_rate: 
             min_lr=1e-5,
             warmup_lr=1e-6,
             warmup=Duration(epochs=5),
+            warmup_prefix=False,
+            lr_changes="epoch",
             weight_decay=weight_decay,
             clip_norm=0.0,
             ema_decay=0.99996,

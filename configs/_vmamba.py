@@ -18,7 +18,7 @@ def recipe(model: str, *, drop_path_rate: float, ema_decay: float = 0.9999) -> C
             min_lr=1e-5,
             warmup_lr=1e-6,
             warmup=Duration(epochs=20),
-            warmup_by_epoch=False,
+            lr_changes="step",
             weight_decay=0.05,
             clip_norm=5.0,
             ema_decay=ema_decay,

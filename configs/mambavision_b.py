@@ -11,4 +11,4 @@ from evmamba_jax.training.config import Config
 
 def get_config() -> Config:
     """Return the configuration."""
-    return recipe("mambavision_b", drop_path_rate=0.3, weight_decay=0.075, warmup_epochs=35)
+    return recipe("mambavision_b", mesa=1.0, mesa_epoch=94, drop_path_rate=0.3, weight_decay=0.075, warmup_epochs=35)

@@ -9,4 +9,4 @@ from evmamba_jax.training.config import Config
 
 def get_config() -> Config:
     """Return the configuration."""
-    return recipe("mambavision_l2", drop_path_rate=0.3, weight_decay=0.12)
+    return recipe("mambavision_l2", mesa=6.0, drop_path_rate=0.3, weight_decay=0.12)

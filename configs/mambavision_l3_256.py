@@ -12,4 +12,4 @@ from evmamba_jax.training.config import Config
 
 def get_config() -> Config:
     """Return the configuration."""
-    return recipe("mambavision_l3_256", drop_path_rate=0.5, weight_decay=0.12, image_size=256)
+    return recipe("mambavision_l3_256", mesa=6.0, drop_path_rate=0.5, weight_decay=0.12, image_size=256)

@@ -13,5 +13,11 @@ from evmamba_jax.training.config import Config
 def get_config() -> Config:
     """Return the configuration."""
     return recipe(
-        "mambavision_l3_512", drop_path_rate=0.5, weight_decay=0.12, image_size=512, crop_pct=0.93, crop_mode="squash"
+        "mambavision_l3_512",
+        mesa=6.0,
+        drop_path_rate=0.5,
+        weight_decay=0.12,
+        image_size=512,
+        crop_pct=0.93,
+        crop_mode="squash",
     )

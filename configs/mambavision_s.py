@@ -11,4 +11,4 @@ from evmamba_jax.training.config import Config
 
 def get_config() -> Config:
     """Return the configuration."""
-    return recipe("mambavision_s", crop_pct=0.93)
+    return recipe("mambavision_s", mesa=1.0, crop_pct=0.93)

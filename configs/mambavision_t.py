@@ -9,4 +9,4 @@ from evmamba_jax.training.config import Config
 
 def get_config() -> Config:
     """Return the configuration."""
-    return recipe("mambavision_t")
+    return recipe("mambavision_t", mesa=0.5)

@@ -11,4 +11,4 @@ from evmamba_jax.training.config import Config
 
 def get_config() -> Config:
     """Return the configuration."""
-    return recipe("mambavision_t2", crop_pct=0.98)
+    return recipe("mambavision_t2", mesa=0.75, crop_pct=0.98)

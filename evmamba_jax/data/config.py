@@ -44,8 +44,9 @@ class DataConfig:
     random_erasing: float = 0.25  # probability an image
     mixup: float = 0.2  # alpha of lambda's Beta distribution; 0: no mixup
     cutmix: float = 1.0  # the same for cutmix
-    mix_prob: float = 1.0  # probability that a batch is mixed at all
+    mix_prob: float = 1.0  # probability that images are mixed at all
     switch_prob: float = 0.5  # probability of cutmix where both are on
+    mixup_mode: str = "batch"  # lambda and box are drawn for a whole "batch", each "pair" or each image ("elem")
     label_smoothing: float = 0.1
 
     def validate(self) -> None:
@@ -78,6 +79,7 @@ class DataConfig:
             self._require(field, getattr(self, field) >= 0, "0 or more")
         for field in ("hflip", "random_erasing", "mix_prob", "switch_prob"):
             self._require(field, 0 <= getattr(self, field) <= 1, "a probability, 0 to 1")
+        self._require("mixup_mode", self.mixup_mode in ("batch", "pair", "elem"), "'batch', 'pair' or 'elem'")
         self._require("label_smoothing", 0 <= self.label_smoothing < 1, "from 0 to below 1")
 
     def _require(self, field: str, ok: bool, allowed: str) -> None:

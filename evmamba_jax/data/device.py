@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from evmamba_jax.data.config import DataConfig
 
@@ -79,6 +80,20 @@ def one_hot_smooth(labels: jax.Array, num_classes: int, label_smoothing: float) 
     return jax.nn.one_hot(labels, num_classes) * (1 - label_smoothing) + label_smoothing / num_classes
 
 
+def partners(items: jax.Array) -> jax.Array:
+    """Return each item's partner in its place: (B, ...) -> (B, ...), B even. Two items are each other's partners.
+
+    The partner is four places away, within eight that follow each other, so that partners are on the same device
+    wherever a device has a multiple of eight images, and are different images also where each comes up to four times in
+    a row. In batches that are not a multiple of eight it is half a batch away.
+    """
+    apart = 4 if len(items) % 8 == 0 else len(items) // 2
+    return rearrange(
+        rearrange(items, "(n pair apart) ... -> n pair apart ...", pair=2, apart=apart)[:, ::-1],
+        "n p a ... -> (n p a) ...",
+    )
+
+
 def mixup_cutmix(
     key: jax.Array,
     images: jax.Array,
@@ -89,56 +104,67 @@ def mixup_cutmix(
     cutmix: float,
     mix_prob: float = 1.0,
     switch_prob: float = 0.5,
+    mixup_mode: str = "batch",
     label_smoothing: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """Mix every image with its partner, the same image of the reversed batch, by mixup or cutmix.
+    """Mix every image with its partner by mixup or cutmix.
 
-    One draw serves the whole batch: which of the two (cutmix with ``switch_prob`` where both are on), lambda from
-    Beta(alpha, alpha), and cutmix's box, whose centre is uniform over the pixels and whose sides are sqrt(1 - lambda)
-    of the image's, clipped at the border; lambda then becomes the share of pixels that stay.
+    Each draw decides whether to mix at all, by which of the two (cutmix with ``switch_prob`` where both are on), lambda
+    from Beta(alpha, alpha), and cutmix's box, whose centre is uniform over the pixels and whose sides are
+    sqrt(1 - lambda) of the image's, clipped at the border; lambda then becomes the share of pixels that stay.
 
     Args:
         key: typed PRNG key.
-        images: normalised (B, H, W, C), float.
+        images: normalised (B, H, W, C), float; B even.
         labels: int32 (B,).
         num_classes: K.
         mixup: alpha of mixup; 0 turns it off.
         cutmix: alpha of cutmix; 0 turns it off.
-        mix_prob: probability that the batch is mixed at all.
+        mix_prob: probability that anything is mixed.
         switch_prob: probability of cutmix where both are on.
+        mixup_mode: one draw for the whole "batch", for each "pair" of partners, or for each image ("elem").
         label_smoothing: eps of the targets.
 
     Returns:
         images (B, H, W, C) in the images' dtype, and targets, float32 (B, K), whose rows sum to 1.
 
-    Source: timm.data.Mixup, mode "batch".
+    Source: timm.data.Mixup, where the partner is the same image of the reversed batch; in a batch of random order that
+    is the same, and there the images would have to change devices.
     """
     targets = one_hot_smooth(labels, num_classes, label_smoothing)
     if not (mixup or cutmix):
         return images, targets
-    _, height, width, _ = images.shape
+    batch, height, width, _ = images.shape
+    draws = 1 if mixup_mode == "batch" else batch
     key_on, key_switch, key_mixup, key_cutmix, key_row, key_column = jax.random.split(key, 6)
-    mixed = jax.random.bernoulli(key_on, mix_prob)
-    use_cutmix = jax.random.bernoulli(key_switch, switch_prob) if mixup and cutmix else jnp.asarray(not mixup)
-
-    keep_mixup = jax.random.beta(key_mixup, mixup, mixup) if mixup else jnp.float32(1)
-    keep_cutmix = jax.random.beta(key_cutmix, cutmix, cutmix) if cutmix else jnp.float32(1)
+    mixed = jax.random.bernoulli(key_on, mix_prob, (draws,))
+    use_cutmix = jax.random.bernoulli(key_switch, switch_prob if mixup and cutmix else float(not mixup), (draws,))
+    keep_mixup, keep_cutmix = (
+        jax.random.beta(key, alpha, alpha, (draws,)) if alpha else jnp.ones(draws)
+        for key, alpha in ((key_mixup, mixup), (key_cutmix, cutmix))
+    )
     side = jnp.sqrt(1 - keep_cutmix)
-    box = _centred(key_row, side, height)[:, None] & _centred(key_column, side, width)[None, :]
+    rows, columns = _centred(key_row, side, height), _centred(key_column, side, width)
+    if mixup_mode == "pair":  # the second of two partners takes what was drawn for the first
+        second = jnp.arange(batch) > partners(jnp.arange(batch))
+        shared = lambda x: jnp.where(second.reshape(-1, *[1] * (x.ndim - 1)), partners(x), x)  # noqa: E731
+        mixed, use_cutmix, keep_mixup, rows, columns = map(shared, (mixed, use_cutmix, keep_mixup, rows, columns))
 
-    # (H, W): how much of the image itself each pixel keeps.
-    keep = jnp.where(use_cutmix, 1.0 - box, keep_mixup)
-    keep = jnp.where(mixed, keep, 1.0)
-    lam = jnp.where(use_cutmix, 1 - jnp.count_nonzero(box) / (height * width), keep_mixup)
-    lam = jnp.where(mixed, lam, 1.0)
-    keep = keep[:, :, None].astype(images.dtype)
-    return images * keep + images[::-1] * (1 - keep), targets * lam + targets[::-1] * (1 - lam)
+    def chosen(of_cutmix, of_mixup):
+        """How much of the image itself is kept, by what was chosen: (draws, ...)."""
+        over = lambda x: x.reshape(-1, *[1] * (of_cutmix.ndim - 1))  # noqa: E731
+        return jnp.where(over(mixed), jnp.where(over(use_cutmix), of_cutmix, over(of_mixup)), 1.0)
+
+    box = rows[:, :, None] & columns[:, None, :]
+    lam = chosen(1 - box.mean((1, 2)), keep_mixup)[:, None]
+    keep = chosen(1.0 - box, keep_mixup)[..., None].astype(images.dtype)
+    return images * keep + partners(images) * (1 - keep), targets * lam + partners(targets) * (1 - lam)
 
 
 def _centred(key: jax.Array, share: jax.Array, length: int) -> jax.Array:
-    """Return bool (length,): an interval of ``share`` of the length around a uniform centre, clipped to the image."""
+    """Return bool (n, length): intervals of n shares of the length around uniform centres, clipped to the image."""
     half = jnp.floor(length * share).astype(jnp.int32) // 2
-    centre = jax.random.randint(key, (), 0, length)
+    centre = jax.random.randint(key, share.shape, 0, length)
     return _inside(centre - half, centre + half, length)
 
 
@@ -170,5 +196,6 @@ def train_augment(
         cutmix=config.cutmix,
         mix_prob=config.mix_prob,
         switch_prob=config.switch_prob,
+        mixup_mode=config.mixup_mode,
         label_smoothing=config.label_smoothing,
     )

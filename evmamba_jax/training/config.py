@@ -11,12 +11,15 @@ from evmamba_jax.errors import UserError
 
 @dataclass
 class Duration:
-    """A length of training, counted in steps when ``steps`` is not 0, else in epochs of the training split."""
+    """A length of training, counted in steps when ``steps`` is not 0, else in epochs.
+
+    An epoch has as many steps as there are whole batches in the training split.
+    """
 
     epochs: float = 0.0
     steps: int = 0
 
-    def in_steps(self, steps_per_epoch: float) -> int:
+    def in_steps(self, steps_per_epoch: int) -> int:
         """Return the length in optimizer steps, rounded to the nearest."""
         return self.steps or round(self.epochs * steps_per_epoch)
 
@@ -34,18 +37,29 @@ class ModelConfig:
 
 @dataclass
 class OptimConfig:
-    """AdamW, its schedule and the moving average of the weights."""
+    """The optimizer, its schedule, the moving average of the weights and what is learned from it."""
 
-    lr: float = 2e-3  # peak, not scaled by the batch size
-    min_lr: float = 1e-6
-    warmup_lr: float = 1e-7
-    warmup: Duration = field(default_factory=lambda: Duration(epochs=20))
-    warmup_by_epoch: bool = True  # the rate stands still within a warm-up epoch, as in the released runs
+    name: str = "adamw"  # or "lamb", which clips to norm 1 once more, as timm's does
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.04
     clip_norm: float = 1.0  # global norm of the gradient; 0 = no clipping
+
+    # Warm-up, cosine, cool-down.
+    lr: float = 2e-3  # peak, not scaled by the batch size
+    min_lr: float = 1e-6
+    warmup_lr: float = 1e-7
+    warmup: Duration = field(default_factory=lambda: Duration(epochs=20))
+    warmup_prefix: bool = True  # the cosine begins after the warm-up, which otherwise hides its beginning
+    cooldown: Duration = field(default_factory=Duration)  # at min_lr, the last part of the run
+    # When the rate changes: with every "step"; at every "epoch", one epoch late, as in DeiT's trainer; or at every
+    # "warmup_epoch" and then with every step, as in EfficientVMamba's released runs.
+    lr_changes: str = "warmup_epoch"
+
     ema_decay: float = 0.9999  # moving average of parameters and batch statistics; 0 = none
+    # MESA: weight of the divergence from the averaged model's prediction, and when that begins; 0 = none.
+    mesa: float = 0.0
+    mesa_start: Duration = field(default_factory=Duration)
 
 
 @dataclass
@@ -89,8 +103,7 @@ class Config:
     def validate(self) -> None:
         """Raise a UserError for values that cannot work together, before anything is loaded."""
         self.data.validate()
-        if self.model.dtype not in ("bfloat16", "float32"):
-            raise UserError(f"config.model.dtype is {self.model.dtype!r}; allowed: 'bfloat16', 'float32'")
+        self._one_of("model.dtype", self.model.dtype, ("bfloat16", "float32"))
         if self.batch_size < 1 or self.accumulation < 1:
             raise UserError(
                 f"config.batch_size is {self.batch_size} and config.accumulation {self.accumulation}; "
@@ -100,10 +113,21 @@ class Config:
             raise UserError(f"config.batch_size is {self.batch_size}; mixup and cutmix pair images, so it must be even")
         if not 0 <= self.optim.ema_decay < 1:
             raise UserError(f"config.optim.ema_decay is {self.optim.ema_decay}; allowed: 0 (none) up to below 1")
+        self._one_of("optim.name", self.optim.name, ("adamw", "lamb"))
+        self._one_of("optim.lr_changes", self.optim.lr_changes, ("step", "epoch", "warmup_epoch"))
+        if self.optim.mesa < 0 or (self.optim.mesa and not self.optim.ema_decay):
+            raise UserError(
+                f"config.optim.mesa is {self.optim.mesa} and config.optim.ema_decay {self.optim.ema_decay}; MESA's "
+                "weight must be 0 (none) or more, and it needs a moving average to learn from"
+            )
         for name in ("duration", "log_every", "eval_every", "save_every"):
             length = getattr(self, name)
             if length.steps < 0 or length.epochs < 0 or not (length.steps or length.epochs):
                 raise UserError(f"config.{name} is {length}; set steps or epochs to a positive number")
+
+    def _one_of(self, field: str, value: str, allowed: tuple[str, ...]) -> None:
+        if value not in allowed:
+            raise UserError(f"config.{field} is {value!r}; allowed: {', '.join(map(repr, allowed))}")
 
     def to_json(self) -> str:
         """Return the resolved configuration as indented JSON."""

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from evmamba_jax import __version__, functional
+from evmamba_jax.errors import UserError
 from evmamba_jax.training import mesh as meshes
 from evmamba_jax.training import optimizer
 from evmamba_jax.training.config import Duration
@@ -30,12 +31,18 @@ class Layout:
     def __init__(self, plan: Plan, examples: int):
         config = plan.config
         self.plan = plan
-        self.steps_per_epoch = examples / config.batch_size
+        self.steps_per_epoch = max(1, examples // config.batch_size)  # whole batches
         self.total_steps, self.log_every = map(self.in_steps, (config.duration, config.log_every))
+        self.mesa_start = config.optim.mesa_start.in_steps(self.steps_per_epoch)
+        if config.optim.mesa and self.mesa_start >= self.total_steps:
+            raise UserError(
+                f"config.optim.mesa_start is {self.mesa_start} steps and the whole run {self.total_steps}: let MESA "
+                "begin earlier, or turn it off with --config.optim.mesa=0"
+            )
         self.schedule = optimizer.learning_rate(
             config.optim, total_steps=self.total_steps, steps_per_epoch=self.steps_per_epoch
         )
-        self.tx = optimizer.adamw(config.optim, self.schedule)
+        self.tx = optimizer.make_optimizer(config.optim, self.schedule)
         _, *arrays = plan.abstract
         shapes = jax.eval_shape(self.init, *arrays)
         self.shardings = meshes.state_shardings(plan.mesh, shapes)
@@ -72,6 +79,7 @@ class Layout:
             config,
             num_classes=self.plan.num_classes,
             log_every=self.log_every,
+            mesa_start=self.mesa_start,
         )
         side, channels = config.data.image_size, config.data.in_channels
         kinds = {"image": ((side, side, channels), jnp.uint8), "label": ((), jnp.int32), "corrupt": ((), jnp.int32)}

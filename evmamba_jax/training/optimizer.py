@@ -1,4 +1,4 @@
-"""AdamW with the official decay mask and schedule."""
+"""AdamW and LAMB with the official decay masks, and the official schedules."""
 
 import jax.numpy as jnp
 import optax
@@ -23,34 +23,55 @@ def decay_mask(params: dict) -> dict[str, bool]:
     return {name: decayed(name) for name in params}
 
 
-def learning_rate(config: OptimConfig, *, total_steps: int, steps_per_epoch: float) -> optax.Schedule:
-    """Return the schedule: linear warm-up, then cosine from ``lr`` to ``min_lr`` over the steps that are left.
+def learning_rate(config: OptimConfig, *, total_steps: int, steps_per_epoch: int) -> optax.Schedule:
+    """Return the schedule: linear warm-up, cosine from ``lr`` to ``min_lr``, and then ``min_lr``.
 
-    Source: the released EfficientVMamba logs with ``warmup_by_epoch``, where epoch k < w runs at
-    ``warmup_lr + (lr - warmup_lr) k / w``; the Swin-style trainer of the README without.
+    Where ``warmup_prefix`` is off the cosine begins with the run, and what the warm-up lasts of it is not seen. By
+    ``lr_changes``, the rate follows the formula with every step, or stands still within an epoch: in the warm-up at the
+    value for the epoch's first step, or always at the value for the first step of the epoch before.
+
+    Raises:
+        UserError: a warm-up that leaves no steps for the cosine.
+
+    Source: Swin's trainer (VMamba, MSVMamba), the released logs of EfficientVMamba, and timm's CosineLRScheduler as the
+    trainers of Vim and MambaVision call it.
     """
-    warmup_steps = config.warmup.in_steps(steps_per_epoch)
-    if warmup_steps >= total_steps:
+    warmup, cooldown = (length.in_steps(steps_per_epoch) for length in (config.warmup, config.cooldown))
+    last = total_steps - cooldown
+    if warmup >= last:
         raise UserError(
-            f"config.optim.warmup lasts {warmup_steps} steps and the whole run {total_steps}: shorten the warm-up"
+            f"config.optim.warmup lasts {warmup} steps and the whole run {total_steps}"
+            + (f", of which {cooldown} are its cool-down" if cooldown else "")
+            + ": shorten the warm-up"
         )
-    cosine = optax.cosine_decay_schedule(config.lr, total_steps - warmup_steps, alpha=config.min_lr / config.lr)
-    if not warmup_steps:
-        return cosine
-    linear = optax.linear_schedule(config.warmup_lr, config.lr, warmup_steps)
+    start = warmup if config.warmup_prefix else 0
+    linear = optax.linear_schedule(config.warmup_lr, config.lr, warmup)
+    cosine = optax.cosine_decay_schedule(config.lr, last - start, alpha=config.min_lr / config.lr)
 
-    def warmup(step):
-        if config.warmup_by_epoch:
-            step = jnp.floor(step / steps_per_epoch) * steps_per_epoch
-        return linear(step)
+    def schedule(step):
+        epoch = step // steps_per_epoch * steps_per_epoch
+        if config.lr_changes == "epoch":
+            step = jnp.maximum(epoch - steps_per_epoch, 0)
+        elif config.lr_changes == "warmup_epoch":
+            step = jnp.where(step < warmup, epoch, step)
+        return jnp.where(step < warmup, linear(step), cosine(step - start))
 
-    return optax.join_schedules([warmup, cosine], [warmup_steps])
+    return schedule
 
 
-def adamw(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Return global-norm clipping followed by AdamW."""
-    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    return optax.chain(
-        clip,
-        optax.adamw(schedule, *config.betas, eps=config.eps, weight_decay=config.weight_decay, mask=decay_mask),
-    )
+def make_optimizer(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Return the optimizer, behind global-norm clipping.
+
+    LAMB's trust ratio is that of the parameters which weight decay touches; the others move as Adam moves them.
+
+    Source: torch.optim.AdamW; timm.optim.Lamb with its default ``max_grad_norm`` of 1 and ``always_adapt=False``.
+    """
+    adam = optax.scale_by_adam(*config.betas, eps=config.eps)
+    decay = optax.add_decayed_weights(config.weight_decay, decay_mask) if config.weight_decay else optax.identity()
+    parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    if config.name == "lamb":
+        adapt = optax.masked(optax.scale_by_trust_ratio(), decay_mask) if config.weight_decay else optax.identity()
+        parts += [optax.clip_by_global_norm(1.0), adam, decay, adapt]
+    else:
+        parts += [adam, decay]
+    return optax.chain(*parts, optax.scale_by_learning_rate(schedule))

@@ -39,26 +39,70 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return optax.losses.softmax_cross_entropy(logits.astype(jnp.float32), targets)
 
 
+def mesa_divergence(logits: jax.Array, averaged: jax.Array) -> jax.Array:
+    """How far the prediction is from the averaged model's: logits (B, classes), both -> scalar float32.
+
+    50 times the mean Kullback-Leibler divergence of softmax(logits / 3) from softmax(averaged / 3).
+
+    Source: MESA (arXiv:2205.14083) as MambaVision's trainer has it.
+    """
+    student, teacher = (jax.nn.log_softmax(x.astype(jnp.float32) / 3) for x in (logits, averaged))
+    return 50 * optax.losses.kl_divergence_with_log_targets(student, teacher).mean()
+
+
 def make_train_step(
-    graphdef: Any, tx: optax.GradientTransformation, config: Config, *, num_classes: int, log_every: int
+    graphdef: Any,
+    tx: optax.GradientTransformation,
+    config: Config,
+    *,
+    num_classes: int,
+    log_every: int,
+    mesa_start: int = 0,
 ) -> Callable[[State, Batch], State]:
     """Return ``train_step(state, batch) -> state``.
 
     ``state["train"]["window"]`` sums loss, gradient norm and passed-over records since the last log line; it belongs
     to the state so that a resumed run logs the same numbers. A step whose loss or gradient is not finite leaves its
     two numbers in ``last`` and changes nothing else, nor does any step after it: the state before it is kept exactly.
-    """
 
-    def loss_fn(params, batch_stats, images, targets, key):
+    Args:
+        graphdef: of the model, in training mode.
+        tx: the optimizer.
+        config: reads data, model.dtype, seed, accumulation, and of optim the moving average and MESA.
+        num_classes: K.
+        log_every: steps from one log line to the next.
+        mesa_start: the first step with MESA's term in the loss, where there is one.
+    """
+    mesa = config.optim.mesa
+
+    def loss_fn(params, batch_stats, images, targets, key, averaged):
         model = functional.merge(graphdef, params, batch_stats)
-        loss = cross_entropy(model(images, key=key), targets).mean()
+        logits = model(images, key=key)
+        loss = cross_entropy(logits, targets).mean()
+        if averaged is not None:
+            weight, averaged_logits = averaged
+            loss += weight * mesa_divergence(logits, averaged_logits)
         return loss, functional.split(model).batch_stats
+
+    def of_averaged(state, images):
+        """Return the weight of MESA's term and what the averaged model makes of the images, or None without MESA."""
+        if not mesa:
+            return None
+        begun = state["train"]["step"] >= mesa_start
+
+        def predict():
+            model = functional.merge(graphdef, **state["ema"])
+            model.eval()
+            return model(images)
+
+        unused = jnp.zeros((len(images), num_classes), jax.eval_shape(predict).dtype)
+        return jnp.where(begun, mesa, 0.0), jax.lax.cond(begun, predict, lambda: unused)
 
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
-    def accumulated(model, images, targets, key):
+    def accumulated(state, images, targets, key):
         """Mean loss and gradient over the rounds of accumulation; batch statistics follow round by round."""
-        rounds = config.accumulation
+        model, rounds = state["model"], config.accumulation
         # Every device splits its own rows, so no image moves.
         rows = rearrange(images, "(b r) ... -> r b ...", r=rounds), rearrange(targets, "(b r) c -> r b c", r=rounds)
 
@@ -66,7 +110,12 @@ def make_train_step(
             loss_sum, grad_sum, batch_stats = carry
             index, images, targets = inputs
             (loss, batch_stats), grads = grad_fn(
-                model["params"], batch_stats, images, targets, jax.random.fold_in(key, index)
+                model["params"],
+                batch_stats,
+                images,
+                targets,
+                jax.random.fold_in(key, index),
+                of_averaged(state, images),
             )
             return (loss_sum + loss, jax.tree.map(jnp.add, grad_sum, grads), batch_stats), None
 
@@ -82,7 +131,7 @@ def make_train_step(
             augment_key, batch["image"], batch["label"], config.data, num_classes=num_classes
         )
         images = images.astype(config.model.dtype)
-        loss, grads, batch_stats = accumulated(model, images, targets, drop_key)
+        loss, grads, batch_stats = accumulated(state, images, targets, drop_key)
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = tx.update(grads, train["opt_state"], model["params"])
 

@@ -540,7 +540,7 @@ def selective_scan_unsupported(u, *others, delta_softplus, reverse) -> str | Non
         return wrong
     for gradient in (False, True):
         options = {"delta_softplus": delta_softplus, "reverse": reverse, "gradient": gradient}
-        _, problem = _sequences(u, *others[:2], target(), **options)
+        _, problem = _sequences(u, others[0], others[1], target(), **options)
         if problem is None:
             return f"{u.shape[3]} channels with {others[1].shape[1]} states do not fit the chip's memory"
     return None

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from scipy import stats
 
 from evmamba_jax.data.config import DataConfig
-from evmamba_jax.data.device import mixup_cutmix, normalize, one_hot_smooth, train_augment
+from evmamba_jax.data.device import mixup_cutmix, normalize, one_hot_smooth, partners, train_augment
 from evmamba_jax.data.device import random_erasing as eager_random_erasing
 
 random_erasing = jax.jit(eager_random_erasing, static_argnums=2)  # op by op it takes seconds
@@ -89,6 +89,16 @@ def test_random_erasing_off_and_impossible():
 
 BATCH = 6
 LABELS = jnp.arange(BATCH)
+PARTNERS = [3, 4, 5, 0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("batch", "expected"),
+    [(2, [1, 0]), (6, PARTNERS), (16, [4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11])],
+)
+def test_partners(batch, expected):
+    images = jnp.arange(batch * 3).reshape(batch, 3)
+    chex.assert_trees_all_equal(partners(images), images[jnp.array(expected)])
 
 
 def draw(number: int, height: int = 32, width: int = 24, **settings):
@@ -105,7 +115,7 @@ def test_mixup_mixes_images_as_targets():
     mixed, targets = draw(3000, height=2, width=2, mixup=0.2, cutmix=0.0)
     lam = targets[:, 0, 0]
     for i in range(BATCH):
-        partner = BATCH - 1 - i
+        partner = PARTNERS[i]
         chex.assert_trees_all_close(targets[:, i, i], lam, atol=1e-6)
         chex.assert_trees_all_close(targets[:, i, partner], 1 - lam, atol=1e-6)
         chex.assert_trees_all_close(mixed[:, i, 0, 0], lam * i + (1 - lam) * partner, atol=1e-5)
@@ -127,14 +137,14 @@ def slow_cutmix_lambda(rng: np.random.Generator, alpha: float, height: int, widt
 def test_cutmix_pastes_one_box_of_the_partner(alpha):
     height, width = 32, 24
     mixed, targets = draw(2000, height, width, mixup=0.0, cutmix=alpha)
-    pasted = mixed[:, 0] == BATCH - 1
+    pasted = mixed[:, 0] == PARTNERS[0]
     for i in range(BATCH):  # the same box in every image, the partner's pixels in it, its own outside
-        assert (mixed[:, i] == np.where(pasted, BATCH - 1 - i, i)).all()
+        assert (mixed[:, i] == np.where(pasted, PARTNERS[i], i)).all()
     boxes = [box for mask in pasted if (box := box_of(mask))]
     assert len(boxes) > 1500
     lam = 1 - pasted.mean((1, 2))
     chex.assert_trees_all_close(targets[:, 0, 0], lam.astype(np.float32), atol=1e-6)
-    chex.assert_trees_all_close(targets[:, 0, -1], (1 - lam).astype(np.float32), atol=1e-6)
+    chex.assert_trees_all_close(targets[:, 0, PARTNERS[0]], (1 - lam).astype(np.float32), atol=1e-6)
     rng = np.random.default_rng(0)
     slow = [slow_cutmix_lambda(rng, alpha, height, width) for _ in range(4000)]
     assert stats.ks_2samp(lam, slow).pvalue > 1e-3
@@ -143,7 +153,9 @@ def test_cutmix_pastes_one_box_of_the_partner(alpha):
 def test_both_are_chosen_and_switched_off_with_their_probabilities():
     mixed, targets = draw(3000, 8, 8, mixup=0.5, cutmix=0.5, mix_prob=0.8, switch_prob=0.3)
     own = np.arange(BATCH)[None, :, None, None]
-    is_box = ((mixed == own) | (mixed == own[:, ::-1])).all((1, 2, 3))  # nothing between the two values: cutmix or none
+    is_box = ((mixed == own) | (mixed == own[:, PARTNERS])).all(
+        (1, 2, 3)
+    )  # nothing between the two values: cutmix or none
     untouched = (mixed == own).all((1, 2, 3))
     assert (targets[untouched].argmax(-1) == np.arange(BATCH)).all()
     mixup_share = 1 - is_box.mean()
@@ -157,9 +169,46 @@ def test_targets_are_smoothed_distributions(mixup, cutmix):
     chex.assert_trees_all_close(targets.sum(-1), np.ones((50, BATCH), np.float32), atol=1e-5)
     off = np.float32(0.1 / BATCH)
     for i in range(BATCH):
-        others = [k for k in range(BATCH) if k not in (i, BATCH - 1 - i)]
+        others = [k for k in range(BATCH) if k not in (i, PARTNERS[i])]
         chex.assert_trees_all_close(targets[:, i, others], np.full((50, len(others)), off), atol=1e-6)
     assert targets.max() <= 1 - 0.1 + off + 1e-6
+
+
+def test_every_image_draws_for_itself_in_elem_mode():
+    """Rate, kind and lambda of each image as in a slow simulation of timm's; no image knows of another's draws."""
+    height, width = 16, 12
+    settings = {"mixup": 0.4, "cutmix": 1.0, "mix_prob": 0.8, "switch_prob": 0.3, "mixup_mode": "elem"}
+    mixed, targets = draw(1500, height, width, **settings)
+    lam = targets[:, np.arange(BATCH), np.arange(BATCH)]
+    chex.assert_trees_all_close(targets[:, np.arange(BATCH), PARTNERS], 1 - lam, atol=1e-6)
+    own, other = np.arange(BATCH)[None, :, None, None], np.array(PARTNERS)[None, :, None, None]
+    kept = (mixed - other) / (own - other)  # the share of each pixel that is the image's own
+    chex.assert_trees_all_close(kept.mean((2, 3)), lam, atol=1e-5)
+    rng = np.random.default_rng(0)
+    slow = np.ones(20_000)
+    for i in range(len(slow)):
+        if rng.random() < 0.8:
+            slow[i] = slow_cutmix_lambda(rng, 1.0, height, width) if rng.random() < 0.3 else rng.beta(0.4, 0.4)
+    for i in range(BATCH):
+        # Values next to 1 are told apart by float32's rounding only.
+        assert stats.ks_2samp(lam[:, i].round(4), slow.round(4)).pvalue > 1e-3
+    by_mixup = (np.ptp(kept, axis=(2, 3)) < 1e-5) & (lam > 1e-3) & (lam < 1 - 1e-3)
+    assert 0.35 < by_mixup.mean() < 0.8 * 0.7
+    correlation = np.corrcoef(lam.T)
+    assert np.abs(correlation - np.eye(BATCH)).max() < 0.1
+    boxes = [box_of(kept[k, i] < 0.5) for k in range(200) for i in range(BATCH) if not by_mixup[k, i]]
+    assert len({box for box in boxes if box}) > 50
+
+
+def test_partners_share_their_draw_in_pair_mode():
+    settings = {"mixup": 0.4, "cutmix": 1.0, "mix_prob": 0.8, "switch_prob": 0.5, "mixup_mode": "pair"}
+    mixed, targets = draw(600, 16, 12, **settings)
+    own, other = np.arange(BATCH)[None, :, None, None], np.array(PARTNERS)[None, :, None, None]
+    kept = (mixed - other) / (own - other)
+    lam = targets[:, np.arange(BATCH), np.arange(BATCH)]
+    chex.assert_trees_all_close(kept.mean((2, 3)), lam, atol=1e-5)
+    chex.assert_trees_all_close(kept, kept[:, PARTNERS], atol=1e-5)
+    assert np.abs(np.corrcoef(lam[:, :3].T) - np.eye(3)).max() < 0.15
 
 
 def test_no_mixing_leaves_the_batch():
@@ -184,8 +233,9 @@ def test_train_augment_order():
     chex.assert_trees_all_close(targets, one_hot_smooth(labels, 10, 0.1))
 
 
-def test_the_same_on_one_and_on_eight_devices():
-    config = DataConfig(image_size=8)
+@pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
+def test_the_same_on_one_and_on_eight_devices(mode):
+    config = DataConfig(image_size=8, mixup_mode=mode)
     images = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 3), np.uint8)
     labels = np.arange(16, dtype=np.int32)
     step = jax.jit(lambda key, images, labels: train_augment(key, images, labels, config, 16))
@@ -196,3 +246,16 @@ def test_the_same_on_one_and_on_eight_devices():
         shared = step(jax.random.key(seed), jax.device_put(images, rows), jax.device_put(labels, rows))
         assert len(shared[0].sharding.device_set) == 8
         chex.assert_trees_all_close(jax.device_get(alone), jax.device_get(shared), atol=1e-6)
+
+
+def test_no_image_changes_devices():
+    config = DataConfig(image_size=8)
+    rows = NamedSharding(Mesh(jax.devices(), ("data",)), PartitionSpec("data"))
+    arguments = (
+        jax.ShapeDtypeStruct((64, 8, 8, 3), jnp.uint8, sharding=rows),
+        jax.ShapeDtypeStruct((64,), jnp.int32, sharding=rows),
+    )
+    step = lambda images, labels: train_augment(jax.random.key(0), images, labels, config, 16)  # noqa: E731
+    program = jax.jit(step, out_shardings=rows).lower(*arguments).compile().as_text()
+    for exchange in ("all-gather", "all-to-all", "collective-permute"):
+        assert exchange not in program

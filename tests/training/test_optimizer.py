@@ -1,6 +1,8 @@
-"""Schedule, decay mask and update against the formulas of the official trainers, written out in NumPy."""
+"""Schedule, decay mask and update against the formulas of the official trainers, and recordings of timm's."""
 
+import json
 import math
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +12,9 @@ from evmamba_jax import functional
 from evmamba_jax.errors import UserError
 from evmamba_jax.models import abstract_model
 from evmamba_jax.training.config import Duration, OptimConfig
-from evmamba_jax.training.optimizer import adamw, decay_mask, learning_rate
+from evmamba_jax.training.optimizer import decay_mask, learning_rate, make_optimizer
 
-RELEASED = OptimConfig(lr=2e-3, min_lr=1e-6, warmup_lr=1e-7, warmup=Duration(epochs=20), warmup_by_epoch=True)
+RELEASED = OptimConfig(lr=2e-3, min_lr=1e-6, warmup_lr=1e-7, warmup=Duration(epochs=20), lr_changes="warmup_epoch")
 
 
 @pytest.mark.parametrize("step", [0, 624, 625, 6249, 6250, 12499, 12500, 12501, 100_000, 187_499])
@@ -28,7 +30,7 @@ def test_released_schedule_stands_still_within_warm_up_epochs(step):
 
 @pytest.mark.parametrize("step", [0, 1, 499, 1000, 1500, 2999])
 def test_readme_schedule_warms_up_step_by_step(step):
-    config = OptimConfig(lr=1e-3, min_lr=1e-5, warmup_lr=1e-6, warmup=Duration(steps=1000), warmup_by_epoch=False)
+    config = OptimConfig(lr=1e-3, min_lr=1e-5, warmup_lr=1e-6, warmup=Duration(steps=1000), lr_changes="step")
     schedule = learning_rate(config, total_steps=3000, steps_per_epoch=100)
     if step < 1000:
         expected = 1e-6 + (1e-3 - 1e-6) * step / 1000
@@ -37,9 +39,59 @@ def test_readme_schedule_warms_up_step_by_step(step):
     np.testing.assert_allclose(schedule(jnp.int32(step)), expected, rtol=2e-5)
 
 
+RECORDED = json.loads((Path(__file__).parents[1] / "golden" / "optim.json").read_text())
+
+
+def test_vim_schedule_is_that_of_timm_called_after_each_epoch():
+    config = OptimConfig(
+        lr=1e-3,
+        min_lr=1e-5,
+        warmup_lr=1e-6,
+        warmup=Duration(epochs=5),
+        warmup_prefix=False,
+        lr_changes="epoch",
+    )
+    schedule = learning_rate(config, total_steps=30 * 7, steps_per_epoch=7)
+    ours = [float(schedule(jnp.int32(step))) for step in range(30 * 7)]
+    np.testing.assert_allclose(ours, np.repeat(RECORDED["vim"], 7), rtol=2e-5)
+    assert len(RECORDED["vim"]) == 30
+
+
+def test_mambavision_schedule_is_that_of_timm_called_after_each_update():
+    config = OptimConfig(
+        lr=5e-3,
+        min_lr=5e-6,
+        warmup_lr=1e-6,
+        warmup=Duration(epochs=4),
+        warmup_prefix=False,
+        cooldown=Duration(epochs=3),
+        lr_changes="step",
+    )
+    schedule = learning_rate(config, total_steps=34 * 5, steps_per_epoch=5)
+    ours = [float(schedule(jnp.int32(step))) for step in range(34 * 5)]
+    np.testing.assert_allclose(ours, RECORDED["mambavision"], rtol=2e-5, atol=3e-10)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb"])
+def test_updates_are_those_recorded(name):
+    config = OptimConfig(name=name, clip_norm=5.0, weight_decay=0.05)
+    tx = make_optimizer(config, lambda step: 1e-2)
+    names = ("a.kernel", "a.bias")
+    params = dict(zip(names, map(jnp.float32, RECORDED["start"]), strict=True))
+    state = tx.init(params)
+    for gradients, expected in zip(RECORDED["gradients"], RECORDED[name], strict=True):
+        updates, state = tx.update(dict(zip(names, map(jnp.float32, gradients), strict=True)), state, params)
+        params = {key: params[key] + updates[key] for key in names}
+        for key, value in zip(names, expected, strict=True):
+            np.testing.assert_allclose(params[key], value, rtol=2e-5, atol=2e-6)
+
+
 def test_a_warm_up_as_long_as_the_run_is_refused():
     with pytest.raises(UserError, match=r"config.optim.warmup lasts 200 steps and the whole run 150"):
         learning_rate(RELEASED, total_steps=150, steps_per_epoch=10)
+    config = OptimConfig(warmup=Duration(steps=50), cooldown=Duration(steps=50))
+    with pytest.raises(UserError, match=r"the whole run 100, of which 50 are its cool-down"):
+        learning_rate(config, total_steps=100, steps_per_epoch=10)
 
 
 def test_decay_touches_what_the_official_trainers_decay():
@@ -65,7 +117,7 @@ def test_decay_touches_what_the_official_trainers_decay():
 def test_update_equals_adamw_written_out():
     config = OptimConfig(clip_norm=1.0, weight_decay=0.1, betas=(0.8, 0.95), eps=1e-6)
     rate = 0.01
-    tx = adamw(config, lambda step: rate)
+    tx = make_optimizer(config, lambda step: rate)
     rng = np.random.default_rng(0)
     params = {"a.kernel": rng.normal(size=(3, 4)), "a.bias": rng.normal(size=4)}
     state = tx.init({k: jnp.float32(v) for k, v in params.items()})

@@ -55,12 +55,21 @@ def batches(count):
         }
 
 
-def compiled(config, start, mesh, tx=None):
+def observing():
+    """Return an optimizer that changes nothing and keeps the gradient."""
+
+    def observe(updates, state, params=None):
+        return jax.tree.map(jnp.zeros_like, updates), {"seen": updates}
+
+    return optax.GradientTransformation(lambda params: {"seen": jax.tree.map(jnp.zeros_like, params)}, observe)
+
+
+def compiled(config, start, mesh, tx=None, **options):
     """Return the step on a mesh and its first state."""
     tx = tx or optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, eps=1e-4))
     make = lambda p, s: init_state(p, s, tx, ema=True)  # noqa: E731
     shardings = meshes.state_shardings(mesh, jax.eval_shape(make, *start[1:]))
-    step = make_train_step(start.graphdef, tx, config, num_classes=CLASSES, log_every=2)
+    step = make_train_step(start.graphdef, tx, config, num_classes=CLASSES, log_every=2, **options)
     state = jax.device_put(make(*start[1:]), shardings)
     return jit(step, out_shardings=shardings), state
 
@@ -119,13 +128,7 @@ def test_moving_average_follows_parameters_and_statistics(on_one_device):
 def test_accumulation_averages_gradients_of_the_rounds(start):
     """Against plain gradients of each half of the batch, taken one after the other."""
     config = configured(accumulation=2)
-    kept = {}
-
-    def observe(updates, state, params=None):
-        return jax.tree.map(jnp.zeros_like, updates), {"seen": updates}
-
-    tx = optax.GradientTransformation(lambda params: {"seen": jax.tree.map(jnp.zeros_like, params)}, observe)
-    step, state = compiled(config, start, mesh_of(1, 1), tx)
+    step, state = compiled(config, start, mesh_of(1, 1), observing())
     batch = next(batches(1))
     state = step(state, batch)
     kept = state["train"]["opt_state"]["seen"]
@@ -148,6 +151,43 @@ def test_accumulation_averages_gradients_of_the_rounds(start):
         total = jax.tree.map(lambda t, g: t + g / 2, total, grads)
     chex.assert_trees_all_close(kept, total, rtol=2e-3, atol=1e-5)
     chex.assert_trees_all_close(state["model"]["batch_stats"], stats, rtol=1e-4, atol=1e-5)
+
+
+def test_mesa_learns_from_the_averaged_model_once_it_begins(start):
+    config = configured()
+    config.optim.mesa = 0.7
+    step, state = compiled(config, start, mesh_of(2, 1), observing(), mesa_start=1)
+    rng = np.random.default_rng(1)
+    averaged = {name: p + 0.05 * rng.normal(size=p.shape).astype(np.float32) for name, p in start.params.items()}
+    state["ema"] = jax.device_put({**state["ema"], "params": averaged}, meshes.replicated(mesh_of(2, 1)))
+    batch = next(batches(1))
+    augment_key, drop_key = jax.random.split(jax.random.fold_in(jax.random.key(3), 1))
+    images, targets = device.train_augment(augment_key, batch["image"], batch["label"], config.data, CLASSES)
+    teacher = functional.merge(start.graphdef, averaged, start.batch_stats)
+    teacher.eval()
+    scores = np.asarray(jit(teacher.__call__)(images), np.float64) / 3
+    q = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
+
+    @jit
+    @jax.value_and_grad
+    def expected(params, weight):
+        logits = functional.merge(start.graphdef, params, start.batch_stats)(
+            images, key=jax.random.fold_in(drop_key, 0)
+        )
+        loss = -(targets * jax.nn.log_softmax(logits)).sum(1).mean()
+        return loss + weight * 50 * (q * (np.log(q) - jax.nn.log_softmax(logits / 3))).sum(1).mean()
+
+    state["train"]["step"] = state["train"]["step"] + 1
+    after = step(state, batch)
+    loss, gradient = expected(start.params, 0.7)
+    np.testing.assert_allclose(after["train"]["last"]["loss"], loss, rtol=1e-5)
+    assert loss > 1.05 * expected(start.params, 0.0)[0]
+    chex.assert_trees_all_close(after["train"]["opt_state"]["seen"], gradient, rtol=2e-3, atol=2e-5)
+
+    state["train"]["step"] = state["train"]["step"] - 1
+    first = float(step(state, batch)["train"]["last"]["loss"])
+    state["ema"] = jax.tree.map(jnp.zeros_like, state["ema"])
+    assert float(step(state, batch)["train"]["last"]["loss"]) == first  # before it begins the average does not matter
 
 
 def test_a_step_that_is_not_finite_changes_nothing(on_one_device):
