@@ -43,13 +43,19 @@ def refused(*arguments, config=DIGITS, env=None) -> str:
             "--config.model.options=3",
             "config key 'model.options' cannot be set as a whole; change it in the config file",
         ),
-        ("--config.optim=3", "config key 'optim' cannot be set as a whole; set its parts, e.g. --config.optim.lr=..."),
+        ("--config.optim=3", "config key 'optim' cannot be set as a whole; set its parts, e.g. --config.optim.name="),
         ("--confg.optim.lr=1", "Unknown command line flag 'confg.optim.lr'"),
         ("more", "unexpected argument 'more'"),
         ("--config.model.dtype=float16", "config.model.dtype is 'float16'; allowed: 'bfloat16', 'float32'"),
         ("--config.optim.name=sgd", "config.optim.name is 'sgd'; allowed: 'adamw', 'lamb'"),
-        ("--config.optim.mesa=-1", "config.optim.mesa is -1.0 and config.optim.ema_decay 0.99; MESA's weight must be 0"),
-        ("--config.data.mixup_mode=half", "data.mixup_mode='half' is not allowed: it must be 'batch', 'pair' or 'elem'"),
+        (
+            "--config.optim.mesa=-1",
+            "config.optim.mesa is -1.0 and config.optim.ema_decay 0.99; MESA's weight must be 0",
+        ),
+        (
+            "--config.data.mixup_mode=half",
+            "data.mixup_mode='half' is not allowed: it must be 'batch', 'pair' or 'elem'",
+        ),
         ("--config.data.image_size=0", "data.image_size=0 is not allowed"),
         ("--config.duration.epochs=0", "config.duration is Duration(epochs=0.0, steps=0)"),
     ],
@@ -75,10 +81,10 @@ def assert_main_refuses(main, arguments, message):
     assert len(err.getvalue().strip().splitlines()) == 1
 
 
-def test_a_distillation_that_would_never_begin_is_named(tmp_path):
+def test_a_distillation_that_would_never_begin_is_named(data_dir, tmp_path):
     from train_tpu import main
 
-    late = ["--config.optim.mesa=1", "--config.optim.mesa_start.epochs=60"]
+    late = [f"--config.data.data_dir={data_dir}", "--config.optim.mesa=1", "--config.optim.mesa_start.epochs=60"]
     arguments = ["train_tpu.py", "--config", str(ROOT / DIGITS), "--workdir", str(tmp_path / "run"), *late]
     assert_main_refuses(main, arguments, "config.optim.mesa_start is 1320 steps and the whole run 1320: let MESA begin")
 
