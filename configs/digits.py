@@ -1,5 +1,7 @@
 """A small EfficientVMamba on scikit-learn's digits: 1437 images to train, 360 to test, 8x8 pixels, grey.
 
+60 epochs: 1,320 steps of 64 images, 84,480 in all.
+
 The default run of the project: it needs no download and exercises every part that ImageNet training uses.
 """
 

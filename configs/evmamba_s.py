@@ -1,6 +1,8 @@
 """EfficientVMamba-S on ImageNet-1K, 224 px.
 
 Published top-1: 78.7 (arXiv:2403.09977, table 2; the released log says 78.67 raw). Not yet run here.
+300 epochs: 187,500 steps of 2,048 images, 384,000,000 in all; as ``:paper`` and ``:readme`` 375,300 steps of
+1,024.
 
 The recipe is the one the released log shows. Variants of the same file: ``:paper`` and ``:readme``, the recipes of the
 paper's text and of the official README's command, which differ (see configs/_efficientvmamba.py).

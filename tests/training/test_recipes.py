@@ -1,0 +1,49 @@
+"""What the files in configs/ say about themselves."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+from evmamba_jax.models import list_models
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+NAMES = sorted(path.stem for path in CONFIGS.glob("[a-z]*.py"))
+EXAMPLES = {"imagenet2012": 1_281_167, "digits": 1437, "fashion_mnist_debian": 60_000}
+
+
+def told(config) -> str:
+    """Return the sentence in which a docstring gives the length of a run."""
+    steps = int(config.duration.epochs) * (EXAMPLES[config.data.name] // config.batch_size)
+    images = steps * config.batch_size
+    return f"{config.duration.epochs:g} epochs: {steps:,} steps of {config.batch_size:,} images, {images:,} in all"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_docstrings_give_the_length_of_the_run(name):
+    module = importlib.import_module(f"configs.{name}")
+    config = module.get_config()
+    config.validate()
+    text = " ".join(module.__doc__.split())
+    assert told(config) in text
+    if config.data.name == "imagenet2012":
+        assert re.search(r"not yet run here", text, re.IGNORECASE)
+        assert text.startswith("EfficientVMamba-T, fine-tuned") or re.search(r"Published top-1: \d\d\.\d \(", text)
+    if name in ("evmamba_t", "evmamba_s"):
+        for variant in ("paper", "readme"):
+            other = module.get_config(variant)
+            steps = 300 * (1_281_167 // other.batch_size)
+            assert f"as ``:paper`` and ``:readme`` {steps:,} steps of {other.batch_size:,}" in text
+
+
+def test_every_model_has_a_config_of_its_name():
+    assert set(list_models()) <= set(NAMES)
+
+
+def test_fine_tuning_at_another_size_keeps_the_rest_of_the_recipe():
+    config = importlib.import_module("configs.evmamba_t_384").get_config()
+    base = importlib.import_module("configs.evmamba_t").get_config()
+    assert (config.data.image_size, config.data.crop_mode, config.optim.lr) == (384, "squash", 4e-5)
+    assert config.data.auto_augment == base.data.auto_augment
+    assert (config.model, config.seed) == (base.model, base.seed)
