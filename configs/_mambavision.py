@@ -35,6 +35,7 @@ def recipe(
             auto_augment="rand-m9-mstd0.5-inc1",
             mixup=0.8,
             cutmix=1.0,
+            mixup_batch=128,
         ),
         optim=OptimConfig(
             name="lamb",

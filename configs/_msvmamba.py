@@ -12,7 +12,9 @@ def recipe(model: str, *, drop_path_rate: float, lr: float = 1e-3, min_lr: float
     """Return the recipe for ``model``; its drop path, and for Base the learning rates, differ from the other sizes'."""
     return Config(
         model=ModelConfig(name=model, drop_path_rate=drop_path_rate),
-        data=DataConfig(name="imagenet2012", auto_augment="rand-m9-mstd0.5-inc1", mixup=0.8, cutmix=1.0),
+        data=DataConfig(
+            name="imagenet2012", auto_augment="rand-m9-mstd0.5-inc1", mixup=0.8, cutmix=1.0, mixup_batch=128
+        ),
         optim=OptimConfig(
             lr=lr,
             min_lr=min_lr,

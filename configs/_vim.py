@@ -17,7 +17,12 @@ def recipe(model: str, *, batch_size: int, weight_decay: float, drop_path_rate: 
     return Config(
         model=ModelConfig(name=model, drop_path_rate=drop_path_rate, dtype="float32"),
         data=DataConfig(
-            name="imagenet2012", auto_augment="rand-m9-mstd0.5-inc1", repeated_aug=3, mixup=0.8, cutmix=1.0
+            name="imagenet2012",
+            auto_augment="rand-m9-mstd0.5-inc1",
+            repeated_aug=3,
+            mixup=0.8,
+            cutmix=1.0,
+            mixup_batch=batch_size // 8,
         ),
         optim=OptimConfig(
             lr=1e-3,

@@ -46,7 +46,8 @@ class DataConfig:
     cutmix: float = 1.0  # the same for cutmix
     mix_prob: float = 1.0  # probability that images are mixed at all
     switch_prob: float = 0.5  # probability of cutmix where both are on
-    mixup_mode: str = "batch"  # lambda and box are drawn for a whole "batch", each "pair" or each image ("elem")
+    mixup_mode: str = "batch"  # lambda and box are drawn for a "batch", each "pair" or each image ("elem")
+    mixup_batch: int = 0  # images of that batch, on one GPU in the official runs; 0: all of a step
     label_smoothing: float = 0.1
 
     def validate(self) -> None:
@@ -75,7 +76,7 @@ class DataConfig:
             rand_augment(self.auto_augment)
             self._require("color_jitter", self.color_jitter == 0, "0 where auto_augment is set, as timm has it")
         self._require("repeated_aug", self.repeated_aug >= 1, "1 (off) or more")
-        for field in ("num_threads", "num_workers", "color_jitter", "mixup", "cutmix"):
+        for field in ("num_threads", "num_workers", "color_jitter", "mixup", "cutmix", "mixup_batch"):
             self._require(field, getattr(self, field) >= 0, "0 or more")
         for field in ("hflip", "random_erasing", "mix_prob", "switch_prob"):
             self._require(field, 0 <= getattr(self, field) <= 1, "a probability, 0 to 1")

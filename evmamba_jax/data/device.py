@@ -105,6 +105,7 @@ def mixup_cutmix(
     mix_prob: float = 1.0,
     switch_prob: float = 0.5,
     mixup_mode: str = "batch",
+    mixup_batch: int = 0,
     label_smoothing: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
     """Mix every image with its partner by mixup or cutmix.
@@ -122,7 +123,8 @@ def mixup_cutmix(
         cutmix: alpha of cutmix; 0 turns it off.
         mix_prob: probability that anything is mixed.
         switch_prob: probability of cutmix where both are on.
-        mixup_mode: one draw for the whole "batch", for each "pair" of partners, or for each image ("elem").
+        mixup_mode: one draw for "batch", a "pair" of partners, or each image ("elem").
+        mixup_batch: how many images that follow each other share the draw of mode "batch"; 0 for all.
         label_smoothing: eps of the targets.
 
     Returns:
@@ -135,36 +137,33 @@ def mixup_cutmix(
     if not (mixup or cutmix):
         return images, targets
     batch, height, width, _ = images.shape
-    draws = 1 if mixup_mode == "batch" else batch
     key_on, key_switch, key_mixup, key_cutmix, key_row, key_column = jax.random.split(key, 6)
-    mixed = jax.random.bernoulli(key_on, mix_prob, (draws,))
-    use_cutmix = jax.random.bernoulli(key_switch, switch_prob if mixup and cutmix else float(not mixup), (draws,))
-    keep_mixup, keep_cutmix = (
-        jax.random.beta(key, alpha, alpha, (draws,)) if alpha else jnp.ones(draws)
-        for key, alpha in ((key_mixup, mixup), (key_cutmix, cutmix))
-    )
+    number = jnp.arange(batch)
+    draw = {  # of each image
+        "batch": number // (mixup_batch or batch),
+        "pair": jnp.minimum(number, partners(number)),
+        "elem": number,
+    }[mixup_mode]
+    draws = (-(-batch // (mixup_batch or batch)) if mixup_mode == "batch" else batch,)
+    mixed = jax.random.bernoulli(key_on, mix_prob, draws)[draw]
+    use_cutmix = jax.random.bernoulli(key_switch, switch_prob if mixup and cutmix else float(not mixup), draws)[draw]
+    keep_mixup = jax.random.beta(key_mixup, mixup, mixup, draws)[draw] if mixup else 1.0
+    keep_cutmix = jax.random.beta(key_cutmix, cutmix, cutmix, draws)[draw] if cutmix else jnp.ones(batch)
     side = jnp.sqrt(1 - keep_cutmix)
-    rows, columns = _centred(key_row, side, height), _centred(key_column, side, width)
-    if mixup_mode == "pair":  # the second of two partners takes what was drawn for the first
-        second = jnp.arange(batch) > partners(jnp.arange(batch))
-        shared = lambda x: jnp.where(second.reshape(-1, *[1] * (x.ndim - 1)), partners(x), x)  # noqa: E731
-        mixed, use_cutmix, keep_mixup, rows, columns = map(shared, (mixed, use_cutmix, keep_mixup, rows, columns))
-
-    def chosen(of_cutmix, of_mixup):
-        """How much of the image itself is kept, by what was chosen: (draws, ...)."""
-        over = lambda x: x.reshape(-1, *[1] * (of_cutmix.ndim - 1))  # noqa: E731
-        return jnp.where(over(mixed), jnp.where(over(use_cutmix), of_cutmix, over(of_mixup)), 1.0)
-
+    rows = _centred(jax.random.randint(key_row, draws, 0, height)[draw], side, height)
+    columns = _centred(jax.random.randint(key_column, draws, 0, width)[draw], side, width)
     box = rows[:, :, None] & columns[:, None, :]
-    lam = chosen(1 - box.mean((1, 2)), keep_mixup)[:, None]
-    keep = chosen(1.0 - box, keep_mixup)[..., None].astype(images.dtype)
+
+    # How much of the image itself is kept, of its label (B,) and of its pixels (B, H, W).
+    lam = jnp.where(mixed, jnp.where(use_cutmix, 1 - box.mean((1, 2)), keep_mixup), 1.0)
+    keep = jnp.where((mixed & use_cutmix)[:, None, None], 1.0 - box, lam[:, None, None])
+    keep, lam = keep[..., None].astype(images.dtype), lam[:, None]
     return images * keep + partners(images) * (1 - keep), targets * lam + partners(targets) * (1 - lam)
 
 
-def _centred(key: jax.Array, share: jax.Array, length: int) -> jax.Array:
-    """Return bool (n, length): intervals of n shares of the length around uniform centres, clipped to the image."""
+def _centred(centre: jax.Array, share: jax.Array, length: int) -> jax.Array:
+    """Return bool (n, length): intervals of n shares of the length around their centres, clipped to the image."""
     half = jnp.floor(length * share).astype(jnp.int32) // 2
-    centre = jax.random.randint(key, share.shape, 0, length)
     return _inside(centre - half, centre + half, length)
 
 
@@ -197,5 +196,6 @@ def train_augment(
         mix_prob=config.mix_prob,
         switch_prob=config.switch_prob,
         mixup_mode=config.mixup_mode,
+        mixup_batch=config.mixup_batch,
         label_smoothing=config.label_smoothing,
     )

@@ -211,6 +211,17 @@ def test_partners_share_their_draw_in_pair_mode():
     assert np.abs(np.corrcoef(lam[:, :3].T) - np.eye(3)).max() < 0.15
 
 
+def test_images_of_a_smaller_batch_share_a_draw():
+    mixed, targets = draw(400, 16, 12, mixup=0.4, cutmix=1.0, mixup_batch=2)
+    lam = targets[:, np.arange(BATCH), np.arange(BATCH)]
+    chex.assert_trees_all_close(lam[:, ::2], lam[:, 1::2], atol=1e-6)
+    assert np.abs(np.corrcoef(lam[:, ::2].T) - np.eye(3)).max() < 0.2
+    own, other = np.arange(BATCH)[None, :, None, None], np.array(PARTNERS)[None, :, None, None]
+    kept = (mixed - other) / (own - other)
+    chex.assert_trees_all_close(kept[:, ::2], kept[:, 1::2], atol=1e-5)
+    chex.assert_trees_all_close(kept.mean((2, 3)), lam, atol=1e-5)
+
+
 def test_no_mixing_leaves_the_batch():
     mixed, targets = draw(3, mixup=0.0, cutmix=0.0, label_smoothing=0.1)
     assert (mixed == np.arange(BATCH)[None, :, None, None]).all()

@@ -63,6 +63,37 @@ def test_prepare_train_kill_resume(prepared, tmp_path):
     assert whole == resumed
 
 
+def test_the_published_recipe_on_small_images(prepared, tmp_path):
+    """All of configs/evmamba_t.py but size and length: train, be killed, go on, evaluate, convert, evaluate that."""
+    _, env = prepared
+    lengths = {"duration": 12, "optim.warmup": 4, "log_every": 4, "save_every": 4, "eval_every": 12}
+    small = [f"--config.{name}.steps={n}" for name, n in lengths.items()]
+    small += ["--config.data.image_size=32", "--config.batch_size=16", "--config.data.num_threads=2"]
+    options = {"config": str(ROOT / "configs" / "evmamba_t.py"), "env": env}
+    killed = start("--workdir", tmp_path / "run", *small, **options)
+    for line in killed.stdout:
+        if line.startswith("step 8/"):
+            break
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    code, out, err = run("--workdir", tmp_path / "run", *small, **options)
+    assert code == 0, out + err
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [4, 8, 12, 12]
+    trained = rows[-1]
+    assert trained["examples"] == 50
+    assert trained["eval_loss"] != trained["ema_eval_loss"]
+
+    file = tmp_path / "weights.safetensors"
+    command = [sys.executable, "-m", "evmamba_jax.weights", "export", "--model", "evmamba_t", "--out", str(file)]
+    done = subprocess.run([*command, "--checkpoint", str(tmp_path / "run")], env=env, cwd=ROOT, check=False)
+    assert done.returncode == 0
+    evaluate = ["--config.eval_only=True", f"--config.init_from={file}", "--workdir", tmp_path / "evaluated", *small]
+    code, out, err = run(*evaluate, **options)
+    assert code == 0, out + err
+    assert f"top-1 {trained['top1']:.2f} %, top-5 {trained['top5']:.2f} %" in out
+
+
 def test_the_command_refuses_archives_that_are_not_imagenet(prepared, tmp_path):
     folder, env = prepared
     command = [sys.executable, "-m", "evmamba_jax.data", "prepare", "imagenet2012", "--data-dir", str(tmp_path / "out")]
