@@ -357,6 +357,36 @@ def buffers(program: Program, found: list[Run]) -> list[Buffer]:
     return sorted(each, key=lambda buffer: -buffer.array.padded)
 
 
+@dataclasses.dataclass(frozen=True)
+class Slow:
+    """What XLA's instructions of one place of the program take in a step, by its own estimate.
+
+    Attributes:
+        cycles: of all runs of all of them.
+        count: instructions.
+        op_name: of the one that takes most.
+        source: ``file.py:line``.
+    """
+
+    cycles: int
+    count: int
+    op_name: str
+    source: str
+
+
+def slowest(program: Program, found: list[Run]) -> list[Slow]:
+    """Return the places whose instructions take longest, the way back apart from the way there; longest first."""
+    places: dict[tuple[str, bool], list[tuple[int, str]]] = {}
+    for run in found:
+        taken, name = cycles(run) * run.times, run.instruction.op_name
+        if taken:
+            places.setdefault((program.source(run.instruction), "transpose(" in name), []).append((taken, name))
+    each = [
+        Slow(sum(taken for taken, _ in runs), len(runs), max(runs)[1], source) for (source, _), runs in places.items()
+    ]
+    return sorted(each, key=lambda slow: -slow.cycles)
+
+
 def arguments(program: Program) -> dict[str, Array]:
     """Return the step's arguments by the name JAX gives them, ``state['model']['params']['head.kernel']``."""
     entry = [i for i in program.computations[program.entry] if i.opcode == "parameter"]

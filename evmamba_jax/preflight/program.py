@@ -30,7 +30,7 @@ from pallas_kernels import aot
 
 # Classes and training images of the data sets that need not be here: their own documentation.
 KNOWN_DATA = {"imagenet2012": (1000, 1_281_167), "digits": (10, 1437), "fashion_mnist_debian": (10, 60_000)}
-LARGEST = 8  # buffers and exchanges that a report lists
+LARGEST = 8  # arrays and places in the code that a report lists
 
 
 @dataclasses.dataclass
@@ -215,6 +215,7 @@ def compiled_facts(compiled: jax.stages.Compiled, facts: dict[str, Any]) -> dict
         ],
         "collectives": [dataclasses.asdict(e) | {"moved": e.moved} for e in exchanges],
         "cycles": sum(hlo.cycles(run) * run.times for run in runs),
+        "slowest": [dataclasses.asdict(slow) for slow in hlo.slowest(program, runs)[:LARGEST]],
         "unknown_loops": len(unknown),
         "kernels": hlo.pallas_calls(runs),
     }

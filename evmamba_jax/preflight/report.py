@@ -16,6 +16,8 @@ def report(facts: dict[str, Any], *, fast: bool) -> str:
     lines += ["", *_memory(facts), "", *_buffers(facts), "", *_exchanges(facts)]
     if "kernel_cycles" in facts:
         lines += ["", *_kernels(facts)]
+    if facts["platform"] == "tpu":
+        lines += ["", *_slowest(facts)]
     return "\n".join([*lines, "", *_time(facts, fast)])
 
 
@@ -85,8 +87,11 @@ def _buffers(facts: dict[str, Any]) -> Iterator[str]:
     yield "Largest arrays that the step makes in main memory (not all live at once)"
     for text, padded, size, count, op_name, source in facts["buffers"]:
         waste = f", {padded / max(1, size):.1f}x by padding" if padded > 1.05 * size else ""
-        tail = op_name if len(op_name) < 60 else "..." + op_name[-57:]
-        yield f"  {_size(padded):>10}  {count} x {text}{waste}  {source}  {tail}"
+        yield f"  {_size(padded):>10}  {count} x {text}{waste}  {source}  {_end(op_name)}"
+
+
+def _end(op_name: str) -> str:
+    return op_name if len(op_name) < 60 else "..." + op_name[-57:]
 
 
 def _exchanges(facts: dict[str, Any]) -> Iterator[str]:
@@ -118,6 +123,13 @@ def _kernels(facts: dict[str, Any]) -> Iterator[str]:
         )
     if facts["unread_kernels"]:
         yield f"  {facts['unread_kernels']} calls of kernels whose schedule was not found"
+
+
+def _slowest(facts: dict[str, Any]) -> Iterator[str]:
+    yield "Lines whose XLA instructions take longest, by XLA's own estimate"
+    for place in facts["slowest"]:
+        milliseconds = place["cycles"] / facts["clock"] * 1e3
+        yield f"  {milliseconds:7.3f} ms  {place['count']:4} x  {place['source']}  {_end(place['op_name'])}"
 
 
 def step_time(facts: dict[str, Any]) -> dict[str, float]:

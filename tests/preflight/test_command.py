@@ -252,6 +252,7 @@ def test_a_step_compiled_for_eight_chips(tmp_path):
         " of 15.75 GiB of a device",
         "optimizer",
         "Largest arrays",
+        "Lines whose XLA instructions take longest",
         "all-reduce",
         "Time of a step (rough): ",
         "images/s",

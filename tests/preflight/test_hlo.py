@@ -84,6 +84,15 @@ def test_largest_buffers_and_their_places(step):
     assert not any("1024" in buffer.array.text for buffer in rest)  # that one stays on the chip
 
 
+def test_slowest_places(step):
+    runs, _ = hlo.runs(step)
+    first, second = hlo.slowest(step, runs)
+    # The ones in the loop of 49 x 14 trips, and the one of a branch, say no line; they are told together.
+    assert (first.cycles, first.count, first.source) == (49 * 14 * 100 + 7, 2, "")
+    assert (second.cycles, second.count, second.source) == (1000, 1, "evmamba_jax/layers/mlp.py:44")
+    assert second.op_name == "jit(train_step)/convert"
+
+
 def test_arguments_and_kernels(step):
     runs, _ = hlo.runs(step)
     (name,) = hlo.arguments(step)
