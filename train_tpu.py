@@ -4,7 +4,7 @@
     python train_tpu.py --config configs/evmamba_t.py               # ImageNet, as the released weights were trained
     python train_tpu.py --config configs/evmamba_t.py:paper         # a named variant of the same file
     python train_tpu.py --config configs/evmamba_t.py --config.optim.lr=1e-3 --config.batch_size=512
-    python train_tpu.py --config configs/evmamba_t.py --config.eval_only=True --config.model.pretrained=DIR
+    python train_tpu.py --config configs/evmamba_t.py --config.eval_only=True --config.init_from=FILE.pth
 
 --config FILE[:VARIANT]     a file of configs/
 --config.NAME=VALUE         replace a value; evmamba_jax/training/config.py and data/config.py list the names

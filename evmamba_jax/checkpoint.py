@@ -315,6 +315,11 @@ def load_model(
     return state["params"], state["batch_stats"], _read_description(folder)["meta"]
 
 
+def load_meta(directory: str | os.PathLike) -> dict[str, Any]:
+    """Return the meta of the checkpoint that ``load_model`` reads from a folder; raises the same."""
+    return _read_description(_find(_absolute(directory)))["meta"]
+
+
 def _find(root: epath.Path) -> epath.Path:
     """Return the newest undamaged step folder at or below ``root``."""
     if not root.is_dir():

@@ -6,9 +6,13 @@ is the same to the bit on any machine. ``digest`` proves it against the recorded
 """
 
 import hashlib
+import struct
+import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
 from math import prod, sqrt
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +22,25 @@ Shape = tuple[int, ...]
 def weights(manifest: Mapping[str, Iterable[int]]) -> dict[str, np.ndarray]:
     """Return {official name: float32 array} for {official name: shape}, in the same order."""
     return {name: tensor(name, tuple(shape)) for name, shape in manifest.items()}
+
+
+def manifest(model: Any) -> dict[str, Shape]:
+    """Return {official name: shape} of one of our models, of any size, by our table of names."""
+    from evmamba_jax import functional
+    from evmamba_jax.weights.convert import table
+
+    _, params, batch_stats = functional.split(model)
+    ours = {path: array.shape for path, array in {**params, **batch_stats}.items()}
+    return {
+        row.official: row.layout.to_official(np.broadcast_to(np.int8(0), ours[row.ours])).shape
+        for row in table(model)
+        if row.ours in ours
+    }
+
+
+def weights_of(model: Any) -> dict[str, np.ndarray]:
+    """Return {official name: float32 array} for one of our models, which may be abstract."""
+    return weights(manifest(model))
 
 
 def image(shape: Iterable[int], seed: int) -> np.ndarray:
@@ -99,3 +122,41 @@ def _bell(name: str, shape: Shape) -> np.ndarray:
 def _uniform(name: str, shape: Shape, low: float, high: float) -> np.ndarray:
     unit = (_words(name, shape) >> np.uint64(11)).astype(np.float64) / 2.0**53
     return low + (high - low) * unit
+
+
+def save_pth(path: Path, content: Mapping[str, Any]) -> None:
+    """Write arrays, strings and integers in nested dictionaries as ``torch.save`` does, without torch.
+
+    Only float32 and int64 arrays, each in a storage of its own.
+    """
+    storages: list[np.ndarray] = []
+    pickled = b"\x80\x02" + _pickled(content, storages) + b"."
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickled)
+        archive.writestr("archive/byteorder", "little")
+        archive.writestr("archive/version", "3\n")
+        for key, array in enumerate(storages):
+            archive.writestr(f"archive/data/{key}", array.astype(array.dtype.newbyteorder("<")).tobytes())
+
+
+def _pickled(value: Any, storages: list[np.ndarray]) -> bytes:
+    """Return the opcodes of pickle's protocol 2 that leave ``value`` on the stack."""
+    match value:
+        case str():
+            return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
+        case int():
+            return b"J" + struct.pack("<i", value)
+        case tuple():
+            return b"(" + b"".join(_pickled(part, storages) for part in value) + b"t"
+        case Mapping():
+            items = (part for item in value.items() for part in item)
+            return b"}(" + b"".join(_pickled(part, storages) for part in items) + b"u"
+    kind = {np.dtype(np.float32): b"FloatStorage", np.dtype(np.int64): b"LongStorage"}[value.dtype]
+    key, count = str(len(storages)), value.size
+    storages.append(value)
+    strides = tuple(prod(value.shape[axis + 1 :]) for axis in range(value.ndim))
+    parts = (_pickled(part, storages) for part in ("storage", key, "cpu", count))
+    of_storage, of_key, of_place, of_count = parts
+    storage = b"(" + of_storage + b"ctorch\n" + kind + b"\n" + of_key + of_place + of_count + b"tQ"
+    shape = b"".join(_pickled(part, storages) for part in (0, value.shape, strides))
+    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + shape + b"\x89ccollections\nOrderedDict\n)RtR"

@@ -11,7 +11,7 @@ import io
 import os
 import shutil
 import tarfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -104,6 +104,20 @@ def _read(image: TarImage) -> bytes:
 def synsets() -> list[str]:
     """Return the 1000 WordNet ids in label order, which is sorted order."""
     return tfds.core.tfds_path("datasets/imagenet2012/labels.txt").read_text().split()
+
+
+def in_words(names: Iterable[str]) -> tuple[str, ...]:
+    """Replace the WordNet ids of ImageNet's classes by the words of their synsets; other names stay as they are."""
+    words = dict(zip(synsets(), imagenet_classes(), strict=True))
+    return tuple(words.get(name, name) for name in names)
+
+
+def imagenet_classes() -> list[str]:
+    """Return the 1000 classes in words, such as "tench, Tinca tinca", in label order.
+
+    Source: WordNet 3.0; NOTICE has its licence. "crane" is two classes, the bird and the machine.
+    """
+    return (Path(__file__).parent / "imagenet_classes.txt").read_text(encoding="utf-8").splitlines()
 
 
 def validation_labels() -> list[str]:

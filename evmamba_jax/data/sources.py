@@ -22,6 +22,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from evmamba_jax.data import builders
 from evmamba_jax.data.config import DataConfig, resolve_data_dir
+from evmamba_jax.data.imagenet import in_words
 from evmamba_jax.data.tfrecord import TFRecordFiles, record_offsets
 from evmamba_jax.errors import UserError, nearest
 
@@ -53,7 +54,7 @@ class Source:
     Attributes:
         name: of the data set, with its version.
         split: as asked for, slices included.
-        class_names: in label order.
+        class_names: in label order; words where the data set has WordNet ids.
         records: the serialised ``tf.train.Example`` protos.
     """
 
@@ -297,7 +298,7 @@ def _class_names(name: str, features) -> tuple[str, ...]:
             f"{name} is not an image-classification data set: an 8-bit 'image' and a class 'label' are needed,"
             f" it has { {key: type(field).__name__ for key, field in fields.items()} }"
         )
-    return tuple(label.names) if label.names else tuple(map(str, range(label.num_classes or 0)))
+    return in_words(label.names) if label.names else tuple(map(str, range(label.num_classes or 0)))
 
 
 def _check_counts(shards: Sequence[Path], counts: Sequence[int], expected: Sequence[int]) -> None:

@@ -112,21 +112,33 @@ def train_image(data: bytes, config: DataConfig, rng: np.random.Generator) -> np
 def eval_image(data: bytes, config: DataConfig) -> np.ndarray:
     """Make an evaluation image: decode, resize, crop the centre.
 
-    The short side, or with crop_mode "squash" both sides, becomes floor(image_size / crop_pct).
-
     Args:
         data: an encoded image.
-        config: reads image_size, in_channels, crop_pct, crop_mode and eval_interpolation.
+        config: reads in_channels, and what ``eval_crop`` reads.
 
     Returns:
         uint8 (image_size, image_size, in_channels).
 
     Raises:
         CorruptImageError: the bytes cannot be decoded.
+    """
+    return eval_crop(decode(data, config.in_channels), config)
+
+
+def eval_crop(pixels: np.ndarray, config: DataConfig) -> np.ndarray:
+    """Resize an image and crop its centre, as in an evaluation.
+
+    The short side, or with crop_mode "squash" both sides, becomes floor(image_size / crop_pct).
+
+    Args:
+        pixels: uint8 (H, W, C).
+        config: reads image_size, crop_pct, crop_mode and eval_interpolation.
+
+    Returns:
+        uint8 (image_size, image_size, C).
 
     Source: torchvision's Resize (long side truncated) and CenterCrop (offset rounded), as timm uses them.
     """
-    pixels = decode(data, config.in_channels)
     size = math.floor(config.image_size / config.crop_pct)
     height, width = pixels.shape[:2]
     if config.crop_mode == "squash":

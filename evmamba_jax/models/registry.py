@@ -94,12 +94,23 @@ def load_pretrained(
         ema: take the moving average.
 
     Raises:
-        UserError: a checkpoint that is missing, or of another model or other shapes.
+        UserError: a checkpoint that is missing, or of another model, other shapes or another number of classes.
     """
     from evmamba_jax import checkpoint
 
     params, batch_stats, meta = checkpoint.load_model(directory, ema=ema)
+    given_name, model_name = f"checkpoint {directory}", f"model {name}"
+    check_classes(model, params["head.bias"].size if "head.bias" in params else None, given_name, model_name)
     adopted = model.adopt({**params, **batch_stats})
     _, params, batch_stats = functional.split(model)
-    functional.check_same_shapes({**params, **batch_stats}, adopted, f"checkpoint {directory}", f"model {name}")
+    functional.check_same_shapes({**params, **batch_stats}, adopted, given_name, model_name)
     return {path: adopted[path] for path in params}, {path: adopted[path] for path in batch_stats}, meta
+
+
+def check_classes(model: Any, classes: int | None, given_name: str, model_name: str) -> None:
+    """Raise a UserError when weights are for another number of classes than the model; None is of no head at all."""
+    bias = functional.split(model).params.get("head.bias")
+    if classes is not None and bias is not None and classes != bias.size:
+        raise UserError(
+            f"{given_name} has {classes} classes and {model_name} has {bias.size}; the two must be the same"
+        )

@@ -32,7 +32,6 @@ class ModelConfig:
     drop_path_rate: float = 0.1
     dtype: str = "bfloat16"  # compute type: bfloat16 or float32; parameters and recurrence are float32 either way
     options: dict[str, Any] = field(default_factory=dict)  # further arguments of create_model
-    pretrained: str = ""  # folder of a converted model or of another run to start from
 
 
 @dataclass
@@ -98,12 +97,16 @@ class Config:
     save_every: Duration = field(default_factory=lambda: Duration(epochs=1))
     keep_last: int = 3
     keep_best: int = 1
-    eval_only: bool = False  # evaluate model.pretrained, or the newest checkpoint of the work folder
+    init_from: str = ""  # start from a file of official weights, or the folder of a converted model or another run
+    eval_only: bool = False  # evaluate init_from, or the newest checkpoint of the work folder
+    confusion: bool = False  # with eval_only: also draw confusion.png, which classes are taken for which
 
     def validate(self) -> None:
         """Raise a UserError for values that cannot work together, before anything is loaded."""
         self.data.validate()
         self._one_of("model.dtype", self.model.dtype, ("bfloat16", "float32"))
+        if self.confusion and not self.eval_only:
+            raise UserError("config.confusion draws what an evaluation counts; add --config.eval_only=True")
         if self.batch_size < 1 or self.accumulation < 1:
             raise UserError(
                 f"config.batch_size is {self.batch_size} and config.accumulation {self.accumulation}; "

@@ -1,14 +1,12 @@
 """Where every array of the train state lies, and the train step over them, lowered from shapes alone."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 
-from evmamba_jax import __version__, functional
+from evmamba_jax import functional
 from evmamba_jax.errors import UserError
 from evmamba_jax.training import mesh as meshes
 from evmamba_jax.training import optimizer
@@ -59,10 +57,10 @@ class Layout:
         return init_state(params, batch_stats, self.tx, ema=self.plan.config.optim.ema_decay > 0)
 
     def fresh(self) -> State:
-        """Return the state of step 0: initial values, or those of ``model.pretrained``."""
-        pretrained = self.plan.config.model.pretrained
-        if pretrained:
-            return jax.jit(self.init, out_shardings=self.shardings)(**self.plan.load(pretrained)[0])
+        """Return the state of step 0: initial values, or those of ``init_from``."""
+        source = self.plan.config.init_from
+        if source:
+            return jax.jit(self.init, out_shardings=self.shardings)(**self.plan.load(source)[0])
         return jax.jit(
             lambda: self.init(*functional.split(self.plan.build_model())[1:]), out_shardings=self.shardings
         )()
@@ -96,17 +94,3 @@ class Layout:
         # The ambient mesh tells kernels how their arguments are sharded and which kind of device they are lowered for.
         with jax.set_mesh(self.plan.mesh):
             return jax.jit(step, out_shardings=self.shardings, donate_argnums=0).lower(*arguments)
-
-    def meta(self, step: int, figures: dict[str, float], evaluated: int | None) -> dict[str, Any]:
-        """Return what a checkpoint says about itself."""
-        config = self.plan.config
-        return {
-            "model": config.model.name,
-            "num_classes": self.plan.num_classes,
-            "step": step,
-            "figures": figures,
-            "evaluated": evaluated,
-            "ema": config.optim.ema_decay > 0,
-            "config": dataclasses.asdict(config),
-            "versions": {"evmamba-jax": __version__, "jax": jax.__version__, "flax": flax.__version__},
-        }

@@ -21,6 +21,7 @@ from evmamba_jax.training import mesh as meshes
 from evmamba_jax.training import pictures
 from evmamba_jax.training.config import Config
 from evmamba_jax.training.layout import Layout
+from evmamba_jax.training.per_class import PER_CLASS, Tally, write_per_class
 from evmamba_jax.training.reporting import Reporter
 from evmamba_jax.training.step import State
 from evmamba_jax.training.task import Task, told
@@ -33,7 +34,8 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
 
     Args:
         config: what to run.
-        workdir: folder for config.json, metrics.jsonl, speed.jsonl, tensorboard/, checkpoints/ and the pictures.
+        workdir: folder for config.json, metrics.jsonl, speed.jsonl, tensorboard/, checkpoints/ and the pictures; an
+            evaluation alone writes per_class.csv and, if asked for, confusion.png.
 
     Raises:
         UserError: any mistake of the user's, in one line; a loss that is not finite.
@@ -46,15 +48,32 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
 
 
 def _evaluate_only(task: Task, workdir: Path) -> dict[str, float]:
-    """Evaluate ``model.pretrained``, or the newest checkpoint of the work folder."""
-    directory = task.config.model.pretrained or workdir
-    model, meta = task.load(directory)
+    """Evaluate ``init_from``, or the newest checkpoint of the work folder; write what each class is taken for."""
+    source = task.config.init_from or workdir
+    if source == workdir and not workdir.is_dir():
+        raise UserError(
+            f"there is no run in {workdir} to evaluate; name its --workdir, or set --config.init_from to official "
+            "weights or a folder of ours"
+        )
+    model, meta = task.load(source)
     state = {"model": model}
     if meta.get("ema"):
-        state["ema"], _ = task.load(directory, ema=True)
-    figures = task.evaluate(jax.device_put(state, meshes.replicated(task.mesh)))
+        state["ema"], _ = task.load(source, ema=True)
     if task.is_main:
-        print(f"{task.config.model.name} of {directory} on {task.config.data.name}: {told(figures)}")
+        with storage_errors(workdir):  # found out now, not after the evaluation
+            workdir.mkdir(parents=True, exist_ok=True)
+    tally = Tally(task.mesh, task.num_classes)
+    figures = task.evaluate(jax.device_put(state, meshes.replicated(task.mesh)), tally=tally)
+    if task.is_main:
+        counts, class_names = tally.fetch(), task.eval_source.class_names
+        write_per_class(workdir, counts, class_names)
+        written = str(workdir / PER_CLASS)
+        if task.config.confusion:
+            best = "ema" if "ema" in counts else "model"
+            whose = f"{task.config.model.name} of {source}" + (", moving average" if best == "ema" else "")
+            pictures.confusion(workdir, counts[best].confusion, class_names, whose)
+            written += f" and {pictures.CONFUSION}"
+        print(f"{task.config.model.name} of {source} on {task.config.data.name}: {told(figures)}; see {written}")
     return figures
 
 
@@ -102,7 +121,7 @@ def _train(task: Task, workdir: Path) -> dict[str, float]:
             evaluate = step != evaluated and not stop and (step == total or (step > 0 and step % eval_every == 0))
             save = evaluate or (step > start and bool(stop or step % save_every == 0))
             if save:
-                _check_finite(state, checkpoints, report, layout)
+                _check_finite(task, state, checkpoints, report)
 
             if evaluate:
                 figures = task.evaluate(state, pictures_in=workdir if step == total else None)
@@ -111,7 +130,7 @@ def _train(task: Task, workdir: Path) -> dict[str, float]:
             if save:
                 report.flush()
                 metrics = {"top1": max(figures["top1"], figures.get("ema_top1", 0.0))} if evaluated == step else None
-                checkpoints.save(step, state, meta=layout.meta(step, figures, evaluated), metrics=metrics)
+                checkpoints.save(step, state, meta=task.meta(step, figures, evaluated), metrics=metrics)
                 clock.restart()
             if stop:
                 checkpoints.wait()
@@ -126,7 +145,7 @@ def _train(task: Task, workdir: Path) -> dict[str, float]:
             clock.steps += 1
 
             if (step + 1) % log_every == 0 or step + 1 == total:
-                _check_finite(state, checkpoints, report, layout)
+                _check_finite(task, state, checkpoints, report)
                 window = {name: float(value) for name, value in jax.device_get(state["train"]["window"]).items()}
                 metrics = {
                     "loss": window["loss"] / window["steps"],
@@ -156,7 +175,7 @@ def _compile(layout: Layout, report: Reporter) -> Callable[[State, dict[str, jax
 
 
 def _restore_or_init(layout: Layout, checkpoints: Checkpoints, workdir: Path) -> tuple[int, State, dict[str, Any]]:
-    """Return step, state and meta: of the newest whole checkpoint, of ``model.pretrained``, or of a fresh model."""
+    """Return step, state and meta: of the newest whole checkpoint, of ``init_from``, or of a fresh model."""
     stored = checkpoints.restore_meta()
     if stored is not None:
         for name in ("batch_size", "seed"):
@@ -170,7 +189,7 @@ def _restore_or_init(layout: Layout, checkpoints: Checkpoints, workdir: Path) ->
     return restored or (0, layout.fresh(), {"figures": {}, "evaluated": None})
 
 
-def _check_finite(state: State, checkpoints: Checkpoints, report: Reporter, layout: Layout) -> None:
+def _check_finite(task: Task, state: State, checkpoints: Checkpoints, report: Reporter) -> None:
     """Stop the run at a loss or gradient that is not finite, with the state before it on disk."""
     last = {name: float(value) for name, value in jax.device_get(state["train"]["last"]).items()}
     bad = next((name for name, value in last.items() if not np.isfinite(value)), None)
@@ -179,7 +198,7 @@ def _check_finite(state: State, checkpoints: Checkpoints, report: Reporter, layo
     step = int(state["train"]["step"])
     train = {**state["train"], "last": jax.tree.map(jnp.zeros_like, state["train"]["last"])}
     report.flush()
-    checkpoints.save(step, {**state, "train": train}, meta=layout.meta(step, {}, None))
+    checkpoints.save(step, {**state, "train": train}, meta=task.meta(step, {}, None))
     checkpoints.wait()
     raise UserError(
         f"{bad} is {last[bad]} at step {step + 1}; the state before it, step {step}, is saved: "

@@ -160,8 +160,8 @@ def make_train_step(
 def make_eval_step(graphdef: Any, config: Config) -> Callable[[dict, Batch], tuple[dict, dict]]:
     """Return ``eval_step(variables, batch) -> (sums, answers)`` for a model in evaluation mode.
 
-    ``sums``: loss, top1, top5 (weighted), weight and corrupt, each a scalar; ``answers``: the predicted class and its
-    probability, each (B,).
+    ``sums``: loss, top1, top5 (weighted), weight and corrupt, each a scalar; ``answers``: the predicted class, its
+    probability and the true class's rank (0 is the first), each (B,).
     """
 
     def eval_step(variables: dict, batch: Batch) -> tuple[dict, dict]:
@@ -170,9 +170,10 @@ def make_eval_step(graphdef: Any, config: Config) -> Callable[[dict, Batch], tup
         logits = model(images).astype(jnp.float32)
         labels, weight = batch["label"], batch["weight"]
         own = jnp.take_along_axis(logits, labels[:, None], axis=1)
-        # The number of classes that score higher; on a tie the lower index wins, as argmax has it.
+        # The number of classes that score higher; on a tie the lower index wins, as argmax has it. NaN, which no
+        # comparison holds for, scores higher than everything: a model that gives it is never right.
         lower = jnp.arange(logits.shape[1]) < labels[:, None]
-        rank = ((logits > own) | ((logits == own) & lower)).sum(1)
+        rank = (~(logits <= own) | ((logits == own) & lower)).sum(1)
         sums = {
             "loss": optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels) @ weight,
             "top1": (rank < 1) @ weight,
@@ -180,7 +181,7 @@ def make_eval_step(graphdef: Any, config: Config) -> Callable[[dict, Batch], tup
             "weight": weight.sum(),
             "corrupt": batch["corrupt"].sum().astype(jnp.float32),
         }
-        answers = {"prediction": logits.argmax(1), "probability": jax.nn.softmax(logits).max(1)}
+        answers = {"prediction": logits.argmax(1), "probability": jax.nn.softmax(logits).max(1), "rank": rank}
         return sums, answers
 
     return eval_step

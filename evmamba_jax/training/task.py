@@ -1,24 +1,28 @@
 """A model, the mesh it lies on and the data it is evaluated on: what training and evaluation share."""
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from evmamba_jax import create_model, functional
+from evmamba_jax import __version__, create_model, functional
 from evmamba_jax.data import loader
 from evmamba_jax.data.sources import open_source
-from evmamba_jax.models import abstract_model, load_pretrained
+from evmamba_jax.models import abstract_model
 from evmamba_jax.training import mesh as meshes
 from evmamba_jax.training import pictures
 from evmamba_jax.training.config import Config
+from evmamba_jax.training.per_class import Tally
 from evmamba_jax.training.step import make_eval_step
+from evmamba_jax.weights import load_weights
 
 PICTURED = 64  # examples in predictions.png
 
@@ -57,11 +61,15 @@ class Plan:
         }
 
     def load(
-        self, directory: str | os.PathLike[str], *, ema: bool = False
+        self, source: str | os.PathLike[str], *, ema: bool = False
     ) -> tuple[dict[str, functional.Arrays], dict[str, Any]]:
-        """Return a checkpoint's ``{"params", "batch_stats"}``, checked against the model's shapes, and its meta."""
-        name = f"{self.config.model.name} with {self.num_classes} classes"
-        params, batch_stats, meta = load_pretrained(self.model, directory, name, ema=ema)
+        """Return ``{"params", "batch_stats"}`` of a folder or file, checked against the model's shapes, and its meta.
+
+        Every process of the run reads for itself. Only training goes on from weights of another grid of patches.
+        """
+        name = f"{self.config.model.name} for {self.config.data.name}"
+        resize = not self.config.eval_only
+        params, batch_stats, meta = load_weights(self.model, source, name, ema=ema, resize=resize)
         return {"params": params, "batch_stats": batch_stats}, meta
 
 
@@ -84,12 +92,30 @@ class Task(Plan):
         sharding = meshes.batch_sharding(self.mesh)
         return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in rows.items()}
 
-    def evaluate(self, state: Mapping[str, Any], *, pictures_in: Path | None = None) -> dict[str, float]:
+    def meta(self, step: int, figures: dict[str, float], evaluated: int | None) -> dict[str, Any]:
+        """Return what a checkpoint says about itself."""
+        config = self.config
+        return {
+            "model": config.model.name,
+            "num_classes": self.num_classes,
+            "class_names": self.eval_source.class_names,
+            "step": step,
+            "figures": figures,
+            "evaluated": evaluated,
+            "ema": config.optim.ema_decay > 0,
+            "config": dataclasses.asdict(config),
+            "versions": {"evmamba-jax": __version__, "jax": jax.__version__, "flax": flax.__version__},
+        }
+
+    def evaluate(
+        self, state: Mapping[str, Any], *, pictures_in: Path | None = None, tally: Tally | None = None
+    ) -> dict[str, float]:
         """Evaluate ``state["model"]`` and, where there is one, ``state["ema"]`` on every example exactly once.
 
         Args:
             state: ``{"params", "batch_stats"}`` under each of the two names.
             pictures_in: folder for predictions.png (of the moving average where there is one).
+            tally: counts the answers by class.
 
         Returns:
             ``top1``, ``top5`` (per cent) and ``eval_loss``, the same with ``ema_``, and ``examples``.
@@ -113,6 +139,8 @@ class Task(Plan):
                     with jax.set_mesh(self.mesh):  # kernels find their shards by it
                         sums, answers = self.eval_step(state[name], batch)
                     totals[name] = jax.tree.map(jnp.add, totals[name], sums) if name in totals else sums
+                    if tally:
+                        tally.add(name, batch, answers)
                 if gallery:
                     gallery.add(rows, jax.device_get(answers))
         if gallery and pictures_in:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -41,7 +41,7 @@ _FAMILIES: Mapping[type[nnx.Module], _Official] = {
 }
 
 
-def from_torch(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) -> None:
+def from_torch(model: nnx.Module, state_dict: Mapping[str, np.ndarray], *, resize: bool = False) -> None:
     """Fill a model in place with official weights; afterwards it computes what the official model does.
 
     Args:
@@ -51,21 +51,26 @@ def from_torch(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) -> None:
             the type of our parameter, except that float64 stays float64 where JAX has 64 bits enabled. A backbone
             (``out_norms=True``) also takes the weights of a classifier, as the official detectors do: the last norm
             and the head are left out, and the out norms, which such weights lack, start at 1 and 0.
+        resize: also take Vim's position embedding of another image size or stride, resized, as fine-tuning needs it.
+            It is refused otherwise, because nothing else tells the weights of such variants apart.
 
     Raises:
         UserError: names are missing or left over, or shapes differ; lists the first of each. The model is unchanged.
     """
-    family = _family(model)
-    given = dict(state_dict)
-    for old, new in family.old_names.items():
-        given = {re.sub(old, new, name): array for name, array in given.items()}
-    rows = family.table(model)
-    if isinstance(model, Pyramid):
+    given, rows = _with_current_names(model, state_dict), table(model)
+    if resize or isinstance(model, Pyramid):
         paths = {row.official: row.ours for row in rows}
         official = {row.ours: row.official for row in rows}
-        adopted = model.adopt({paths.get(name, name): array for name, array in given.items()})
+        adopted = cast("Any", model).adopt({paths.get(name, name): array for name, array in given.items()})
         given = {official.get(path, path): array for path, array in adopted.items()}
     fill(model, rows, given)
+
+
+def count_classes(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) -> int | None:
+    """Return the classes of official weights of a model's family, read off their head; None where they have none."""
+    given = _with_current_names(model, state_dict)
+    names = [row.official for row in table(model) if row.ours == "head.bias"]
+    return next((given[name].size for name in names if name in given), None)
 
 
 def to_torch(model: nnx.Module) -> dict[str, np.ndarray]:
@@ -93,6 +98,13 @@ def _family(model: nnx.Module) -> _Official:
         known = ", ".join(family.__name__ for family in _FAMILIES)
         raise UserError(f"no table of official names for {type(model).__name__}; there is one for {known}")
     return _FAMILIES[type(model)]
+
+
+def _with_current_names(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    given = dict(state_dict)
+    for old, new in _family(model).old_names.items():
+        given = {re.sub(old, new, name): array for name, array in given.items()}
+    return given
 
 
 def _arrays(model: nnx.Module) -> functional.Arrays:
@@ -127,7 +139,7 @@ def fill(model: nnx.Module, rows: Iterable[Row], state_dict: Mapping[str, np.nda
     if any(problems.values()):
         text = "; ".join(f"{len(names)} {what}: {_first(names)}" for what, names in problems.items() if names)
         options = "variant, num_classes and image_size" if "pos_embed" in wanted else "variant and num_classes"
-        raise UserError(f"the weights do not fit {type(model).__name__} ({text}); create the {options} they are for")
+        raise UserError(f"the weights do not fit {type(model).__name__} ({text}); take the {options} they are for")
 
     def filled(arrays: functional.Arrays) -> functional.Arrays:
         return {

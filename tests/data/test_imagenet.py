@@ -5,6 +5,9 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
+from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +18,7 @@ from tensorflow_datasets.core.shuffle import Shuffler
 from evmamba_jax.data import __main__ as command
 from evmamba_jax.data import imagenet
 from evmamba_jax.data.config import DataConfig
-from evmamba_jax.data.imagenet import prepare_imagenet, synsets, validation_labels
+from evmamba_jax.data.imagenet import imagenet_classes, in_words, prepare_imagenet, synsets, validation_labels
 from evmamba_jax.data.sources import open_source
 from evmamba_jax.errors import UserError
 from tests.mini_imagenet import encode, make_tar, make_train_tar, make_validation_tar, photograph
@@ -46,11 +49,12 @@ def test_train_records(prepared):
     source = opened(prepared, "train")
     assert len(source) == 2000
     assert source.num_classes == 1000
-    assert list(source.class_names) == sorted(source.class_names) == synsets()
+    assert list(source.class_names) == imagenet_classes()
+    assert synsets() == sorted(synsets())
     for i in range(0, 2000, 7):
         record = source[i]
         wnid, number = record["id"].removesuffix(".JPEG").split("_")
-        assert source.class_names[record["label"]] == wnid
+        assert record["label"] == synsets().index(wnid)
         assert record["image"] == photograph(int(number) % 100)
 
 
@@ -61,10 +65,38 @@ def test_validation_labels_belong_to_their_names(prepared):
     for i in range(50):
         record = source[i]
         number = int(record["id"].removesuffix(".JPEG").removeprefix("ILSVRC2012_val_"))
-        assert source.class_names[record["label"]] == validation_labels()[number - 1]
+        assert synsets()[record["label"]] == validation_labels()[number - 1]
         assert record["image"] == photograph(1000 + number)
         names.add(number)
     assert names == set(range(1, 51))
+
+
+def test_the_classes_in_words():
+    """The first, the last and some that everybody knows; "crane" is a bird and a machine in WordNet, too."""
+    words = imagenet_classes()
+    assert len(words) == 1000
+    known = {
+        0: "tench, Tinca tinca",
+        1: "goldfish, Carassius auratus",
+        134: "crane",
+        207: "golden retriever",
+        281: "tabby, tabby cat",
+        517: "crane",
+        998: "ear, spike, capitulum",
+        999: "toilet tissue, toilet paper, bathroom tissue",
+    }
+    assert {k: words[k] for k in known} == known
+    assert [word for word, count in Counter(words).items() if count > 1] == ["crane"]
+    assert all(word == word.strip() and "_" not in word for word in words)
+    assert in_words(["n02123045", "cat", "n01440764"]) == ("tabby, tabby cat", "cat", "tench, Tinca tinca")
+
+
+def test_the_classes_are_shipped_with_their_licence():
+    root = Path(__file__).parents[2]
+    shipped = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    patterns = [root / package / pattern for package, names in shipped.items() for pattern in names]
+    assert root / "evmamba_jax" / "data" / "imagenet_classes.txt" in patterns
+    assert "WordNet 3.0 Copyright 2006 by Princeton University" in (root / "NOTICE").read_text()
 
 
 def test_known_validation_labels():

@@ -2,6 +2,7 @@
 
 import math
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,15 @@ def test_facts_of_the_official_sources():
         assert card.top5 is None or card.top1 < card.top5 < 100
         assert math.isclose(sum(card.mean), 1.347)
         assert card.licence_note
+
+
+def test_recipes_evaluate_as_their_cards_say():
+    for card in CARDS.values():
+        data = import_module(f"configs.{card.name}").get_config().data
+        assert (data.image_size, data.image_size) == card.input_size
+        crop = (data.crop_pct, data.crop_mode, data.eval_interpolation)
+        assert crop == (card.crop, card.crop_mode, card.interpolation)
+        assert (data.mean, data.std) == (card.mean, card.std)
 
 
 def test_an_unknown_name_is_refused_with_the_nearest():

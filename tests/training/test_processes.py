@@ -4,7 +4,11 @@ import json
 import socket
 
 import pytest
-from command import environment, run, start
+from command import TINY, environment, run, start
+from official_weights import save_pth, weights_of
+from tiny import get_config
+
+from evmamba_jax.models import abstract_model
 
 ARGUMENTS = ("--config.duration.steps=12", "--config.eval_every.steps=6", "--config.mesh.fsdp=2")
 
@@ -21,12 +25,14 @@ def shared(tmp_path_factory):
     return {"TFDS_DATA_DIR": str(tmp_path_factory.mktemp("data")), "PJRT_NPROC": "16"}
 
 
-def pair(*arguments, shared):
+def pair(*arguments, shared, config=TINY):
     """Start two joined processes; return exit code and output of each."""
     env = environment(devices=2, JAX_CPU_COLLECTIVES_IMPLEMENTATION="gloo", **shared)
     joined = {"enabled": True, "coordinator_address": f"127.0.0.1:{free_port()}", "num_processes": 2}
     flags = [f"--config.distributed.{name}={value}" for name, value in joined.items()]
-    processes = [start(*arguments, *flags, f"--config.distributed.process_id={i}", env=env) for i in range(2)]
+    processes = [
+        start(*arguments, *flags, f"--config.distributed.process_id={i}", config=config, env=env) for i in range(2)
+    ]
     told = [process.communicate(timeout=240) for process in processes]
     return [(process.returncode, *texts) for process, texts in zip(processes, told, strict=True)]
 
@@ -57,3 +63,20 @@ def test_more_processes_than_examples_are_refused(shared, tmp_path):
         (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
         assert "2 processes" in line
         assert "Traceback" not in err
+
+
+def test_two_processes_evaluate_an_official_file_as_one(shared, tmp_path):
+    config = get_config("convolutions").model
+    model = abstract_model(config.name, num_classes=10, in_channels=1, **config.options)
+    save_pth(tmp_path / "tiny.pth", weights_of(model))
+    arguments = ("--config.eval_only=True", f"--config.init_from={tmp_path / 'tiny.pth'}")
+    env = environment(devices=4, **shared)
+    code, out, err = run(*arguments, "--workdir", tmp_path / "one", config=f"{TINY}:convolutions", env=env)
+    assert code == 0, out + err
+
+    told = pair(*arguments, "--workdir", tmp_path / "two", shared=shared, config=f"{TINY}:convolutions")
+    assert [code for code, *_ in told] == [0, 0], told
+    one, two = ((tmp_path / name / "per_class.csv").read_text() for name in ("one", "two"))
+    assert one == two
+    assert told[0][1].splitlines()[-1] == out.splitlines()[-1].replace("/one/", "/two/")
+    assert "top-1" not in told[1][1]

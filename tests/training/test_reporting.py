@@ -295,6 +295,69 @@ def test_predictions_that_are_all_right(tmp_path, figures):
     assert figures[0].axes[0].get_title() == "✓ zero 100%"
 
 
+def test_confusion_of_few_classes_shows_every_number(tmp_path, figures):
+    counts = np.array([[7, 2, 0], [0, 9, 1], [0, 0, 0]])
+    pictures.confusion(tmp_path, counts, ["cat", "dog", "a bird without images"], "tiny of runs/x")
+    (figure,) = figures
+    assert figure.get_suptitle() == "tiny of runs/x\n16 of 19 images right (84.2%)"
+    (axes,) = figure.axes
+    drawn = {text.get_position()[::-1]: text.get_text() for text in axes.texts}
+    assert drawn == {(0, 0): "7", (1, 1): "9", (0, 1): "2", (1, 2): "1"}  # by true class, class it was taken for
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names == ["cat (78%)", "dog (90%)", "a bird without im… (no images)"]
+    assert (tmp_path / "confusion.png").stat().st_size > 0
+
+
+def test_confusion_of_many_classes_names_the_mistakes(tmp_path, figures):
+    side = 450
+    counts = np.diag(np.full(side, 50))
+    counts[3, [3, 400]] = 30, 20
+    counts[400, [400, 3]] = 45, 5
+    counts[7] = 0
+    pictures.confusion(tmp_path, counts, [f"name{k}, synonym" if k else "0" for k in range(side)], "tiny")
+    (figure,) = figures
+    table, pairs, weak, _ = figure.axes
+    blocks = np.asarray(table.images[0].get_array())
+    assert blocks.shape == (150, 150)  # of three classes
+    assert {place: blocks[place] for place in zip(*map(list, np.nonzero(blocks)), strict=True)} == {
+        (1, 133): 20,
+        (133, 1): 5,
+    }
+    assert [text.get_text().strip() for text in pairs.texts] == [
+        "3 name3, synonym → 400 name400, synonym",
+        "40%  20 of 50",
+        "400 name400, synonym → 3 name3, synonym",
+        "10%  5 of 50",
+    ]
+    weakest = [text.get_text().strip() for text in weak.texts]
+    assert weakest[:4] == [
+        "3 name3, synonym",
+        "60%  30 of 50; 20 as 400 name400, synonym",
+        "400 name400, synonym",
+        "90%  45 of 50; 5 as 3 name3, synonym",
+    ]
+    assert weakest[4] == "0"  # the rest is right, and class 7 has no images
+    assert not any(text.startswith("7 ") for text in weakest)
+
+
+def test_confusion_without_a_mistake(tmp_path, figures):
+    pictures.confusion(tmp_path, np.diag(np.full(31, 2)), list(map(str, range(31))), "tiny")
+    assert "62 of 62 images right (100.0%)" in figures[0].get_suptitle()
+    assert not figures[0].axes[1].texts
+
+
+def test_guesses_show_the_images_and_the_most_probable(tmp_path, figures):
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1), dtype=np.uint8)
+    shares = np.array([[0.1, 0.7, 0.2], [0.5, 0.2, 0.3], [0.0, 0.0, 1.0]])
+    pictures.guesses(tmp_path / "out.png", images, ["a.png", "b.png", "c.png"], shares, ["cat", "dog", "2"], 2)
+    axes = figures[0].axes
+    assert [each.get_title(loc="left") for each in axes[::2]] == ["a.png", "b.png", "c.png", ""]
+    for each, image in zip(axes[::2], images, strict=False):
+        np.testing.assert_array_equal(each.images[0].get_array(), image[..., 0])
+    bars = [[text.get_text().strip() for text in each.texts] for each in axes[1::2]]
+    assert bars == [["1 dog", "70%", "2", "20%"], ["0 cat", "50%", "2", "30%"], ["2", "100%", "0 cat", "0%"], []]
+
+
 def test_metrics_are_json_lines(tmp_path):
     report = reporter(tmp_path)
     log(report, [100])

@@ -1,5 +1,6 @@
 """Whatever stops a run, starting it again gives the run that was never stopped, to the bit."""
 
+import csv
 import functools
 import json
 import os
@@ -145,14 +146,15 @@ def test_a_checkpoint_of_other_shapes_lists_the_first_few(shared, uninterrupted,
     assert "is of another model or other settings" in err
     assert "norm1.mean is float32[128] there and float32[256] here; " in err
     assert re.search(r"; and \d+ more; use the settings it was made with", err), err
-    pretrained = f"--config.model.pretrained={uninterrupted}"
-    code, _, err = run(*ARGUMENTS, "--workdir", tmp_path / "new", pretrained, config=str(wider) + VARIANT, env=shared)
+    init_from = f"--config.init_from={uninterrupted}"
+    code, _, err = run(*ARGUMENTS, "--workdir", tmp_path / "new", init_from, config=str(wider) + VARIANT, env=shared)
     assert code == 2
-    assert "does not fit model evmamba_t with 10 classes: head.kernel: (64, 10), expected (128, 10)" in err
+    assert "does not fit model evmamba_t for digits: head.kernel: (64, 10), expected (128, 10)" in err
     assert len(err.strip().splitlines()) == 1
     code, _, err = run("--workdir", tmp_path / "nothing", "--config.eval_only=True", env=shared)
     assert code == 2
-    assert f"{tmp_path / 'nothing'} is not a folder" in err
+    assert f"there is no run in {tmp_path / 'nothing'} to evaluate" in err
+    assert not (tmp_path / "nothing").exists()
 
 
 def test_what_the_work_folder_holds(uninterrupted):
@@ -177,18 +179,21 @@ def test_what_the_work_folder_holds(uninterrupted):
         assert best["step"] in steps
 
 
-def test_evaluation_only_repeats_the_last_figures(shared, uninterrupted):
+def test_evaluation_only_repeats_the_last_figures(shared, uninterrupted, tmp_path):
     rows = [json.loads(line) for line in (uninterrupted / "metrics.jsonl").read_text().splitlines()]
     figures = [row for row in rows if "top1" in row][-1]
+    shutil.copytree(uninterrupted, tmp_path / "run")
     for arguments in (
-        ("--workdir", uninterrupted),
-        ("--workdir", "unused", f"--config.model.pretrained={uninterrupted}"),
+        ("--workdir", tmp_path / "run"),
+        ("--workdir", tmp_path / "other", f"--config.init_from={uninterrupted}"),
     ):
         code, out, err = run("--config.eval_only=True", *arguments, env=shared)
         assert code == 0, err
         assert f"top-1 {figures['top1']:.2f} %" in out
         assert f"moving average top-1 {figures['ema_top1']:.2f} %" in out
-        assert "(360 images)" in out
+        assert f"(360 images); see {arguments[1]}/per_class.csv" in out
+        classes = csv.DictReader((arguments[1] / "per_class.csv").read_text().splitlines())
+        assert sum(int(row["images"]) for row in classes) == 360
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_the_state_before_it(shared, tmp_path):

@@ -227,7 +227,8 @@ def test_evaluation_counts_by_weight(start):
     config = configured()
     graphdef, params, stats = functional.split(create_model("evmamba_t", rngs=nnx.Rngs(0), **OPTIONS))
     batch = next(batches(1)) | {"weight": np.float32([1] * 11 + [0] * 5)}
-    sums, answers = jit(make_eval_step(graphdef, config))({"params": params, "batch_stats": stats}, batch)
+    evaluate = jit(make_eval_step(graphdef, config))
+    sums, answers = evaluate({"params": params, "batch_stats": stats}, batch)
     images = (batch["image"] / 255.0 - np.array(config.data.mean)) / np.array(config.data.std)
     logits = np.asarray(jit(functional.merge(graphdef, params, stats).__call__)(jnp.float32(images)), np.float64)
     order = np.argsort(-logits, axis=1, kind="stable")
@@ -239,6 +240,12 @@ def test_evaluation_counts_by_weight(start):
     expected = (log_z - logits[np.arange(16), labels])[real].sum()
     np.testing.assert_allclose(sums["loss"], expected, rtol=1e-4)
     np.testing.assert_array_equal(answers["prediction"], order[:, 0])
+    np.testing.assert_array_equal(answers["rank"], (order == labels[:, None]).argmax(1))
+
+    broken = {"params": {**params, "head.bias": params["head.bias"].at[0].set(jnp.nan)}, "batch_stats": stats}
+    broken["params"]["head.kernel"] = params["head.kernel"] * jnp.nan
+    sums, _ = evaluate(broken, batch)
+    assert (float(sums["top1"]), float(sums["top5"])) == (0, 0)  # not every one, though nothing scores higher than NaN
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
-from official_weights import weights
+from official_weights import manifest, weights, weights_of
 from recorded import MODELS, abstract, facts
 from safetensors.numpy import load_file, save_file
 
@@ -32,21 +32,6 @@ def small(**options):
 def arrays_of(model):
     _, params, batch_stats = functional.split(model)
     return {**params, **batch_stats}
-
-
-def official_shapes(model):
-    """Return {official name: shape} by the table."""
-    shapes = {path: array.shape for path, array in arrays_of(model).items()}
-    return {
-        row.official: row.layout.to_official(np.broadcast_to(np.int8(0), shapes[row.ours])).shape
-        for row in table(model)
-        if row.ours in shapes
-    }
-
-
-def state_dict(model):
-    """Return weights by the rule for a model of any size."""
-    return weights(official_shapes(model))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -79,14 +64,14 @@ def test_every_parameter_of_every_model_has_one_official_name(name, options):
 
 def test_a_backbone_takes_its_own_weights_and_those_of_a_classifier():
     backbone, classifier = small(out_norms=True), small()
-    own = state_dict(backbone)
+    own = weights_of(backbone)
     assert {name for name in own if name.startswith(("outnorm", "classifier"))} == {
         f"outnorm{i}.{kind}" for i in range(4) for kind in ("weight", "bias")
     }
     from_torch(backbone, own)
     chex.assert_trees_all_equal({k: v for k, v in to_torch(backbone).items() if k in own}, own)
 
-    official = state_dict(classifier)
+    official = weights_of(classifier)
     from_torch(backbone, official)
     arrays = arrays_of(backbone)
     assert all((arrays[f"out_norms.{i}.scale"] == 1).all() for i in range(4))
@@ -118,7 +103,7 @@ def test_a_model_with_orders_of_its_own_goes_there_and_back():
 
 def test_older_names_and_four_dimensional_matrices_are_understood():
     model = abstract_model("vmamba_t", width=8, depths=(1, 1, 1, 1), num_classes=3)
-    official = state_dict(model)
+    official = weights_of(model)
     from_torch(model, official)
     expected = arrays_of(model)
     old = {}
@@ -133,18 +118,18 @@ def test_older_names_and_four_dimensional_matrices_are_understood():
 
 
 def test_the_deeper_third_stage_of_b_moves_its_downsampling():
-    shapes = official_shapes(abstract("evmamba_b"))
+    shapes = manifest(abstract("evmamba_b"))
     assert shapes["layers.2.11.reduction.weight"] == (768, 4 * 384)
     assert {name.split(".")[2] for name in shapes if name.startswith("layers.2.")} == set(map(str, [*range(1, 10), 11]))
 
 
 def test_a_headless_model_has_no_head_in_its_table():
-    assert not [name for name in official_shapes(small(num_classes=0)) if "classifier.head" in name]
+    assert not [name for name in manifest(small(num_classes=0)) if "classifier.head" in name]
 
 
 def test_each_layout_element_by_element():
     model = small()
-    official = state_dict(model)
+    official = weights_of(model)
     from_torch(model, official)
     ours = arrays_of(model)
     k, inner, states, rank = 4, 32, 2, 1
@@ -181,7 +166,7 @@ def test_each_layout_element_by_element():
 
 def test_types_of_the_arrays():
     model, wide = small(), small()
-    official = state_dict(model)
+    official = weights_of(model)
     half = {name: array.astype(ml_dtypes.bfloat16) for name, array in official.items()}
     double = {name: array.astype(np.float64) for name, array in official.items()}
     from_torch(model, half)
@@ -195,7 +180,7 @@ def test_types_of_the_arrays():
 
 def test_the_model_keeps_its_own_memory():
     model = small()
-    official = state_dict(model)
+    official = weights_of(model)
     from_torch(model, official)
     before = {path: np.array(array) for path, array in arrays_of(model).items()}
     for array in official.values():
@@ -222,7 +207,7 @@ def without(official, name):
 )
 def test_weights_that_do_not_fit_are_named_and_change_nothing(change, message):
     model = small()
-    official = state_dict(model)
+    official = weights_of(model)
     from_torch(model, official)
     before = arrays_of(model)
     with pytest.raises(UserError) as error:
@@ -234,7 +219,7 @@ def test_weights_that_do_not_fit_are_named_and_change_nothing(change, message):
 
 def test_counters_are_ignored():
     model = small()
-    from_torch(model, state_dict(model) | {"layers.2.1.conv_pw.1.num_batches_tracked": np.asarray(3)})
+    from_torch(model, weights_of(model) | {"layers.2.1.conv_pw.1.num_batches_tracked": np.asarray(3)})
 
 
 def test_a_foreign_module_is_refused():
@@ -270,7 +255,7 @@ def test_the_command_makes_a_checkpoint_that_create_model_reads(tiny_file, tmp_p
 def test_a_fine_tuned_file_goes_to_a_checkpoint_and_back_to_a_file(tmp_path, capsys):
     options = ["--option", "width=16", "--option", "depths=(1, 2, 1, 3)", "--option", "num_classes=5"]
     options += ["--option", "d_state=2"]
-    official = state_dict(small())
+    official = weights_of(small())
     given, folder, out = tmp_path / "given.safetensors", tmp_path / "converted", tmp_path / "new" / "out.safetensors"
     save_file(official, given)
     convert = ["convert", "--model", "evmamba_t", "--torch", str(given), "--out", str(folder), *options]

@@ -1,0 +1,119 @@
+"""What each class is taken for: counted on the device, batch by batch, and written as per_class.csv."""
+
+import csv
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from evmamba_jax.checkpoint import storage_errors
+from evmamba_jax.training.mesh import replicated
+
+PER_CLASS = "per_class.csv"
+
+
+class Counts(NamedTuple):
+    """Images of an evaluation, K classes; int32, NumPy's or JAX's."""
+
+    confusion: Any  # (K, K): true class, class it was taken for
+    top1: Any  # (K,): right at the first guess
+    top5: Any  # (K,): right within five guesses
+
+
+class Tally:
+    """Counts the answers of an evaluation by class, for each variant of the model's weights.
+
+    Nothing is fetched before the end. A variant takes 4 K^2 bytes of every device's memory.
+
+    Args:
+        mesh: on which the batches lie.
+        num_classes: K.
+    """
+
+    def __init__(self, mesh: Mesh, num_classes: int):
+        whole = replicated(mesh)
+        square, vector = (num_classes, num_classes), (num_classes,)
+
+        def count(counts: Counts, batch: Mapping[str, jax.Array], answers: Mapping[str, jax.Array]) -> Counts:
+            # A few kB from every device to all; sums of K x K from every device would be megabytes.
+            label, weight = (jax.lax.with_sharding_constraint(batch[name], whole) for name in ("label", "weight"))
+            real, rank = weight > 0, answers["rank"]  # neither padding nor unreadable
+            return Counts(
+                counts.confusion.at[label, answers["prediction"]].add(real.astype(jnp.int32)),
+                counts.top1.at[label].add((real & (rank < 1)).astype(jnp.int32)),
+                counts.top5.at[label].add((real & (rank < 5)).astype(jnp.int32)),
+            )
+
+        self._count = jax.jit(count, donate_argnums=0, out_shardings=whole)
+        self._zeros = jax.jit(
+            lambda: Counts(*(jnp.zeros(shape, jnp.int32) for shape in (square, vector, vector))), out_shardings=whole
+        )
+        self._counts: dict[str, Counts] = {}
+
+    def add(self, variant: str, batch: Mapping[str, jax.Array], answers: Mapping[str, jax.Array]) -> None:
+        """Count a global batch.
+
+        Args:
+            variant: whose answers they are, "model" or "ema".
+            batch: reads label and weight, each (B,).
+            answers: reads prediction and rank, each (B,), as ``make_eval_step`` gives them.
+        """
+        if variant not in self._counts:
+            self._counts[variant] = self._zeros()
+        self._counts[variant] = self._count(self._counts[variant], batch, answers)
+
+    def fetch(self) -> dict[str, Counts]:
+        """Return the counts of every variant as NumPy arrays."""
+        return {variant: jax.device_get(counts) for variant, counts in self._counts.items()}
+
+
+def write_per_class(folder: Path, counts: Mapping[str, Counts], class_names: Sequence[str]) -> None:
+    """Write per_class.csv: one line a class, in label order.
+
+    Its columns are ``class``, ``name``, ``images``; ``top1``, ``top5`` (per cent of these images), ``taken_for``,
+    ``taken_for_name`` and ``taken_for_share``, the wrong class that most of them were taken for and per cent that were;
+    and the last five with ``ema_`` where there is a moving average. A field that nothing stands for is empty: the
+    accuracy of a class without images, what a class is taken for that is never mistaken.
+
+    Args:
+        folder: for the file.
+        counts: of each variant, as ``Tally.fetch`` returns them.
+        class_names: one a class.
+
+    Raises:
+        UserError: the folder is full or not writable.
+    """
+    rows = [{"class": k, "name": name, "images": 0} for k, name in enumerate(class_names)]
+    for variant, found in counts.items():
+        prefix = "" if variant == "model" else f"{variant}_"
+        for row, images, figures in zip(rows, found.confusion.sum(1), _figures(found, class_names), strict=True):
+            row["images"] = int(images)  # the same for every variant
+            row |= {prefix + name: value for name, value in figures.items()}
+    beside = folder / f"{PER_CLASS}.tmp"
+    with storage_errors(folder):
+        with beside.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        beside.replace(folder / PER_CLASS)
+
+
+def _figures(counts: Counts, class_names: Sequence[str]) -> Iterator[dict[str, int | str]]:
+    """Yield what per_class.csv says of each class for one variant."""
+    for k, taken_for in enumerate(counts.confusion):
+        images = taken_for.sum()
+        share = lambda count, of=images: f"{100 * count / of:.2f}" if of else ""  # noqa: E731
+        mistakes = np.where(np.arange(len(taken_for)) == k, 0, taken_for)
+        most = int(mistakes.argmax())
+        mistaken = mistakes[most] > 0
+        yield {
+            "top1": share(counts.top1[k]),
+            "top5": share(counts.top5[k]),
+            "taken_for": most if mistaken else "",
+            "taken_for_name": class_names[most] if mistaken else "",
+            "taken_for_share": share(mistakes[most]) if mistaken else "",
+        }

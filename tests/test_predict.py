@@ -1,0 +1,249 @@
+"""Predictions for a user's images: prepared as card or run say, named, drawn; mistakes told in one line."""
+
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import sklearn.datasets
+from official_weights import save_pth, weights
+from PIL import Image
+
+from evmamba_jax import functional, predict
+from evmamba_jax.checkpoint import Checkpoints, save_model
+from evmamba_jax.data.config import DataConfig
+from evmamba_jax.data.imagenet import imagenet_classes
+from evmamba_jax.data.transforms import eval_image
+from evmamba_jax.models import abstract_model
+from evmamba_jax.predict import Predictor, main, read_image
+from evmamba_jax.weights import from_torch
+
+ROOT = Path(__file__).parents[1]
+PHOTOGRAPHS = [Path(sklearn.datasets.__file__).parent / "images" / name for name in ("china.jpg", "flower.jpg")]
+SHAPES = json.loads((ROOT / "tests" / "golden" / "efficientvmamba_tiny.json").read_text())["state_dict"]
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+SMALL = {"width": 8, "depths": [0, 0, 1, 0], "patch_size": 2}
+
+
+@pytest.fixture(scope="module")
+def pth(tmp_path_factory):
+    """Return an official file of EfficientVMamba-T, with weights by the rule."""
+    path = tmp_path_factory.mktemp("official") / "tiny.pth"
+    save_pth(path, {"model": weights(SHAPES)})
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Return a run on grey images of 12x12 with three named classes, whose moving average is another model."""
+    folder = tmp_path_factory.mktemp("run")
+    items = {}
+    for seed, part in enumerate(("model", "ema")):
+        _, params, batch_stats = functional.split(small(seed))
+        items[part] = {"params": params, "batch_stats": batch_stats}
+    data = DataConfig("digits", image_size=12, crop_pct=0.5, in_channels=1, mean=(0.3,), std=(0.4,), hflip=0.0)
+    meta = {
+        "model": "evmamba_t",
+        "num_classes": 3,
+        "class_names": ["cat", "dog", "bird"],
+        "ema": True,
+        "config": {"data": vars(data), "model": {"options": SMALL}},
+    }
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        checkpoints.save(7, items, meta=meta)
+    return folder
+
+
+def small(seed: int, channels: int = 1):
+    model, rng = abstract_model("evmamba_t", num_classes=3, in_channels=channels, **SMALL), np.random.default_rng(seed)
+    _, params, batch_stats = functional.split(model)
+    params, batch_stats = (
+        {path: rng.normal(scale=0.3, size=array.shape).astype(np.float32) for path, array in part.items()}
+        for part in (params, batch_stats)
+    )
+    functional.fill(model, params, {path: np.abs(array) for path, array in batch_stats.items()})
+    return model
+
+
+def softmax(logits):
+    exponentials = np.exp(logits - logits.max(-1, keepdims=True))
+    return exponentials / exponentials.sum(-1, keepdims=True)
+
+
+def told(out: str) -> dict[str, list[tuple[float, str]]]:
+    """Return what the command printed: for each image share and class, the number with it."""
+    found: dict[str, list[tuple[float, str]]] = {}
+    for line in out.splitlines()[:-1]:
+        if line.startswith("  "):
+            share, _, name = line.strip().partition("%")
+            list(found.values())[-1].append((float(share), name.strip()))
+        else:
+            found[line] = []
+    return found
+
+
+def test_photographs_with_an_official_file(pth, tmp_path):
+    """As its user does it; prepared in the test with Pillow and NumPy alone, as the model's card says."""
+    command = [sys.executable, "-m", "evmamba_jax.predict", "--model", "evmamba_t", "--weights", str(pth)]
+    env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, *map(str, PHOTOGRAPHS)], capture_output=True, text=True, cwd=tmp_path, env=env, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "prediction.png shows them"
+
+    images = []
+    for path in PHOTOGRAPHS:  # 640 x 427
+        resized = Image.open(path).resize((256 * 640 // 427, 256), Image.Resampling.BICUBIC)
+        left = round((resized.width - 224) / 2)
+        pixels = np.asarray(resized, np.float64)[16:240, left : left + 224] / 255
+        images.append((pixels - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225])
+    model = abstract_model("evmamba_t")
+    from_torch(model, weights(SHAPES))
+    shares = softmax(np.float64(jit(model.__call__)(jnp.float32(np.stack(images)))))
+    for path, row in zip(PHOTOGRAPHS, shares, strict=True):
+        order = np.argsort(-row)[:5]
+        found = told(done.stdout)[str(path)]
+        assert [name for _, name in found] == [f"{k}  {imagenet_classes()[k]}" for k in order]
+        np.testing.assert_allclose([share for share, _ in found], 100 * row[order], atol=0.006)
+    assert np.abs(shares[0] - shares[1]).max() > 0.005  # the two photographs differ in what is compared
+    with Image.open(tmp_path / "prediction.png") as picture:
+        assert picture.width > 1000
+
+
+def test_a_run_brings_its_classes_its_crop_and_its_moving_average(folder, tmp_path, capsys):
+    out = tmp_path / "new" / "drawn.png"
+    assert main(["--weights", str(folder), "--top", "2", "--out", str(out), *map(str, PHOTOGRAPHS)]) == 0
+    found = told(capsys.readouterr().out)
+    names, average = ["cat", "dog", "bird"], jit(small(1).__call__)
+    for path in PHOTOGRAPHS:
+        resized = Image.open(path).convert("L").resize((24 * 640 // 427, 24), Image.Resampling.BICUBIC)
+        left = round((resized.width - 12) / 2)
+        pixels = (np.asarray(resized)[6:18, left : left + 12, None] / 255 - 0.3) / 0.4
+        shares = softmax(np.asarray(average(jnp.float32(pixels)[None]))[0])
+        order = np.argsort(-shares)[:2]
+        assert [name for _, name in found[str(path)]] == [f"{k}  {names[k]}" for k in order]
+        np.testing.assert_allclose([share for share, _ in found[str(path)]], 100 * shares[order], atol=0.006)
+    assert out.exists()
+
+
+def test_images_go_through_the_model_in_batches(folder, monkeypatch):
+    predictor = Predictor(folder)
+    noise = np.random.default_rng(0).integers(0, 256, (5, 12, 12, 1), dtype=np.uint8)
+    images = noise // np.uint8([1, 2, 4, 8, 16])[:, None, None, None]
+    whole = predictor(images)
+    monkeypatch.setattr(predict, "BATCH", 2)
+    chex.assert_trees_all_close(predictor(images), whole, rtol=1e-5)
+    chex.assert_trees_all_close(np.concatenate([predictor(image[None]) for image in images]), whole, rtol=1e-5)
+    chex.assert_trees_all_close(whole.sum(1), np.ones(5), rtol=1e-5)
+    assert np.ptp(whole, 0).max() > 0.01
+
+
+def test_names_of_the_classes(folder, tmp_path, capsys):
+    """Given ones, those of the run, ImageNet's where there are 1000, else numbers."""
+    _, params, batch_stats = functional.split(small(0, channels=3))
+    meta = {"model": "evmamba_t", "options": {"num_classes": 3, **SMALL}}  # as `convert` writes it
+    save_model(tmp_path / "bare", params=params, batch_stats=batch_stats, meta=meta)
+    assert Predictor(tmp_path / "bare").class_names == ("0", "1", "2")
+    (tmp_path / "mine.txt").write_text("Katze\nHund\nVögel\n", encoding="utf-8")
+    arguments = ["--weights", str(folder), "--out", str(tmp_path / "out.png"), str(PHOTOGRAPHS[0])]
+    assert main(["--classes", str(tmp_path / "mine.txt"), *arguments]) == 0
+    (found,) = told(capsys.readouterr().out).values()
+    assert {name for _, name in found} == {"0  Katze", "1  Hund", "2  Vögel"}  # top 5 of three
+
+
+def test_the_image_is_that_of_an_evaluation(folder):
+    predictor = Predictor(folder)
+    for path in PHOTOGRAPHS:
+        expected = eval_image(path.read_bytes(), predictor.data)
+        difference = predictor.view(read_image(path)).astype(int) - expected
+        assert np.abs(difference).max() <= 1  # JPEG's own luminance is rounded elsewhere
+
+
+def test_every_kind_of_image(pth, tmp_path):
+    """What other programs show is what the model sees."""
+    predictor = Predictor(pth, "evmamba_t", image_size=64)
+    assert predictor.data.crop_pct == 0.875
+    photograph = Image.open(PHOTOGRAPHS[1])
+    plain = predictor.view(photograph).astype(int)
+    assert plain.shape == (64, 64, 3)
+
+    def seen(image: Image.Image, name: str, **options) -> np.ndarray:
+        image.save(tmp_path / name, **options)
+        return predictor.view(read_image(tmp_path / name)).astype(int)
+
+    exif = photograph.getexif()
+    exif[0x112] = 6  # to be turned a quarter clockwise
+    assert abs(seen(photograph.rotate(90, expand=True), "turned.png", exif=exif) - plain).max() == 0
+    assert abs(seen(photograph.convert("CMYK"), "cmyk.jpg", quality=95) - plain).mean() < 4
+    grey = np.asarray(photograph.convert("L"))
+    expected = predictor.view(photograph.convert("L").convert("RGB"))
+    np.testing.assert_array_equal(seen(Image.fromarray(grey), "grey.png"), expected)
+    np.testing.assert_array_equal(seen(Image.fromarray(grey.astype(np.uint16) * 257), "grey16.png"), expected)
+
+    half = Image.fromarray(np.where(np.arange(640) < 320, 255, 0).astype(np.uint8)[None].repeat(427, 0))
+    clear = Image.new(
+        "RGBA", photograph.size, (0, 0, 0, 0)
+    )  # black below what is transparent, as many programs leave it
+    clear.paste(photograph, mask=half)
+    found = seen(clear, "clear.png")
+    assert abs(found[:, :31] - plain[:, :31]).max() <= 1
+    assert (found[:, 34:] == 255).all()
+    palette = seen(clear.quantize(256), "palette.png")
+    assert abs(palette[:, :31] - plain[:, :31]).mean() < 8
+    assert (palette[:, 34:] == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"images": "absent.jpg"}, "there is no image file absent.jpg"),
+        ({"images": "text.jpg"}, "text.jpg is not an image file"),
+        ({"images": "cut.jpg"}, "cut.jpg cannot be read: image file is truncated"),
+        ({"--top": "0"}, "--top is 0; it must be 1 or more"),
+        ({"--out": "picture.jpg"}, "--out picture.jpg must end in .png"),
+        ({"--out": "text.jpg/x.png"}, "cannot write in text.jpg"),
+        ({"--image-size": "0"}, "data.image_size=0 is not allowed: it must be 1 or more"),
+        ({"--image-size": "1"}, "image size 1x1 is too small"),
+        ({"--classes": "absent.txt"}, "--classes absent.txt cannot be read: No such file or directory"),
+        ({"--classes": "text.jpg"}, "there are 1 names of classes, but "),
+        ({"--weights": "absent.pth"}, "'absent.pth' does not exist; give a file of official weights"),
+        ({"--weights": "text.jpg", "--model": "evmamba_t"}, "'text.jpg' is no weight file: it starts with b'hello'"),
+        ({"--weights": "other.pth"}, "other.pth does not say which model it is of; name it, e.g. --model evmamba_t"),
+        ({"--weights": "other.pth", "--model": "evmamba_x"}, "unknown model 'evmamba_x', did you mean 'evmamba_"),
+        ({"--weights": "other.pth", "--model": "evmamba_t"}, "other.pth does not fit model evmamba_t: the weights do"),
+        ({"--model": "vmamba_t"}, "run holds the weights of evmamba_t, not of vmamba_t"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(folder, tmp_path, monkeypatch, capsys, changes, message):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder, "run")
+    Path("text.jpg").write_text("hello")
+    Path("cut.jpg").write_bytes(PHOTOGRAPHS[0].read_bytes()[:20_000])
+    save_pth(Path("other.pth"), {"conv1.weight": np.zeros((64, 3, 7, 7), np.float32)})
+    options = {"--weights": "run", "--out": "out.png", "images": str(PHOTOGRAPHS[0])} | changes
+    images = options.pop("images")
+    assert main([*(word for option in options.items() for word in option), images]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert not Path("out.png").exists()
+
+
+def test_the_classes_of_an_official_file_are_counted(tmp_path):
+    model = abstract_model("evmamba_t")
+    shapes = dict(SHAPES)
+    shapes |= {"classifier.head.weight": (7, shapes["classifier.head.weight"][1]), "classifier.head.bias": (7,)}
+    save_pth(tmp_path / "seven.pth", weights(shapes))
+    assert model.head.bias.get_value().shape == (1000,)
+    assert Predictor(tmp_path / "seven.pth", "evmamba_t").class_names == tuple("0123456")

@@ -1,0 +1,66 @@
+"""Weights from wherever they are kept: a file and the folder that it is converted to give the same."""
+
+import chex
+import numpy as np
+import pytest
+from official_weights import save_pth, weights_of
+
+from evmamba_jax import checkpoint, functional
+from evmamba_jax.errors import UserError
+from evmamba_jax.models import abstract_model
+from evmamba_jax.weights import from_torch, load_weights, open_model
+
+SMALL = {
+    "evmamba_t": {"width": 8, "depths": (1, 0, 1, 0), "d_state": 2},
+    "vmamba_t": {"width": 8, "depths": (1, 0, 1, 0)},
+    "msvmamba_n": {"width": 8, "depths": (1, 0, 1, 0)},
+    "vim_t": {"width": 8, "depth": 1, "d_state": 2, "image_size": 64},
+    "mambavision_t": {"width": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1)},
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_file_and_a_folder_give_the_same(name, tmp_path):
+    model = abstract_model(name, **SMALL[name], num_classes=5)
+    official = weights_of(model)
+    wrapped = {f"module.{key}": array for key, array in official.items()}
+    half = {key: array / 2 for key, array in official.items()}
+    save_pth(tmp_path / "file.pth", {"model_ema": half, "model": wrapped, "epoch": 3})
+
+    converted = abstract_model(name, **SMALL[name], num_classes=5)
+    from_torch(converted, official)
+    _, params, batch_stats = functional.split(converted)
+    meta = {"model": name, "options": {**SMALL[name], "num_classes": 5}}
+    checkpoint.save_model(tmp_path / "folder", params=params, batch_stats=batch_stats, meta=meta)
+
+    from_file, from_folder = (load_weights(model, tmp_path / place, name) for place in ("file.pth", "folder"))
+    chex.assert_trees_all_equal(from_file[:2], from_folder[:2], (params, batch_stats))
+    assert all(isinstance(array, np.ndarray) for array in from_file[0].values())
+    assert from_file[2] == {}
+    assert functional.split(model).params.keys() == params.keys()  # and the model stays abstract
+    assert not any(isinstance(array, np.ndarray) for array in functional.split(model).params.values())
+
+    opened, found, described = open_model(tmp_path / "folder")
+    chex.assert_trees_all_equal(functional.split(opened)[1:], functional.split(converted)[1:])
+    assert found == name
+    assert described["model"] == name
+
+
+def test_vims_position_embedding_is_resized_on_request_only(tmp_path):
+    save_pth(tmp_path / "file.pth", weights_of(abstract_model("vim_t", **SMALL["vim_t"])))
+    other = abstract_model("vim_t", **SMALL["vim_t"] | {"image_size": 32})
+    params, _, _ = load_weights(other, tmp_path / "file.pth", "vim_t", resize=True)
+    assert params["pos_embed"].shape == (1, 5, 8)
+    with pytest.raises(UserError, match="file.pth does not fit model vim_t: .* 'pos_embed' is"):
+        load_weights(other, tmp_path / "file.pth", "vim_t")
+
+
+def test_a_folder_that_names_no_model_needs_a_name(tmp_path):
+    model = abstract_model("evmamba_t", **SMALL["evmamba_t"], num_classes=5)
+    from_torch(model, weights_of(model))
+    _, params, batch_stats = functional.split(model)
+    checkpoint.save_model(tmp_path / "folder", params=params, batch_stats=batch_stats, meta={})
+    with pytest.raises(UserError, match="folder does not say which model it is of; name it, e.g. --model evmamba_t"):
+        open_model(tmp_path / "folder")
+    with pytest.raises(UserError, match="folder has 5 classes and model evmamba_t has 1000; the two must be the same"):
+        open_model(tmp_path / "folder", "evmamba_t")
