@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from evmamba_jax.checkpoint import storage_errors
 from evmamba_jax.training.reporting import METRICS, read_rows
@@ -169,9 +170,9 @@ def _mistakes(counts: np.ndarray, class_names: Sequence[str], title: str) -> Fig
     table.set_xticks(ticks, [_numbered(k, class_names, 20) for k in ticks], fontsize=8, rotation=90)
     table.set_xlabel("taken for")
     table.set_ylabel("true class")
-    figure.colorbar(drawn, ax=table, shrink=0.5, label="images")
+    figure.colorbar(drawn, ax=table, shrink=0.5, label="images", ticks=MaxNLocator(integer=True))
 
-    order = np.argsort(-shares, axis=None, kind="stable")[: min(_LISTED, np.count_nonzero(shares))]
+    order = np.lexsort((-mistakes.ravel(), -shares.ravel()))[: min(_LISTED, np.count_nonzero(shares))]
     rows, columns = np.unravel_index(order, shares.shape)
     pairs.set_title("most frequent mistakes: true class → taken for", loc="left", fontsize=12)
     _bars(
@@ -186,7 +187,7 @@ def _mistakes(counts: np.ndarray, class_names: Sequence[str], title: str) -> Fig
     )
     shown = np.flatnonzero(images)
     recalls = counts.diagonal()[shown] / images[shown]
-    order = shown[np.argsort(recalls, kind="stable")][:_LISTED]
+    order = shown[np.lexsort((-images[shown], recalls))][:_LISTED]
     weak.set_title("weakest classes: share that was right; most taken for", loc="left", fontsize=12)
     _bars(
         weak,

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from evmamba_jax import __version__, create_model, functional
 from evmamba_jax.data import loader
 from evmamba_jax.data.sources import open_source
+from evmamba_jax.errors import UserError
 from evmamba_jax.models import abstract_model
 from evmamba_jax.training import mesh as meshes
 from evmamba_jax.training import pictures
@@ -151,6 +152,11 @@ class Task(Plan):
         for name in variants:
             prefix = "" if name == "model" else f"{name}_"
             total = {key: float(value) for key, value in sums[name].items()}
+            if not total["weight"]:
+                raise UserError(
+                    f"not one of the {len(self.eval_source)} images of {self.eval_source.name}, split "
+                    f"{self.eval_source.split}, can be read; prepare the data set again"
+                )
             figures[f"{prefix}top1"] = 100 * total["top1"] / total["weight"]
             figures[f"{prefix}top5"] = 100 * total["top5"] / total["weight"]
             figures[f"{prefix}eval_loss"] = total["loss"] / total["weight"]
