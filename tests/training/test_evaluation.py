@@ -133,6 +133,19 @@ def test_padding_and_unreadable_images_do_not_count(monkeypatch, tmp_path, fsdp)
     assert figures["top1"] == pytest.approx(100 * expected.trace() / 42)
 
 
+def test_an_evaluation_without_a_readable_image_says_so(monkeypatch):
+    records = [record(png(np.zeros((8, 8), np.uint8))[:40], 0)] * 3
+    source = Source("numbers", "all", tuple(map(str, range(10))), records)
+    monkeypatch.setattr(tasks, "open_source", lambda config, split: source)
+    config = get_config("convolutions")
+    config.data.on_corrupt = "skip"
+    task = tasks.Task(config)
+    _, params, batch_stats = functional.split(filled())
+    state = jax.device_put({"model": {"params": params, "batch_stats": batch_stats}}, meshes.replicated(task.mesh))
+    with pytest.raises(UserError, match=r"not one of the 3 images of numbers, split all, can be read"):
+        task.evaluate(state)
+
+
 def test_per_class_lines(tmp_path):
     confusion = np.array([[1, 0, 2], [0, 3, 0], [0, 0, 0]])
     model = Counts(confusion, confusion.diagonal(), np.array([2, 3, 0]))
