@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from evmamba_jax.models import list_models
+from evmamba_jax.training.layout import Layout
+from evmamba_jax.training.mesh import make_mesh
+from evmamba_jax.training.task import Plan
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = sorted(path.stem for path in CONFIGS.glob("[a-z]*.py"))
@@ -35,6 +38,18 @@ def test_docstrings_give_the_length_of_the_run(name):
             other = module.get_config(variant)
             steps = 300 * (1_281_167 // other.batch_size)
             assert f"as ``:paper`` and ``:readme`` {steps:,} steps of {other.batch_size:,}" in text
+
+
+@pytest.mark.parametrize("name", ["digits", "fashion_mnist"])
+def test_small_recipes_fit_together(name):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    layout = Layout(Plan(config, make_mesh(config), num_classes=10), EXAMPLES[config.data.name])
+    assert f"{layout.total_steps:,} steps of" in told(config)
+    assert config.data.eval_split == "test"
+    rates = [float(layout.schedule(step)) for step in range(0, layout.total_steps, 10)]
+    assert max(rates) == pytest.approx(config.optim.lr, rel=1e-3)
+    assert rates[0] < 0.01 * config.optim.lr  # a warm-up
+    assert rates[-1] < 0.01 * config.optim.lr
 
 
 def test_every_model_has_a_config_of_its_name():

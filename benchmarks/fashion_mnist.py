@@ -1,0 +1,200 @@
+"""Fashion-MNIST: our EfficientVMamba and the official PyTorch modules, trained by one recipe on equal data.
+
+    apt-get install dataset-fashion-mnist
+    git clone https://github.com/TerryPei/EfficientVMamba
+    pip install torch
+    python benchmarks/fashion_mnist.py --official EfficientVMamba [--seeds 3] [--work DIR] [--out FILE]
+        [--config.NAME=VALUE ...]
+
+Ours is trained by ``train_tpu.py --config configs/fashion_mnist.py``, the official model by
+``fashion_mnist_official.py``, which also says what is shared. Before that, it shows that both are the same model under
+the same recipe. One run follows the other; each that has ended is kept in the work folder, and the results are written
+anew after each, so the command can be stopped and started again. An override holds for both sides.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from scipy import stats
+
+from evmamba_jax.data.sources import open_source
+from evmamba_jax.training import Config, parse_command
+from evmamba_jax.training.pictures import BLUE, GREY, ORANGE
+from evmamba_jax.training.reporting import METRICS, read_rows
+
+ROOT = Path(__file__).parent.parent
+CONFIG = str(ROOT / "configs/fashion_mnist.py")
+SIDES = {"ours": ("ours (JAX)", BLUE), "official": ("official (PyTorch)", ORANGE)}
+Rows = list[dict[str, float]]
+
+
+def start(script: str, *arguments: str) -> None:
+    """Run a command of the repository with the same Python; its lines go to this one's output."""
+    subprocess.run([sys.executable, str(ROOT / script), *arguments], check=True)
+
+
+def series(runs: list[Rows], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return epochs (n,) and a figure (runs, n)."""
+    points = [[(row["epoch"], row[name]) for row in rows if name in row] for rows in runs]
+    return np.array(points[0])[:, 0], np.array(points)[:, :, 1]
+
+
+def draw(runs: dict[str, list[Rows]], path: Path) -> None:
+    """Draw the means of both sides over the epochs, with bands from the least to the greatest seed."""
+    figure = Figure(figsize=(11, 4.2), dpi=120, layout="constrained")
+    panels = {
+        "top1": "top-1 on the 10000 test images (%)",
+        "eval_loss": "loss on the test images",
+        "loss": "training loss",
+    }
+    for axes, (name, title) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        for side, (label, colour) in SIDES.items():
+            epochs, values = series(runs[side], name)
+            marker = "" if name == "loss" else "o" if side == "ours" else "s"
+            axes.fill_between(epochs, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
+            axes.plot(epochs, values.mean(0), color=colour, linewidth=1.6, marker=marker, markersize=4, label=label)
+        axes.set_title(title, loc="left", fontsize=11)
+        axes.set_xlabel("epoch", color=GREY)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#e6e6e6")
+        axes.set_axisbelow(True)
+        axes.legend(frameon=False)
+    figure.savefig(path, format="png")
+
+
+def spread(values: np.ndarray) -> str:
+    """Return mean and, where there are several, standard deviation."""
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    return f"{values.mean():.2f} ± {values.std(ddof=1):.2f}"
+
+
+def verdict(ours: np.ndarray, official: np.ndarray) -> list[str]:
+    """Return what the last accuracies (seeds,) of both sides say."""
+    n = len(ours)
+    difference = ours.mean() - official.mean()
+    error = ((ours.var(ddof=1) + official.var(ddof=1)) / n) ** 0.5
+    test = stats.ttest_ind(ours, official, equal_var=False)
+    low, high = test.confidence_interval(0.95)
+    beyond = "beyond" if low > 0 or high < 0 else "within"
+    return [
+        f"Ours minus official: {difference:+.2f} points with a standard error of {error:.2f}, that is "
+        f"{difference / error:+.1f} standard errors; Welch's test gives p = {test.pvalue:.2f} and a 95 % interval of "
+        f"{low:+.2f} to {high:+.2f}. The difference is {beyond} the noise of the seeds.",
+        "",
+        f"{n} seeds a side are few: a true difference smaller than about {(high - low) / 2:.1f} points, half of that "
+        "interval, would not have been told from none.",
+    ]
+
+
+def report(check: dict, runs: dict[str, list[Rows]], config: Config, examples: int, flags: list[str]) -> str:
+    """Return the results of the seeds that both sides have ended, as markdown."""
+    batch = config.batch_size
+    seeds = len(runs["ours"])
+    curves = {side: series(rows, "top1") for side, rows in runs.items()}
+    epochs, _ = curves["ours"]
+    last = {side: values[:, -1] for side, (_, values) in curves.items()}
+    losses = {side: series(rows, "eval_loss")[1][:, -1] for side, rows in runs.items()}
+    names = [label for label, _ in SIDES.values()]
+    lines = [
+        "# Fashion-MNIST, ours and the official code",
+        "",
+        f"{check['machine']}.",
+        "",
+        f"`{' '.join(['python benchmarks/fashion_mnist.py --official EfficientVMamba', *flags])}`, with "
+        "TerryPei/EfficientVMamba at the commit that `evmamba_jax/models/efficientvmamba.py` names.",
+        "",
+        f"One recipe, `configs/fashion_mnist.py`: EfficientVMamba of width {config.model.options['width']}, one block "
+        f"a stage, {check['parameters']} parameters, float32; {config.duration.epochs:g} epochs of the {examples} "
+        f"training images in batches of {batch}. Both sides see the same arrays in the same order and the same "
+        "learning rate at every step; each has its own initial values and drop path, and its own framework's AdamW "
+        "and clipping. The official modules run unchanged but for the CUDA kernel of the scan, in whose place "
+        "`benchmarks/fashion_mnist_official.py` puts its formulas.",
+        "",
+        "## The same model and recipe",
+        "",
+        "| from equal weights | largest difference |",
+        "| --- | ---: |",
+        f"| the scan in PyTorch against `pallas_kernels`, output and gradients, relative | {check['scan']:.1e} |",
+        f"| logits of {batch} test images after {check['steps']} steps, weights through `to_torch` | "
+        f"{check['logits']:.1e} |",
+        f"| loss in each of {check['steps']} steps of training, both sides on their own | {check['loss']:.1e} |",
+        f"| norm of the gradient in them, relative | {check['grad_norm']:.1e} |",
+        f"| weights and running statistics after them, of all tensors the worst, relative | {check['weights']:.1e} |",
+        "",
+        "These steps leave out drop path and warm-up, and have a tenth of the rate and a thousandfold decay: a weight "
+        "in the wrong group would end a seventh apart. Relative: over the largest value of the tensor.",
+        "",
+        "## Accuracy",
+        "",
+        "![Both curves](fashion_mnist.png)",
+        "",
+        f"Top-1 on the 10000 test images, per cent: mean and standard deviation over {seeds} seeds.",
+        "",
+        f"| epoch | {' | '.join(names)} |",
+        "| ---: | ---: | ---: |",
+        *(
+            f"| {epoch:.1f} | {' | '.join(spread(curves[side][1][:, i]) for side in SIDES)} |"
+            for i, epoch in enumerate(epochs)
+        ),
+        "",
+        "| at the end | " + " | ".join(f"seed {seed}" for seed in range(seeds)) + " | mean |",
+        "| --- |" + " ---: |" * (seeds + 1),
+        *(
+            f"| {label}, top-1 | {' | '.join(f'{x:.2f}' for x in last[side])} | {spread(last[side])} |"
+            for side, (label, _) in SIDES.items()
+        ),
+        *(
+            f"| {label}, loss | {' | '.join(f'{x:.4f}' for x in losses[side])} | {losses[side].mean():.4f} |"
+            for side, (label, _) in SIDES.items()
+        ),
+        "",
+        *(verdict(last["ours"], last["official"]) if seeds > 1 else []),
+        "",
+        "## Time, for information",
+        "",
+        f"A step of {batch} images on one core of the machine above, processor time, median of "
+        f"{check['steps']}: ours {check['seconds_ours']:.3f} s, official {check['seconds_official']:.3f} s with what "
+        "stands in for its kernel. This says nothing about a GPU, for which the official code is made.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--official", type=Path, required=True, help="a clone of TerryPei/EfficientVMamba")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each side (default 3)")
+    parser.add_argument("--work", type=Path, default=Path("runs/fashion_mnist"), help="folder of the runs")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/fashion_mnist.md", help="markdown file")
+    options, extra = parser.parse_known_args()
+    recipe = [f"--config={CONFIG}", *extra]
+    config, _ = parse_command([sys.argv[0], *recipe])
+    examples = len(open_source(config.data, config.data.train_split))
+    total = config.duration.in_steps(examples // config.batch_size)
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    peer = "benchmarks/fashion_mnist_official.py", str(options.official)
+    if not (options.work / "check.json").exists():
+        start(*peer, "check", *recipe, f"--workdir={options.work}")
+    check = json.loads((options.work / "check.json").read_text())
+    commands = {"ours": ("train_tpu.py",), "official": (*peer, "train")}
+    runs: dict[str, list[Rows]] = {side: [] for side in SIDES}
+    for seed in range(options.seeds):
+        for side, command in commands.items():
+            folder = options.work / f"{side}_{seed}"
+            rows = read_rows(folder / METRICS)
+            if not rows or rows[-1]["step"] < total or "top1" not in rows[-1]:
+                start(*command, *recipe, f"--config.seed={seed}", f"--workdir={folder}")
+                rows = read_rows(folder / METRICS)
+            runs[side].append(rows)
+        options.out.write_text(report(check, runs, config, examples, extra))
+        draw(runs, options.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
