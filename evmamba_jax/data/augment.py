@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image, ImageFilter
 
 from evmamba_jax.errors import UserError
@@ -43,6 +44,11 @@ class Operation(NamedTuple):
     apply: Callable[[Image.Image, float, Geometry], Image.Image]
     argument: Callable[[float], float] = float
     signed: bool = False
+
+
+def pixels_of(image: Image.Image) -> np.ndarray:
+    """Return uint8 (H, W, C), not to be written to; ``np.asarray`` lets Pillow make the same bytes twice."""
+    return np.frombuffer(image.tobytes(), np.uint8).reshape(image.height, image.width, -1)
 
 
 # --- A pixel's value --------------------------------------------------------------------------------------------------
@@ -194,41 +200,49 @@ def _shift_rows(image: Image.Image, slope: float, shift: float, geometry: Geomet
 
     These are the pixels of Pillow's affine transform, which spends five cubics on each: four along the rows and one
     across them, which changes nothing as no pixel leaves its row. Here it is the one cubic that matters, in the same
-    double precision and order of operations, for twice to three times the speed.
+    double precision and order of operations, for two to four times the speed. Rows lie end to end, so that NumPy goes
+    through all of them in one sweep; behind each come three columns more, the last neighbours of its pixels.
     """
     if geometry.resample != Image.Resampling.BICUBIC:
         return _affine(image, (1, slope, shift, 0, 1, 0), geometry)
     width, height = image.size
-    doubles, shorts, indices = _scratch(height, width)
-    bands = [np.asarray(band) for band in image.split()]
-    fill = (geometry.fill or 0,) * len(bands) if not isinstance(geometry.fill, tuple) else geometry.fill
-    results = [np.full((height, width), paint, np.uint8) for paint in fill]
+    rows = np.arange(height)[:, None]
+    shifts = slope * (rows + 0.5) + shift
+    # The columns that any row still covers, and one to spare on both sides.
+    start, stop = max(0, math.floor(-shifts.max()) - 1), min(width, math.ceil(width - shifts.min()) + 1)
+    if start >= stop:
+        return _affine(image, (1, slope, shift, 0, 1, 0), geometry)
+    doubles, shorts, bands = _scratch(height, width, len(image.getbands()))
+    columns = np.arange(start, stop + 3)
+    size = height * len(columns)
 
     # Where each pixel comes from: d of the way from the pixel at `whole` to the next one.
-    columns, rows = np.arange(width), np.arange(height)[:, None]
-    d, v = doubles
+    d, whole = doubles[:, :size].reshape(2, height, -1)
     np.add(columns + 0.5, slope * (rows + 0.5), out=d)
     d += shift
-    inside = (d >= 0) & (d < width)
+    inside = ((d >= 0) & (d < width))[:, :-3]
     d -= 0.5
-    whole = np.floor(d, out=v)
+    offset = np.floor(d[:, :1]) - start
+    np.add(columns, offset, out=whole)
     d -= whole
-    whole -= columns
-    offset = whole[:, :1]
-    if (whole != offset).any():  # rounding took a row's pixels to both sides of a whole number
+    if d.min() < 0 or d.max() >= 1:  # rounding took a row's pixels to both sides of a whole number
         return _affine(image, (1, slope, shift, 0, 1, 0), geometry)
-    painted = np.flatnonzero(inside.any(axis=0))
-    start, stop = (painted[0], painted[-1] + 1) if len(painted) else (0, 0)
-    taps = np.add(np.arange(start - 1, stop + 2), offset.astype(np.intp), out=indices[:, : stop - start + 3])
-    np.clip(taps, 0, width - 1, out=taps)
-    taps += rows * width
 
-    d, inside, v = d[:, start:stop], inside[:, start:stop], v[:, start:stop]
-    near, p2, p3, p4 = shorts[:, :, : stop - start + 3]
-    v1, v2, v3, v4 = (near[:, i : i + stop - start] for i in range(4))
-    p2, p3, p4 = (p[:, :-3] for p in (p2, p3, p4))
-    for band, result in zip(bands, results, strict=True):
-        near[:] = band.take(taps, mode="clip")
+    # The image with its edges drawn out by two columns; what rows borrow from each other is not painted.
+    bands[:, 1:-1, 2:-2] = pixels_of(image).transpose(2, 0, 1)
+    bands[:, 1:-1, :2] = bands[:, 1:-1, 2:3]
+    bands[:, 1:-1, -2:] = bands[:, 1:-1, -3:-2]
+    windows = sliding_window_view(bands.reshape(len(bands), -1), len(columns), axis=1)
+    before = (start + offset[:, 0]).clip(-width - 1, width + 1).astype(np.intp) + 1 + (rows[:, 0] + 1) * (width + 4)
+
+    size -= 3
+    d, v = doubles[:, :size]
+    p2, p3, p4 = shorts[:, :size]
+    fill = geometry.fill if isinstance(geometry.fill, tuple) else (geometry.fill or 0,) * len(bands)
+    results = []
+    for window, paint in zip(windows, fill, strict=True):
+        near = window[before].ravel()
+        v1, v2, v3, v4 = (near[i : i + size] for i in range(4))
         # v2 + d (p2 + d (p3 + d p4)), where p2 = v3 - v1, p3 = 2 (v1 - v2) + v3 - v4, p4 = v2 - v1 + v4 - v3.
         np.subtract(v2, v1, out=p4)
         np.multiply(p4, -2, out=p3)
@@ -243,25 +257,27 @@ def _shift_rows(image: Image.Image, slope: float, shift: float, geometry: Geomet
         v += p2
         v *= d
         v += v2
-        np.copyto(p2, v, casting="unsafe")
-        np.clip(p2, 0, 255, out=p2)
-        np.copyto(result[:, start:stop], p2, where=inside, casting="unsafe")
-    return Image.merge(image.mode, [Image.fromarray(result) for result in results])
+        np.copyto(v1, v, casting="unsafe")
+        values = near.clip(0, 255, out=near).reshape(height, -1)[:, :-3]
+        result = np.full((height, width), paint, np.uint8)
+        np.copyto(result[:, start:stop], values, where=inside, casting="unsafe")
+        results.append(Image.frombuffer("L", image.size, result, "raw", "L", 0, 1))
+    return Image.merge(image.mode, results)
 
 
 class _Scratch(threading.local):
     """Memory that a thread keeps for images of one size: asking the system anew each time takes as long as the work."""
 
-    size: tuple[int, int] = (0, 0)
+    size: tuple[int, int, int] = (0, 0, 0)
 
-    def __call__(self, height: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return two arrays of doubles, four of short integers and one of indices, the latter three columns wider."""
-        if self.size != (height, width):
-            self.size = (height, width)
+    def __call__(self, height: int, width: int, bands: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return two rows of doubles and three of short integers, and the bands with two pixels around."""
+        if self.size != (height, width, bands):
+            self.size = (height, width, bands)
             self.arrays = (
-                np.empty((2, height, width)),
-                np.empty((4, height, width + 3), np.int16),
-                np.empty((height, width + 3), np.intp),
+                np.empty((2, height * (width + 3))),
+                np.empty((3, height * (width + 3)), np.int16),
+                np.zeros((bands, height + 2, width + 4), np.int16),
             )
         return self.arrays
 

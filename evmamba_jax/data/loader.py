@@ -5,9 +5,10 @@ whatever the number of hosts, threads and worker processes, so resuming needs no
 """
 
 import dataclasses
+import functools
 import math
-import os
-import sys
+import re
+import threading
 from collections.abc import Iterator, Mapping
 
 import grain
@@ -16,25 +17,57 @@ from absl import flags
 
 from evmamba_jax.data.config import DataConfig
 from evmamba_jax.data.sources import Source
-from evmamba_jax.data.transforms import CorruptImageError, eval_image, train_image
+from evmamba_jax.data.transforms import CorruptImageError, decode, eval_image, train_view
+from evmamba_jax.data.workers import Ledger, begin
 from evmamba_jax.errors import UserError
 
 Example = dict[str, np.ndarray | np.generic]
 Batch = Mapping[str, np.ndarray]
 
 
+# A batch is read in parts of at most so many rows. Threads share one batch, which then takes no longer to begin than to
+# go on, and what has been read ahead is measured in parts.
+_PART = 32
+_GOODBYE = 60.0  # seconds that worker processes have to end by themselves
+
+
 class Batches(Iterator[Batch]):
     """An iterator over batches that stops its threads and worker processes when closed; also a context manager."""
 
-    def __init__(self, batches: grain.IterDataset):
-        self._iterator = iter(batches)
+    def __init__(self, parts: grain.IterDataset, parts_a_batch: int, ledger: Ledger):
+        self._iterator: grain.DatasetIterator[Batch] | None = iter(parts)
+        self._parts_a_batch = parts_a_batch
+        self._ledger = ledger
 
     def __next__(self) -> Batch:
-        return next(self._iterator)
+        if self._iterator is None:
+            raise ValueError("these batches are closed: read them before close(), or inside the with block")
+        try:
+            with self._ledger.waiting():
+                parts = [next(self._iterator) for _ in range(self._parts_a_batch)]
+        except RuntimeError as error:
+            code = re.search(r"exit code (-?\d+)", str(error))
+            if not (self._ledger.workers and code):
+                raise
+            raise UserError(self._ledger.obituary(int(code[1]))) from error
+        self._ledger.__dict__.setdefault('all',[]).append(parts)
+        if len(parts) == 1:
+            return parts[0]
+        return {name: np.concatenate([np.asarray(part[name]) for part in parts]) for name in parts[0]}
 
     def close(self) -> None:
         """Stop reading ahead; further calls of ``next`` fail."""
-        self._iterator.close()
+        if self._iterator is None:
+            return
+        iterator, self._iterator = self._iterator, None
+        # Grain would wait for ever for a process that hangs.
+        closing = threading.Thread(target=iterator.close, daemon=True)
+        closing.start()
+        closing.join(_GOODBYE)
+        if closing.is_alive():
+            self._ledger.kill_workers()
+            closing.join(_GOODBYE)
+        self._ledger.close()
 
     def __enter__(self) -> "Batches":
         return self
@@ -79,15 +112,15 @@ def train_batches(
         UserError: a batch that cannot be divided, more processes than examples, a bad seed; and from the iterator: an
             unreadable record, named, where ``on_corrupt`` is "error".
     """
-    local_batch = _local_batch(source, global_batch, process_index, process_count)
+    rows = _rows(source, global_batch, process_index, process_count)
     if not 0 <= seed < 2**32:
         raise UserError(f"seed={seed} is not allowed: it must be 0 to {2**32 - 1}")
     order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
     if config.repeated_aug > 1:
         order = _Views(order, len(source), config.repeated_aug)
-    examples = order.random_map(_TrainExample(config, source))
-    blocks = examples.batch(local_batch)  # block s * process_count + p is what process p needs at step s
-    return _read_ahead(blocks[start_step * process_count + process_index :: process_count], config)
+    ledger = Ledger(config, source)
+    examples = order.random_map(_TrainExample(config, source, ledger))
+    return _read_ahead(_Parts(examples, rows, global_batch, start_step), config, ledger)
 
 
 def eval_batches(
@@ -110,10 +143,11 @@ def eval_batches(
     Raises:
         UserError: as ``train_batches``.
     """
-    local_batch = _local_batch(source, global_batch, process_index, process_count)
+    rows = _rows(source, global_batch, process_index, process_count)
+    ledger = Ledger(config, source)
     padded = math.ceil(len(source) / global_batch) * global_batch
-    blocks = grain.MapDataset.range(padded).map(_EvalExample(config, source)).batch(local_batch)
-    return _read_ahead(blocks[process_index::process_count], config)
+    examples = grain.MapDataset.range(padded).map(_EvalExample(config, source, ledger))
+    return _read_ahead(_Parts(examples, rows, global_batch), config, ledger)
 
 
 class _Views(grain.MapDataset[int]):
@@ -138,22 +172,59 @@ class _Views(grain.MapDataset[int]):
         return self._order[epoch * self._epoch + position // self._views]
 
 
+class _Parts(grain.MapDataset[Batch]):
+    """The rows of one process, step after step; those of a step in parts of nearly equal size."""
+
+    def __init__(self, examples: grain.MapDataset[Example], rows: range, global_batch: int, start_step: int = 0):
+        super().__init__(examples)
+        self._examples, self._rows, self._global_batch, self._start_step = examples, rows, global_batch, start_step
+        self.a_batch = math.ceil(len(rows) / _PART)
+
+    def __len__(self) -> int:
+        return (len(self._examples) // self._global_batch - self._start_step) * self.a_batch
+
+    def __getitem__(self, index: int):  # pyrefly: ignore[bad-override]
+        step, part = divmod(index, self.a_batch)
+        start, stop = (i * len(self._rows) // self.a_batch for i in (part, part + 1))
+        first = (self._start_step + step) * self._global_batch
+        examples: list[Example] = [self._examples[first + row] for row in self._rows[start:stop]]  # pyrefly: ignore
+        return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+
+
+class _Last(threading.local):
+    """What a thread has decoded last: with repeated augmentation the next is often the same."""
+
+    index: int = -1
+    pixels: np.ndarray
+    label: np.int32
+
+    def __reduce__(self):
+        return _Last, ()
+
+
 @dataclasses.dataclass(frozen=True)
 class _TrainExample(grain.transforms.RandomMap):
     """From an index to a training example."""
 
     config: DataConfig
     source: Source
+    ledger: Ledger
+    last: _Last = dataclasses.field(default_factory=_Last)
 
     def random_map(self, element: int, rng: np.random.Generator) -> Example:  # pyrefly: ignore[bad-override]
         for passed_over in range(len(self.source)):
-            record = self.source[(element + passed_over) % len(self.source)]
-            try:
-                image = train_image(record["image"], self.config, rng)
-            except CorruptImageError as error:
-                _stop_unless_skipping(self.config, self.source, record["id"], error)
-                continue
-            return {"image": image, "label": np.int32(record["label"]), "corrupt": np.int32(passed_over)}
+            index = (element + passed_over) % len(self.source)
+            with self.ledger.in_hand(index):
+                if self.last.index != index:
+                    record = self.source[index]
+                    try:
+                        self.last.pixels = decode(record["image"], self.config.in_channels)
+                    except CorruptImageError as error:
+                        _stop_unless_skipping(self.config, self.source, record["id"], error)
+                        continue
+                    self.last.index, self.last.label = index, np.int32(record["label"])
+                image = train_view(self.last.pixels, self.config, rng)
+            return {"image": image, "label": self.last.label, "corrupt": np.int32(passed_over)}
         raise UserError(f"not one image of {self.source.name}, split {self.source.split}, can be read")
 
 
@@ -163,6 +234,7 @@ class _EvalExample(grain.transforms.Map):
 
     config: DataConfig
     source: Source
+    ledger: Ledger
 
     def map(self, element: int) -> Example:  # pyrefly: ignore[bad-override]
         size, channels = self.config.image_size, self.config.in_channels
@@ -175,13 +247,14 @@ class _EvalExample(grain.transforms.Map):
         }
         if element >= len(self.source):
             return example
-        record = self.source[element]
-        example |= {"label": np.int32(record["label"]), "index": np.int32(element)}
-        try:
-            return example | {"image": eval_image(record["image"], self.config), "weight": np.float32(1)}
-        except CorruptImageError as error:
-            _stop_unless_skipping(self.config, self.source, record["id"], error)
-            return example | {"corrupt": np.int32(1)}
+        with self.ledger.in_hand(element):
+            record = self.source[element]
+            example |= {"label": np.int32(record["label"]), "index": np.int32(element)}
+            try:
+                return example | {"image": eval_image(record["image"], self.config), "weight": np.float32(1)}
+            except CorruptImageError as error:
+                _stop_unless_skipping(self.config, self.source, record["id"], error)
+                return example | {"corrupt": np.int32(1)}
 
 
 def _stop_unless_skipping(config: DataConfig, source: Source, record_id: str, error: CorruptImageError) -> None:
@@ -192,8 +265,8 @@ def _stop_unless_skipping(config: DataConfig, source: Source, record_id: str, er
         ) from error
 
 
-def _local_batch(source: Source, global_batch: int, process_index: int, process_count: int) -> int:
-    """Return the rows of one process, after checking that the batch can be shared out."""
+def _rows(source: Source, global_batch: int, process_index: int, process_count: int) -> range:
+    """Return the rows of one process in each global batch, after checking that it can be shared out."""
     if not 0 <= process_index < process_count:
         raise UserError(f"process_index={process_index} is not allowed: it must be 0 to {process_count - 1}")
     if process_count > len(source):
@@ -203,25 +276,25 @@ def _local_batch(source: Source, global_batch: int, process_index: int, process_
         )
     if global_batch < 1 or global_batch % process_count:
         raise UserError(f"global batch {global_batch} cannot be shared by {process_count} processes: use a multiple")
-    return global_batch // process_count
+    local_batch = global_batch // process_count
+    return range(process_index * local_batch, (process_index + 1) * local_batch)
 
 
-def _read_ahead(blocks: grain.MapDataset, config: DataConfig) -> Batches:
-    """Decode in threads, or in worker processes with threads; one element is one batch, so contents never change."""
-    threads = config.num_threads or min(16, math.ceil((os.cpu_count() or 1) / max(1, config.num_workers)))
-    # Grain's default would hold 500 elements, which here are batches.
-    batches = blocks.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1))
+def _read_ahead(parts: _Parts, config: DataConfig, ledger: Ledger) -> Batches:
+    """Decode in threads, or in worker processes with threads; one element is one part, so contents never change.
+
+    Ahead of what is asked for are one batch and one part for each thread, and on the way from worker processes four
+    parts from each; Grain's default would be 500 elements a process.
+    """
+    workers = max(1, config.num_workers)
+    ahead = math.ceil(parts.a_batch / workers) + ledger.threads
+    elements = parts.to_iter_dataset(grain.ReadOptions(num_threads=ledger.threads, prefetch_buffer_size=ahead))
     if config.num_workers:
         if not flags.FLAGS.is_parsed():  # Grain's own flags; outside absl.app nobody has parsed them
             flags.FLAGS.mark_as_parsed()
         options = grain.MultiprocessingOptions(num_workers=config.num_workers, per_worker_buffer_size=1)
-        batches = batches.mp_prefetch(options, worker_init_fn=_keep_off_accelerators)
-    return Batches(batches)
-
-
-def _keep_off_accelerators(worker_index: int, worker_count: int) -> None:
-    """Worker processes import the main module, and with it JAX: they must not take the main process's devices."""
-    del worker_index, worker_count
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    if "jax" in sys.modules:  # already imported, and then the variable has been read
-        sys.modules["jax"].config.update("jax_platforms", "cpu")
+        # Images go through shared memory, the few bytes of labels with the message that says where they are.
+        shared = grain.experimental.DatasetOptions(min_shm_size=2**12)
+        elements = grain.experimental.WithOptionsIterDataset(elements, shared)
+        elements = elements.mp_prefetch(options, worker_init_fn=functools.partial(begin, ledger))
+    return Batches(elements, parts.a_batch, ledger)

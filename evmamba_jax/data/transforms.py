@@ -7,7 +7,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from evmamba_jax.data.augment import color_jitter, draw_resampling, rand_augment
+from evmamba_jax.data.augment import color_jitter, draw_resampling, pixels_of, rand_augment
 from evmamba_jax.data.config import DataConfig
 
 
@@ -77,12 +77,11 @@ def random_crop_box(
 
 
 def train_image(data: bytes, config: DataConfig, rng: np.random.Generator) -> np.ndarray:
-    """Make a training image: decode, RandomResizedCrop, random flip, then RandAugment or colour jitter.
+    """Make a training image: decode, then :func:`train_view`.
 
     Args:
         data: an encoded image.
-        config: reads image_size, in_channels, crop_scale, crop_ratio, interpolation, hflip, auto_augment,
-            color_jitter, and mean, which becomes the colour of what RandAugment uncovers.
+        config: reads in_channels, and what ``train_view`` reads.
         rng: the example's own generator; its draws alone decide the result.
 
     Returns:
@@ -93,11 +92,25 @@ def train_image(data: bytes, config: DataConfig, rng: np.random.Generator) -> np
 
     Source: timm's transforms_imagenet_train, up to the normalisation.
     """
-    pixels = decode(data, config.in_channels)
+    return train_view(decode(data, config.in_channels), config, rng)
+
+
+def train_view(pixels: np.ndarray, config: DataConfig, rng: np.random.Generator) -> np.ndarray:
+    """Make a training image of a decoded one: RandomResizedCrop, random flip, then RandAugment or colour jitter.
+
+    Args:
+        pixels: uint8 (H, W, channels), one behind the other in memory.
+        config: reads image_size, crop_scale, crop_ratio, interpolation, hflip, auto_augment, color_jitter, and mean,
+            which becomes the colour of what RandAugment uncovers.
+        rng: the example's own generator; its draws alone decide the result.
+
+    Returns:
+        uint8 (image_size, image_size, channels).
+    """
     height, width = pixels.shape[:2]
     top, left, h, w = random_crop_box(rng, height, width, config.crop_scale, config.crop_ratio)
     resample = draw_resampling(config.interpolation, rng)
-    image = _resize(pixels[top : top + h, left : left + w], config.image_size, config.image_size, resample)
+    image = _image(pixels, top, left, h, w).resize((config.image_size, config.image_size), resample)
     if rng.random() < config.hflip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if config.auto_augment:
@@ -106,7 +119,7 @@ def train_image(data: bytes, config: DataConfig, rng: np.random.Generator) -> np
         image = augment(image, rng, config.interpolation, fill if len(fill) > 1 else fill[0])
     elif config.color_jitter:
         image = color_jitter(image, rng, config.color_jitter)
-    return _pixels(image)
+    return pixels_of(image)
 
 
 def eval_image(data: bytes, config: DataConfig) -> np.ndarray:
@@ -142,22 +155,18 @@ def eval_crop(pixels: np.ndarray, config: DataConfig) -> np.ndarray:
     size = math.floor(config.image_size / config.crop_pct)
     height, width = pixels.shape[:2]
     if config.crop_mode == "squash":
-        height = width = size
+        new = (size, size)
     else:
         short = min(height, width)
-        height, width = size * height // short, size * width // short
-    image = _resize(pixels, height, width, Image.Resampling[config.eval_interpolation.upper()])
+        new = (size * width // short, size * height // short)
+    image = _image(pixels, 0, 0, height, width).resize(new, Image.Resampling[config.eval_interpolation.upper()])
     left, top = (round((side - config.image_size) / 2) for side in image.size)
-    return _pixels(image.crop((left, top, left + config.image_size, top + config.image_size)))
+    return pixels_of(image.crop((left, top, left + config.image_size, top + config.image_size)))
 
 
-def _resize(pixels: np.ndarray, height: int, width: int, resample: Image.Resampling) -> Image.Image:
-    """Resize uint8 (H, W, C) with one of Pillow's antialiased filters."""
-    grey = pixels.shape[-1] == 1
-    image = Image.fromarray(np.ascontiguousarray(pixels[..., 0] if grey else pixels))
-    return image.resize((width, height), resample)
-
-
-def _pixels(image: Image.Image) -> np.ndarray:
-    """Return uint8 (H, W, C)."""
-    return np.asarray(image).reshape(image.height, image.width, -1)
+def _image(pixels: np.ndarray, top: int, left: int, height: int, width: int) -> Image.Image:
+    """Make a Pillow image of a box of uint8 (H, W, C); Pillow picks it out of the rows itself, which saves a copy."""
+    mode = "RGB" if pixels.shape[-1] == 3 else "L"
+    stride, step = pixels.strides[:2]
+    box = pixels.data.cast("B")[top * stride + left * step :]
+    return Image.frombytes(mode, (width, height), box, "raw", mode, stride)

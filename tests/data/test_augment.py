@@ -478,6 +478,21 @@ def test_views_are_augmented_differently(digits_dir, small):
     assert np.mean(different) > 2.95
 
 
+def test_an_image_is_decoded_once_for_all_its_views(numbered, small):
+    read = []
+
+    class Noting(list):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
+
+    source = numbered(12)
+    source = dataclasses.replace(source, records=Noting(source.records))
+    config = dataclasses.replace(small, repeated_aug=3, num_threads=1)
+    (batch,) = take(config, source, 1, seed=7, global_batch=12)
+    assert read[:4] == batch["label"][::3].tolist()
+
+
 def test_repeated_augmentation_does_not_depend_on_processes_and_resumes(digits_dir, small):
     config = dataclasses.replace(
         small, name="digits", data_dir=str(digits_dir), image_size=12, repeated_aug=3, auto_augment="evmamba-m9-mstd0.5"
