@@ -398,8 +398,8 @@ def measure(pythons: dict[str, str], folder: Path, rounds: int) -> str:
     line(
         f"{IMAGES} JPEGs of 500 x 375, {total / IMAGES / 1e3:.0f} kB on average; crops of {SIDE} x {SIDE}, bicubic; "
         f"batches of {BATCH}. CPU time, user and system, of the process and its workers: median of {rounds} rounds, in "
-        "which the pipelines take turns. Ratio: the row's time over that of the first row, median of the rounds, or how "
-        "many times as many images the first row does. Memory: of the process and its workers with all their libraries; "
+        "which the pipelines take turns. Ratio: the row's time over that of the first row, median of the rounds: how "
+        "many times as many images the first does. Memory: of the process and its workers with all their libraries; "
         "what they share is counted once. Written by `benchmarks/input_pipeline.py`."
     )
     line()

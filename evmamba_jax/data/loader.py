@@ -50,7 +50,6 @@ class Batches(Iterator[Batch]):
             if not (self._ledger.workers and code):
                 raise
             raise UserError(self._ledger.obituary(int(code[1]))) from error
-        self._ledger.__dict__.setdefault('all',[]).append(parts)
         if len(parts) == 1:
             return parts[0]
         return {name: np.concatenate([np.asarray(part[name]) for part in parts]) for name in parts[0]}

@@ -273,7 +273,7 @@ class _Images:
         f32 = jnp.float32
         x_weight = _pad(x_weight.astype(x.dtype), 1, self.wide)
         # Time steps in units of ln 2: their bias and weights here, B below.
-        dt_weight = _pad(dt_weight.astype(f32), 2, self.wide)
+        dt_weight = _pad(LOG2E * dt_weight.astype(f32), 2, self.wide)
         dt_bias = _pad(LOG2E * dt_bias.astype(f32), 1, self.wide)
         A, D = _pad(A.astype(f32), 1, self.wide), _pad(D.astype(f32), 1, self.wide)
         image = self.image(x)
@@ -306,7 +306,7 @@ class _Images:
             images["delta"] = self.lanes.fold(delta)
         return {
             "image": images,
-            "launches": [self._parameters(part, LOG2E * dt_weight, dt_bias, A, D) for part in self.grid.launches],
+            "launches": [self._parameters(part, dt_weight, dt_bias, A, D) for part in self.grid.launches],
         }
 
     def _parameters(self, part: Launch, dt_weight, dt_bias, A, D) -> Arrays:
@@ -466,6 +466,7 @@ class _Sequences:
             dtype=dtype,
             result=dtype,
             steps=jnp.float32 if self.biased else steps,
+            natural=True,
         )
 
     def image(self, x: jax.Array) -> jax.Array:

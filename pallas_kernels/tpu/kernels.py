@@ -13,9 +13,8 @@ with ``s[n]``, the gradient of the state that a token hands on to the one before
     g = s + C dy        s <- a g        w = s h_before        (a = 2^(dt A))
     dC = sum_e h_after dy    dB = sum_e g dt u    d_dt = sum_n w A + u sum_n g B    du = dt sum_n g B    dA = sum_t w dt
 
-Time steps are in units of ln 2 (those from outside once they are read) and B in units of 1 / ln 2, so that exponentials
-and softplus are powers and logarithms of 2, which is what the chip has; the derivatives of a have a factor ln 2, which
-is left out above.
+Time steps are in units of ln 2 and B in units of 1 / ln 2, so that exponentials and softplus are powers and logarithms
+of 2, which is what the chip has; the derivatives of a have a factor ln 2, which is left out above.
 """
 
 import dataclasses
@@ -46,6 +45,7 @@ class Block:
         lanes: images, at most 128.
         state: N.
         rank: rows that hold the time step before its projection; 0 where the time steps come from outside.
+        natural: whether those from outside are still to be brought into units of ln 2.
         slab: the rows that the product with the projection's weights reads, a multiple of 8, at least rank.
         set_rows: rows of one parameter set.
         softplus: whether time steps go through softplus.
@@ -68,6 +68,7 @@ class Block:
     lanes: int
     state: int
     rank: int
+    natural: bool
     slab: int
     set_rows: int
     softplus: bool
@@ -185,7 +186,8 @@ def _time_steps(r, s: Block, walk: Walk):
                 product = jnp.dot(weights, low.astype(weights.dtype), **s.product)
                 raw += [product[i * s.channels : (i + 1) * s.channels] for i in range(len(some))]
         else:
-            raw = [LOG2E * r.delta[*q, walk.slot].astype(jnp.float32) for q in pixels]
+            raw = [r.delta[*q, walk.slot].astype(jnp.float32) for q in pixels]
+            raw = [LOG2E * x for x in raw] if s.natural else raw
         for q, x in zip(pixels, raw, strict=True):
             r.dt[q] = softplus(x + bias, exact=s.exact) if s.softplus else x + bias
 
@@ -474,7 +476,8 @@ def _project_back(r, s: Block, walk: Walk, totals):
         totals["d_bias"][slot] += sum(raw)
         if not s.rank:
             for q, gradient in zip(pixels, raw, strict=True):
-                r.d_delta[*q, slot] = (LOG2E * gradient).astype(r.d_delta.dtype)
+                gradient = LOG2E * gradient if s.natural else gradient
+                r.d_delta[*q, slot] = gradient.astype(r.d_delta.dtype)
             return
         results = []
         for some, gradients in zip(_portions(pixels, s.together), _portions(raw, s.together), strict=True):

@@ -35,6 +35,7 @@ class Shape:
         dtype: of x and dy.
         result: of y and dx.
         steps: of time steps that come from outside, and of their gradient.
+        natural: whether these are still to be brought into units of ln 2.
     """
 
     rows: int
@@ -49,6 +50,7 @@ class Shape:
     dtype: Any
     result: Any
     steps: Any = FLOAT32
+    natural: bool = False
 
     @property
     def slab(self) -> int:
@@ -188,6 +190,7 @@ def _blocks(walks: tuple[Walk, ...], shape: Shape, target: Target, *, gradient: 
                 lanes=min(shape.images, LANES),
                 state=shape.state,
                 rank=shape.rank,
+                natural=shape.natural,
                 slab=shape.slab,
                 set_rows=shape.set_rows,
                 softplus=shape.softplus,
