@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from evmamba_jax.data import loader, workers
+from evmamba_jax.data import workers
 from evmamba_jax.data.loader import eval_batches, train_batches
 from evmamba_jax.errors import UserError
 
@@ -93,33 +93,6 @@ def test_a_worker_that_dies_is_named_with_its_record(watched, small, fate, hint)
     assert said.startswith("worker process 1 of 1 (pid N) " + cause)
     assert hint in said
     assert "\n" not in said
-
-
-def test_a_worker_that_hangs_is_named_and_does_not_hold_up_the_end(watched, small, monkeypatch, capsys):
-    monkeypatch.setattr(workers, "PATIENCE", 1.0)
-    monkeypatch.setattr(loader, "_GOODBYE", 1.0)
-    source, _ = watched(10, fateful=7)
-    batches = eval_batches(dataclasses.replace(small, num_threads=1, num_workers=1), source, global_batch=2)
-    for _ in range(3):
-        next(batches)
-    (worker,) = multiprocessing.active_children()
-    capsys.readouterr()  # what was said while the worker started
-
-    def read():
-        with pytest.raises((UserError, ValueError)):
-            next(batches)
-
-    reading = threading.Thread(target=read)
-    reading.start()
-    said = []
-    wait_until(lambda: said.append(capsys.readouterr().err) or "".join(said))
-    assert "".join(said) == (
-        f"no data for 1 s; still reading: worker process 1 of 1 (pid {worker.pid}), record 7 of numbers, split all\n"
-    )
-    batches.close()
-    reading.join(60)
-    assert not reading.is_alive()
-    wait_until(lambda: not worker.is_alive())
 
 
 def test_reading_threads_that_hang_are_named(numbered, small, monkeypatch, capsys):
