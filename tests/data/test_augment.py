@@ -1,6 +1,6 @@
 """RandAugment, colour jitter, repeated augmentation and the recipes' evaluation: against pixels that timm and
-EfficientVMamba's own code recorded (tests/golden/make_augment.py), against Pillow, and against the laws worked out by
-hand."""
+EfficientVMamba's own code recorded (tests/golden/training/make_augment.py), against Pillow, and against the laws worked
+out by hand."""
 
 import collections
 import dataclasses
@@ -34,12 +34,12 @@ BORDER = 1e-3  # pixels: what lies this near to the image's border is decided by
 
 @pytest.fixture(scope="module")
 def golden():
-    with np.load(ROOT / "tests/golden/augment.npz") as file:
+    with np.load(ROOT / "tests/golden/training/augment.npz") as file:
         return {key: file[key] for key in file.files} | {"of": dict(zip(file["names"], file["pixels"], strict=True))}
 
 
 def names(prefix: str) -> list[str]:
-    with np.load(ROOT / "tests/golden/augment.npz") as file:
+    with np.load(ROOT / "tests/golden/training/augment.npz") as file:
         return [str(name) for name in file["names"] if name.startswith(prefix)]
 
 

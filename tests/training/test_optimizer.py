@@ -39,7 +39,7 @@ def test_readme_schedule_warms_up_step_by_step(step):
     np.testing.assert_allclose(schedule(jnp.int32(step)), expected, rtol=2e-5)
 
 
-RECORDED = json.loads((Path(__file__).parents[1] / "golden" / "optim.json").read_text())
+RECORDED = json.loads((Path(__file__).parents[1] / "golden" / "training" / "optim.json").read_text())
 
 
 def test_vim_schedule_is_that_of_timm_called_after_each_epoch():

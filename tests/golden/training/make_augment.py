@@ -3,7 +3,7 @@
 Not run by the tests. In an environment of its own, with `pip install timm torchvision numpy "pillow<13"` (Pillow 13
 refuses to keep 0 bits, on which timm 1.0.31 stops) and a clone of https://github.com/TerryPei/EfficientVMamba:
 
-    python tests/golden/make_augment.py EfficientVMamba/classification/lib/dataset/augment_ops.py
+    python tests/golden/training/make_augment.py EfficientVMamba/classification/lib/dataset/augment_ops.py
 
 `names` and `pixels` belong together, entry by entry. A name is SET/OPERATION/MAGNITUDE/SIGN/INTERPOLATION, where
 SET is `timm` or `evmamba`; or `eval/CROP_MODE/CROP_PCT/INTERPOLATION`. Operations were run on `image`, evaluation on

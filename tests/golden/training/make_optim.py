@@ -2,7 +2,7 @@
 
 Not run by the tests. In an environment of its own, with `pip install timm`:
 
-    python tests/golden/make_optim.py
+    python tests/golden/training/make_optim.py
 
 `vim` holds the rate of each epoch, `mambavision` that of each step, as the trainers of those models call timm's
 scheduler. `adamw` and `lamb` hold two parameters after each of six updates with the gradients in `gradients`; the first
