@@ -2,17 +2,20 @@
 
 import dataclasses
 import gc
+import io
 import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from evmamba_jax.data import workers
 from evmamba_jax.data.loader import eval_batches, train_batches
@@ -114,44 +117,80 @@ def test_reading_threads_that_hang_are_named(numbered, small, monkeypatch, capsy
 
 
 MAIN = """
-import os, signal, sys, multiprocessing
+import multiprocessing, os, signal, sys
+from pathlib import Path
 sys.path.insert(0, {here!r})
 from conftest import example
+from test_workers import Records
+from evmamba_jax.data import loader, workers
 from evmamba_jax.data.config import DataConfig
-from evmamba_jax.data.loader import train_batches
+from evmamba_jax.data.loader import eval_batches, train_batches
 from evmamba_jax.data.sources import Source
 
 if __name__ == "__main__":
     png = bytes.fromhex({png!r})
-    source = Source(name="numbers", split="all", class_names=("0",), records=[example(png, 0)] * 4)
+    records = Records([example(png, 0)] * 10, Path(__file__).with_name("log"), fateful={fateful})
+    source = Source(name="numbers", split="all", class_names=("0",), records=records)
     config = DataConfig(image_size=8, in_channels=1, mean=(0.5,), std=(0.5,), num_threads=1, num_workers=1)
-    batches = train_batches(config, source, seed=0, global_batch=2)
-    next(batches)
-    (worker,) = multiprocessing.active_children()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        os.kill(worker.pid, number)
-    for _ in range(30):
-        next(batches)
-    print(worker.pid, flush=True)
-    os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-@linux
-def test_signals_leave_workers_alone_but_they_end_with_the_main_process(tmp_path):
-    import io
-
-    from PIL import Image
-
+@pytest.fixture
+def main_process(tmp_path):
+    """Starts a process of its own with what MAIN defines, and more."""
     buffer = io.BytesIO()
     Image.new("L", (8, 8)).save(buffer, "PNG")
-    script = tmp_path / "main.py"
-    script.write_text(MAIN.format(here=str(Path(__file__).parent), png=buffer.getvalue().hex()))
-    root = str(Path(__file__).parents[2])
-    command = [sys.executable, str(script)]
-    ran = subprocess.run(command, env=os.environ | {"PYTHONPATH": root}, stdout=subprocess.PIPE, timeout=120)
-    assert ran.returncode == -signal.SIGKILL
-    wait_until(lambda: ended(int(ran.stdout)))
+
+    def start(more, fateful=-1, **pipes):
+        script = tmp_path / "main.py"
+        before = MAIN.format(here=str(Path(__file__).parent), png=buffer.getvalue().hex(), fateful=fateful)
+        script.write_text(before + textwrap.indent(textwrap.dedent(more), "    "))
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+        return subprocess.Popen([sys.executable, str(script)], env=environment, text=True, **pipes)
+
+    return start
+
+
+@linux
+def test_a_worker_that_hangs_is_named_and_does_not_hold_up_the_end(main_process):
+    """As a user has it: no more data, a line that says why, and Ctrl-C. The patience is shortened."""
+    more = """
+        workers.PATIENCE = loader._GOODBYE = 1.0
+        with eval_batches(config, source, global_batch=2) as batches:
+            for _ in range(3):
+                next(batches)
+            (worker,) = multiprocessing.active_children()
+            print(worker.pid, flush=True)
+            list(batches)
+    """
+    with main_process(more, fateful=7, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as main:
+        pid = int(main.stdout.readline())
+        who = f"worker process 1 of 1 (pid {pid}), record 7 of numbers, split all"
+        # A slow start of the worker is told too, before.
+        assert any(line == f"no data for 1 s; still reading: {who}\n" for line in main.stderr)
+        main.send_signal(signal.SIGINT)
+        assert "KeyboardInterrupt" in main.communicate(timeout=120)[1]
+        assert main.returncode == -signal.SIGINT
+    wait_until(lambda: ended(pid))
+
+
+@linux
+def test_signals_leave_workers_alone_but_they_end_with_the_main_process(main_process):
+    more = """
+        batches = train_batches(config, source, seed=0, global_batch=2)
+        next(batches)
+        (worker,) = multiprocessing.active_children()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(worker.pid, number)
+        for _ in range(30):
+            next(batches)
+        print(worker.pid, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    with main_process(more, stdout=subprocess.PIPE) as main:
+        pid = int(main.communicate(timeout=120)[0])
+        assert main.returncode == -signal.SIGKILL
+    wait_until(lambda: ended(pid))
 
 
 @pytest.mark.parametrize(("processes", "threads", "global_batch"), [(0, 2, 96), (0, 3, 8), (2, 1, 96)])
