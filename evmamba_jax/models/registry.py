@@ -2,6 +2,7 @@
 
 import fnmatch
 import inspect
+import logging
 from os import PathLike
 from typing import Any
 
@@ -10,6 +11,8 @@ from flax import nnx
 
 from evmamba_jax import functional
 from evmamba_jax.errors import UserError, nearest
+
+logger = logging.getLogger(__name__)
 
 _VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {}  # the class and its sizes
 
@@ -32,8 +35,8 @@ def create_model(
     Args:
         name: one of :func:`list_models`.
         pretrained: folder of a converted model, of a training run, or of one of its checkpoints. Where the family's
-            ``adopt`` says so, it may be of another shape: a backbone (``out_norms=True``) takes a classifier, Vim a
-            position embedding of another grid.
+            ``adopt`` says so, it may be of another shape: a model without a head, such as a backbone, takes a
+            classifier, Vim a position embedding of another grid.
         rngs: source of the initial values; ``nnx.Rngs(0)`` when not given.
         **options: arguments of the family's class (``num_classes``, ``in_channels``, ``drop_path_rate``, ``dtype``
             and its sizes).
@@ -83,7 +86,7 @@ class _SameKey(nnx.RngStream):
 
 
 def load_pretrained(
-    model: Any, directory: str | PathLike[str], name: str, *, ema: bool = False
+    model: Any, directory: str | PathLike[str], name: str, *, ema: bool = False, new_head: bool = False
 ) -> tuple[functional.Arrays, functional.Arrays, dict[str, Any]]:
     """Return parameters, batch statistics and meta of a checkpoint as a model takes them.
 
@@ -92,6 +95,7 @@ def load_pretrained(
         directory: folder of a converted model, of a training run, or of one of its checkpoints.
         name: what an error calls the model.
         ema: take the moving average.
+        new_head: where the number of classes is another, leave the head out of what is returned.
 
     Raises:
         UserError: a checkpoint that is missing, or of another model, other shapes or another number of classes.
@@ -100,17 +104,30 @@ def load_pretrained(
 
     params, batch_stats, meta = checkpoint.load_model(directory, ema=ema)
     given_name, model_name = f"checkpoint {directory}", f"model {name}"
-    check_classes(model, params["head.bias"].size if "head.bias" in params else None, given_name, model_name)
+    classes = params["head.bias"].size if "head.bias" in params else None
+    model = for_classes(model, classes, given_name, model_name, new_head=new_head)
     adopted = model.adopt({**params, **batch_stats})
     _, params, batch_stats = functional.split(model)
     functional.check_same_shapes({**params, **batch_stats}, adopted, given_name, model_name)
     return {path: adopted[path] for path in params}, {path: adopted[path] for path in batch_stats}, meta
 
 
-def check_classes(model: Any, classes: int | None, given_name: str, model_name: str) -> None:
-    """Raise a UserError when weights are for another number of classes than the model; None is of no head at all."""
+def for_classes(model: Any, classes: int | None, given_name: str, model_name: str, *, new_head: bool) -> Any:
+    """Return the model as it takes weights for a number of classes: itself, or with ``new_head`` without its own.
+
+    Raises:
+        UserError: the weights are for another number of classes (None: they have no head) and ``new_head`` is not set.
+    """
     bias = functional.split(model).params.get("head.bias")
-    if classes is not None and bias is not None and classes != bias.size:
+    if classes is None or bias is None or classes == bias.size:
+        return model
+    if not new_head:
         raise UserError(
             f"{given_name} has {classes} classes and {model_name} has {bias.size}; the two must be the same"
         )
+    logger.warning(
+        "%s has %d classes: the head of %s, with %d, starts anew", given_name, classes, model_name, bias.size
+    )
+    headless = functional.merge(*functional.split(model))
+    headless.head = None
+    return headless

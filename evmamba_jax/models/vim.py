@@ -304,29 +304,29 @@ class Vim(nnx.Module):
     def _grid_of(self, height: int, width: int) -> tuple[int, int]:
         return (height - self.patch_size) // self.stride + 1, (width - self.patch_size) // self.stride + 1
 
-    def adopt(self, arrays: dict[str, Any]) -> dict[str, Any]:
+    def adopt(self, arrays: dict[str, Any], *, resize: bool = True) -> dict[str, Any]:
         """Return parameters of a checkpoint, by path, as this model takes them.
 
-        A position embedding of another length, taken for that of a square, is resized by :func:`resize_pos_embed`, as
-        fine-tuning at another size or stride needs it. A backbone (``class_token=False``, ``num_classes=0``) takes a
-        classifier without its class token and head.
+        With ``resize`` a position embedding of another length, taken for that of a square, is resized by
+        :func:`resize_pos_embed`, as fine-tuning at another size or stride needs it. A model without a head takes a
+        classifier without its head; a backbone (``class_token=False``) without its class token too.
         """
-        arrays = dict(arrays)
-        classifier = "cls_token" in arrays
+        if self.head is None:
+            arrays = {path: array for path, array in arrays.items() if not path.startswith("head.")}
+        given = arrays.get("pos_embed")
+        if given is None or given.ndim != 3:
+            return arrays
+        classifier, patches = "cls_token" in arrays, self.grid[0] * self.grid[1]
         place = self.pos_embed_class_token if classifier else None
-        given, patches = arrays.get("pos_embed"), self.grid[0] * self.grid[1]
-        if given is not None and given.shape[1] != patches + classifier:
+        if resize and given.shape[1] != patches + classifier:
             side = math.isqrt(given.shape[1] - classifier)
             if given.shape[1] == side**2 + classifier:
                 logger.warning("position embedding resized from %dx%d to %dx%d patches", side, side, *self.grid)
-                arrays["pos_embed"] = resize_pos_embed(given, (side, side), self.grid, class_token=place)
-        if classifier and self.cls_token is None and self.head is None:
-            for path in ("cls_token", "head.kernel", "head.bias"):
-                arrays.pop(path, None)
-            arrays["pos_embed"], _ = _take_out(
-                arrays["pos_embed"], _CLASS_TOKEN_AT[self.pos_embed_class_token](patches)
-            )
-        return arrays
+                given = resize_pos_embed(given, (side, side), self.grid, class_token=place)
+        if classifier and self.cls_token is None and self.head is None and given.shape[1] == patches + classifier:
+            arrays = {path: array for path, array in arrays.items() if path != "cls_token"}
+            given, _ = _take_out(given, _CLASS_TOKEN_AT[self.pos_embed_class_token](patches))
+        return {**arrays, "pos_embed": given}
 
     def tokens(self, images: jax.Array) -> jax.Array:
         """Return what enters the first block: (B, M + 1, C), the class token at M // 2 of M patches row by row.

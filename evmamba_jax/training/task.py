@@ -66,11 +66,16 @@ class Plan:
     ) -> tuple[dict[str, functional.Arrays], dict[str, Any]]:
         """Return ``{"params", "batch_stats"}`` of a folder or file, checked against the model's shapes, and its meta.
 
-        Every process of the run reads for itself. Only training goes on from weights of another grid of patches.
+        Every process of the run reads for itself. Only training goes on from weights of another grid of patches, or for
+        another number of classes, in place of whose head it takes the initial one.
         """
         name = f"{self.config.model.name} for {self.config.data.name}"
-        resize = not self.config.eval_only
-        params, batch_stats, meta = load_weights(self.model, source, name, ema=ema, resize=resize)
+        training = not self.config.eval_only
+        params, batch_stats, meta = load_weights(self.model, source, name, ema=ema, fine_tune=training)
+        head = self.abstract.params.keys() - params.keys()
+        if head:
+            initial = jax.jit(lambda: functional.split(self.build_model()).params)
+            params |= {path: array for path, array in initial().items() if path in head}
         return {"params": params, "batch_stats": batch_stats}, meta
 
 

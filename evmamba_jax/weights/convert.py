@@ -13,7 +13,6 @@ from safetensors.numpy import save_file
 
 from evmamba_jax import checkpoint, functional
 from evmamba_jax.errors import UserError
-from evmamba_jax.layers.pyramid import Pyramid
 from evmamba_jax.models import abstract_model, create_model
 from evmamba_jax.models.efficientvmamba import EfficientVMamba
 from evmamba_jax.models.mambavision import MambaVision
@@ -48,9 +47,9 @@ def from_torch(model: nnx.Module, state_dict: Mapping[str, np.ndarray], *, resiz
         model: an NNX module of :func:`evmamba_jax.create_model`.
         state_dict: ``{official name: array}``, as :func:`load_torch_file` gives it, in the official layout.
             BatchNorm's ``num_batches_tracked`` is ignored; every other name is used exactly once. Arrays are cast to
-            the type of our parameter, except that float64 stays float64 where JAX has 64 bits enabled. A backbone
-            (``out_norms=True``) also takes the weights of a classifier, as the official detectors do: the last norm
-            and the head are left out, and the out norms, which such weights lack, start at 1 and 0.
+            the type of our parameter, except that float64 stays float64 where JAX has 64 bits enabled. A model without
+            a head, such as a backbone, also takes the weights of a classifier, of which its ``adopt`` leaves out what
+            it has no place for.
         resize: also take Vim's position embedding of another image size or stride, resized, as fine-tuning needs it.
             It is refused otherwise, because nothing else tells the weights of such variants apart.
 
@@ -58,12 +57,11 @@ def from_torch(model: nnx.Module, state_dict: Mapping[str, np.ndarray], *, resiz
         UserError: names are missing or left over, or shapes differ; lists the first of each. The model is unchanged.
     """
     given, rows = _with_current_names(model, state_dict), table(model)
-    if resize or isinstance(model, Pyramid):
-        paths = {row.official: row.ours for row in rows}
-        official = {row.ours: row.official for row in rows}
-        adopted = cast("Any", model).adopt({paths.get(name, name): array for name, array in given.items()})
-        given = {official.get(path, path): array for path, array in adopted.items()}
-    fill(model, rows, given)
+    paths = {row.official: row.ours for row in rows}
+    official = {row.ours: row.official for row in rows}
+    ours = {paths.get(name, name): array for name, array in given.items()}
+    adopted = cast("Any", model).adopt(ours, resize=resize)
+    fill(model, rows, {official.get(path, path): array for path, array in adopted.items()})
 
 
 def count_classes(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) -> int | None:

@@ -10,7 +10,7 @@ from evmamba_jax import functional
 from evmamba_jax.checkpoint import load_meta
 from evmamba_jax.errors import UserError
 from evmamba_jax.models import abstract_model
-from evmamba_jax.models.registry import check_classes, load_pretrained
+from evmamba_jax.models.registry import for_classes, load_pretrained
 from evmamba_jax.weights.convert import count_classes, from_torch
 from evmamba_jax.weights.torch_file import load_torch_file
 
@@ -31,7 +31,7 @@ def is_folder(source: str | PathLike[str]) -> bool:
 
 
 def load_weights(
-    model: Any, source: str | PathLike[str], name: str, *, ema: bool = False, resize: bool = False
+    model: Any, source: str | PathLike[str], name: str, *, ema: bool = False, fine_tune: bool = False
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Return parameters, batch statistics and meta of a folder or file as a model takes them.
 
@@ -41,7 +41,8 @@ def load_weights(
             weights, of whose parts :func:`load_torch_file` takes the first that it knows.
         name: what an error calls the model.
         ema: take the moving average, which a folder has where its meta says so, and a file never.
-        resize: take a file with Vim's position embedding of another grid, as :func:`from_torch` has it; a folder may
+        fine_tune: also take weights for another number of classes, whose head is then left out of what is returned;
+            and of a file Vim's position embedding of another grid, as :func:`from_torch` resizes it. A folder may
             always be of another grid.
 
     Returns:
@@ -51,9 +52,8 @@ def load_weights(
         UserError: nothing is there; it is damaged or foreign; it is for another model or another number of classes.
     """
     if is_folder(source):
-        return load_pretrained(model, source, name, ema=ema)
-    filled = functional.merge(*functional.split(model))
-    _fill_from_file(filled, source, _read(source), name, resize=resize)
+        return load_pretrained(model, source, name, ema=ema, new_head=fine_tune)
+    filled = _filled_from_file(functional.merge(*functional.split(model)), source, _read(source), name, fine_tune)
     _, *arrays = functional.split(filled)
     params, batch_stats = ({path: np.asarray(array) for path, array in part.items()} for part in arrays)
     return params, batch_stats, {}
@@ -94,19 +94,20 @@ def open_model(source: str | PathLike[str], name: str = "") -> tuple[Any, str, d
     official = _read(source)
     classes = count_classes(abstract_model(name), official)
     model = abstract_model(name, **({} if classes is None else {"num_classes": classes}))
-    _fill_from_file(model, source, official, name, resize=False)
-    return model, name, meta
+    return _filled_from_file(model, source, official, name, fine_tune=False), name, meta
 
 
 def _read(source: str | PathLike[str]) -> dict[str, np.ndarray]:
     return load_torch_file(epath.Path(source).expanduser())
 
 
-def _fill_from_file(
-    model: Any, source: str | PathLike[str], official: dict[str, np.ndarray], name: str, *, resize: bool
-) -> None:
-    check_classes(model, count_classes(model, official), str(source), f"model {name}")
+def _filled_from_file(
+    model: Any, source: str | PathLike[str], official: dict[str, np.ndarray], name: str, fine_tune: bool
+) -> Any:
+    classes = count_classes(model, official)
+    model = for_classes(model, classes, str(source), f"model {name}", new_head=fine_tune)
     try:
-        from_torch(model, official, resize=resize)
+        from_torch(model, official, resize=fine_tune)
     except UserError as error:
         raise UserError(f"{source} does not fit model {name}: {error}") from error
+    return model

@@ -233,6 +233,23 @@ def test_training_starts_from_an_official_file(data_dir, pth):
     assert int(state["train"]["step"]) == 0
 
 
+def test_training_for_other_classes_starts_with_a_new_head(data_dir, tmp_path, caplog):
+    save_pth(tmp_path / "weights.pth", weights_of(abstract(num_classes=1000)))
+    config = get_config("convolutions")
+    config.data.data_dir, config.init_from, config.seed = str(data_dir), str(tmp_path / "weights.pth"), 5
+    task = tasks.Task(config)
+    state = Layout(task, 1437).fresh()
+    expected = weights_of(abstract(num_classes=1000))
+    for part in ("model", "ema"):
+        params = jax.device_get(state[part]["params"])
+        assert params.keys() == task.abstract.params.keys()
+        np.testing.assert_array_equal(params["norm.scale"], expected["classifier.norm.weight"])
+        initial = functional.split(task.build_model()).params
+        for path in ("head.kernel", "head.bias"):
+            np.testing.assert_allclose(params[path], initial[path], rtol=1e-6)
+    assert "weights.pth has 1000 classes: the head of model evmamba_t for digits, with 10, starts anew" in caplog.text
+
+
 def test_training_goes_on_from_vims_file_of_another_grid_but_no_evaluation_does(data_dir, tmp_path, caplog):
     small = {"width": 8, "depth": 1, "d_state": 2, "num_classes": 10, "in_channels": 1}
     given = abstract_model("vim_t", **small, image_size=64)
@@ -267,20 +284,26 @@ def refused(data_dir, workdir, *arguments) -> str:
     return line
 
 
+def test_an_evaluation_refuses_weights_for_other_classes(data_dir, tmp_path):
+    save_pth(tmp_path / "weights.pth", weights_of(abstract(num_classes=1000)))
+    arguments = ("--config.eval_only=True", f"--config.init_from={tmp_path / 'weights.pth'}")
+    line = refused(data_dir, tmp_path / "run", *arguments)
+    assert "weights.pth has 1000 classes and model evmamba_t for digits has 10; the two must be the same" in line
+
+
 @pytest.mark.parametrize("alone", [True, False], ids=["evaluation", "training"])
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (None, "weights.pth' does not exist; give a file of official weights (.pth, .pth.tar, .ckpt, .bin, .safetens"),
         (b"\x89PNG\r\n\x1a\n" + bytes(64), "weights.pth' is no weight file: it starts with"),
-        ({"num_classes": 1000}, "weights.pth has 1000 classes and model evmamba_t for digits has 10; the two must be"),
         (
             {"width": 16},
             "weights.pth does not fit model evmamba_t for digits: the weights do not fit EfficientVMamba (",
         ),
         ({"foreign": True}, "; 2 unexpected: 'conv1.weight', 'fc.bias'); take the variant"),
     ],
-    ids=["missing", "foreign file", "other classes", "other size", "another model"],
+    ids=["missing", "foreign file", "other size", "another model"],
 )
 def test_weights_that_will_not_do_are_named(data_dir, tmp_path, content, message, alone):
     path = tmp_path / "weights.pth"

@@ -46,10 +46,33 @@ def test_a_file_and_a_folder_give_the_same(name, tmp_path):
     assert described["model"] == name
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_weights_for_other_classes_come_without_their_head_on_request_only(name, tmp_path, caplog):
+    model = abstract_model(name, **SMALL[name], num_classes=5)
+    official = weights_of(model)
+    save_pth(tmp_path / "file.pth", official)
+    from_torch(model, official)
+    _, params, batch_stats = functional.split(model)
+    meta = {"model": name, "options": {**SMALL[name], "num_classes": 5}}
+    checkpoint.save_model(tmp_path / "folder", params=params, batch_stats=batch_stats, meta=meta)
+    rest = {path: array for path, array in params.items() if not path.startswith("head.")}
+    assert params.keys() - rest.keys() == {"head.kernel", "head.bias"}
+
+    others, headless = (abstract_model(name, **SMALL[name], num_classes=count) for count in (3, 0))
+    for place in (tmp_path / "file.pth", tmp_path / "folder"):
+        chex.assert_trees_all_equal(load_weights(headless, place, name)[:2], (rest, batch_stats))
+        assert not caplog.text
+        chex.assert_trees_all_equal(load_weights(others, place, name, fine_tune=True)[:2], (rest, batch_stats))
+        assert f"{place} has 5 classes: the head of model {name}, with 3, starts anew" in caplog.text
+        caplog.clear()
+        with pytest.raises(UserError, match=f"{place.name} has 5 classes and model {name} has 3; the two must be"):
+            load_weights(others, place, name)
+
+
 def test_vims_position_embedding_is_resized_on_request_only(tmp_path):
     save_pth(tmp_path / "file.pth", weights_of(abstract_model("vim_t", **SMALL["vim_t"])))
     other = abstract_model("vim_t", **SMALL["vim_t"] | {"image_size": 32})
-    params, _, _ = load_weights(other, tmp_path / "file.pth", "vim_t", resize=True)
+    params, _, _ = load_weights(other, tmp_path / "file.pth", "vim_t", fine_tune=True)
     assert params["pos_embed"].shape == (1, 5, 8)
     with pytest.raises(UserError, match="file.pth does not fit model vim_t: .* 'pos_embed' is"):
         load_weights(other, tmp_path / "file.pth", "vim_t")
