@@ -127,6 +127,8 @@ from evmamba_jax.data.config import DataConfig
 from evmamba_jax.data.loader import eval_batches, train_batches
 from evmamba_jax.data.sources import Source
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background hands down that it is ignored
+
 if __name__ == "__main__":
     png = bytes.fromhex({png!r})
     records = Records([example(png, 0)] * 10, Path(__file__).with_name("log"), fateful={fateful})
@@ -138,7 +140,7 @@ if __name__ == "__main__":
 @pytest.fixture
 def main_process(tmp_path):
     """Starts a process of its own with what MAIN defines, and more."""
-    buffer = io.BytesIO()
+    buffer, started = io.BytesIO(), []
     Image.new("L", (8, 8)).save(buffer, "PNG")
 
     def start(more, fateful=-1, **pipes):
@@ -146,9 +148,13 @@ def main_process(tmp_path):
         before = MAIN.format(here=str(Path(__file__).parent), png=buffer.getvalue().hex(), fateful=fateful)
         script.write_text(before + textwrap.indent(textwrap.dedent(more), "    "))
         environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-        return subprocess.Popen([sys.executable, str(script)], env=environment, text=True, **pipes)
+        started.append(subprocess.Popen([sys.executable, str(script)], env=environment, text=True, **pipes))
+        return started[-1]
 
-    return start
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
 
 
 @linux
@@ -163,14 +169,14 @@ def test_a_worker_that_hangs_is_named_and_does_not_hold_up_the_end(main_process)
             print(worker.pid, flush=True)
             list(batches)
     """
-    with main_process(more, fateful=7, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as main:
-        pid = int(main.stdout.readline())
-        who = f"worker process 1 of 1 (pid {pid}), record 7 of numbers, split all"
-        # A slow start of the worker is told too, before.
-        assert any(line == f"no data for 1 s; still reading: {who}\n" for line in main.stderr)
-        main.send_signal(signal.SIGINT)
-        assert "KeyboardInterrupt" in main.communicate(timeout=120)[1]
-        assert main.returncode == -signal.SIGINT
+    main = main_process(more, fateful=7, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    pid = int(main.stdout.readline())
+    who = f"worker process 1 of 1 (pid {pid}), record 7 of numbers, split all"
+    # A slow start of the worker is told too, before.
+    assert any(line == f"no data for 1 s; still reading: {who}\n" for line in main.stderr)
+    main.send_signal(signal.SIGINT)
+    assert "KeyboardInterrupt" in main.communicate(timeout=120)[1]
+    assert main.returncode == -signal.SIGINT
     wait_until(lambda: ended(pid))
 
 
@@ -187,9 +193,9 @@ def test_signals_leave_workers_alone_but_they_end_with_the_main_process(main_pro
         print(worker.pid, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
     """
-    with main_process(more, stdout=subprocess.PIPE) as main:
-        pid = int(main.communicate(timeout=120)[0])
-        assert main.returncode == -signal.SIGKILL
+    main = main_process(more, stdout=subprocess.PIPE)
+    pid = int(main.communicate(timeout=120)[0])
+    assert main.returncode == -signal.SIGKILL
     wait_until(lambda: ended(pid))
 
 
