@@ -93,7 +93,8 @@ def told(out: str) -> dict[str, list[tuple[float, str]]]:
 def test_photographs_with_an_official_file(pth, tmp_path):
     """As its user does it; prepared in the test with Pillow and NumPy alone, as the model's card says."""
     command = [sys.executable, "-m", "evmamba_jax.predict", "--model", "evmamba_t", "--weights", str(pth)]
-    env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT)}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_backend_optimization_level=0"
+    env = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*command, *map(str, PHOTOGRAPHS)], capture_output=True, text=True, cwd=tmp_path, env=env, check=False
     )

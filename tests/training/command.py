@@ -1,6 +1,5 @@
 """Runs ``train_tpu.py`` as its user does: a process of its own."""
 
-import importlib.metadata
 import os
 import subprocess
 import sys
@@ -15,8 +14,6 @@ def environment(devices: int = 1, **more: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     flags = [flag for flag in kept.pop("XLA_FLAGS").split() if "device_count" not in flag]
     flags += ["--xla_backend_optimization_level=0", f"--xla_force_host_platform_device_count={devices}"]
-    if importlib.metadata.version("jaxlib").startswith("0.10."):
-        flags.append("--xla_cpu_use_fusion_emitters=false")  # the older emitter, since removed, compiles twice as fast
     return kept | {"XLA_FLAGS": " ".join(flags)} | more
 
 
