@@ -98,7 +98,8 @@ def load_pretrained(
         new_head: where the number of classes is another, leave the head out of what is returned.
 
     Raises:
-        UserError: a checkpoint that is missing, or of another model, other shapes or another number of classes.
+        UserError: a checkpoint that is missing, or of another model, other shapes or, without ``new_head``, another
+            number of classes.
     """
     from evmamba_jax import checkpoint
 

@@ -49,7 +49,8 @@ def load_weights(
         NumPy arrays by path, twice, and the meta of a folder's checkpoint (empty for a file).
 
     Raises:
-        UserError: nothing is there; it is damaged or foreign; it is for another model or another number of classes.
+        UserError: nothing is there; it is damaged or foreign; it is for another model or, without ``fine_tune``, for
+            another number of classes.
     """
     if is_folder(source):
         return load_pretrained(model, source, name, ema=ema, new_head=fine_tune)
