@@ -35,8 +35,8 @@ def is_finite(numbers: dict[str, jax.Array]) -> jax.Array:
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Soft-target cross-entropy of each example: logits and targets (B, classes) -> (B,) float32."""
-    return optax.losses.softmax_cross_entropy(logits.astype(jnp.float32), targets)
+    """Soft-target cross-entropy of each example: logits and targets (B, classes) -> (B,), float32 or wider."""
+    return optax.losses.softmax_cross_entropy(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), targets)
 
 
 def mesa_divergence(logits: jax.Array, averaged: jax.Array) -> jax.Array:
