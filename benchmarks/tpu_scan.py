@@ -2,8 +2,11 @@
 
 Nothing runs on a TPU: cycles are those of the compiler's schedule, over clocks and bandwidths of ``aot.GENERATIONS``.
 
-    python benchmarks/tpu_scan.py [--out FILE]     # the scans of three models, and XLA's implementations
-    python benchmarks/tpu_scan.py --all --out FILE # every scan of every registered model on every generation (hours)
+    python benchmarks/tpu_scan.py [--out FILE]  # the scans of three models, and XLA's implementations
+    python benchmarks/tpu_scan.py --all [--work FILE] [--out FILE]  # every scan of every model on every generation
+
+The second takes hours. What it has compiled is kept in the work file, so it can be stopped and started again; after a
+change of the kernels or of libtpu the file is to be deleted.
 """
 
 import argparse
@@ -11,6 +14,7 @@ import dataclasses
 import datetime
 import functools
 import importlib.metadata
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -27,7 +31,7 @@ from tpu_kernels import BATCH, Kernel, Scan
 from evmamba_jax.preflight import hlo
 from pallas_kernels import ATROUS, CROSS, Order, aot, selective_scan
 
-GENERATIONS = ("v5e", "v6e", "v5p", "v4", "tpu7x")  # the two that matter most, then the rest
+GENERATIONS = ("v5e", "v6e")  # of the tables of three models
 FIGURES = {
     "EfficientVMamba-T stage 1": [Scan(BATCH, 56, 56, 96, 3, 16, ATROUS)],
     "EfficientVMamba-T stage 2": [Scan(BATCH, 28, 28, 192, 6, 16, ATROUS)],
@@ -50,8 +54,10 @@ OPERATIONS = {"forward": 7, "backward": 5 + 14}
 ATTAINABLE = 0.8  # of the peak of HBM
 
 EVERY_SCAN = """\
-Every distinct scan of every registered model, bfloat16, compiled for one JAX device. Cycles are those of the
-compiler's schedule, a row of it a cycle, without waiting for memory; "portable" scans are left to XLA by the kernels.
+Every distinct scan of every registered model, bfloat16, for one JAX device (a chip; of tpu7x, half a chip):
+milliseconds forward / backward, the cycles of the compiler's schedule over the clock, without waiting for memory.
+"XLA": the kernels leave the scan to XLA. A scan is written as images, height, width, channels E, rank R of the time
+step, states N, orders.
 """
 
 THREE_MODELS = f"""\
@@ -121,7 +127,7 @@ def figures(dump_folder: str) -> Iterator[str]:
         "| fused ideal, MB | busiest unit | spills in inner loops |"
     )
     yield "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | --- | ---: | ---: | --- | ---: |"
-    for name in GENERATIONS[:2]:
+    for name in GENERATIONS:
         generation = aot.GENERATIONS[name]
         for title, scans in FIGURES.items():
             kernels = [k for scan in scans for k in tpu_kernels.compile_scan(scan, name, dump_folder)]
@@ -171,7 +177,7 @@ def peers(dump_folder: str) -> Iterator[str]:
         "forward": (forward, arguments, ("pallas", "sequential", "associative")),
         "forward + backward": (both, (stream, *arguments), ("pallas", "sequential")),
     }
-    for name in GENERATIONS[:2]:
+    for name in GENERATIONS:
         for title, (program, shapes, implementations) in programs.items():
             ours = None
             for implementation in implementations:
@@ -208,29 +214,68 @@ def program_cycles(text: str, generation: str, dump_folder: str) -> tuple[float,
     return rest + kernels, kernels
 
 
-def every_scan(dump_folder: str) -> Iterator[str]:
-    """Yield the lines of the tables of all scans of all registered models on all generations."""
+def every_scan(dump_folder: str, work: Path) -> Iterator[str]:
+    """Yield a table of all scans of all registered models, a column a generation, and what was found in all of them."""
+    work.parent.mkdir(parents=True, exist_ok=True)
+    done = [Kernel(**json.loads(line)) for line in work.read_text().splitlines()] if work.exists() else []
+    known: dict[tuple[str, str], list[Kernel]] = {}
+    for kernel in done:
+        known.setdefault((kernel.generation, kernel.scan), []).append(kernel)
     for detector in (False, True):
-        scans = tpu_kernels.model_scans(detector=detector)
-        for generation in GENERATIONS:
-            yield from ("", f"## {'One image of 800x1280' if detector else f'{BATCH} images'}, {generation}", "")
-            yield from tpu_kernels.table_head()
-            for scan in scans:
-                for kernel in tpu_kernels.compile_scan(scan, generation, dump_folder):
-                    yield tpu_kernels.table_row(kernel)
+        yield from ("", f"## {'One image of 800x1280' if detector else f'{BATCH} images'}", "")
+        yield f"| scan | {' | '.join(aot.GENERATIONS)} |"
+        yield f"| --- |{' ---: |' * len(aot.GENERATIONS)}"
+        for scan in tpu_kernels.model_scans(detector=detector):
+            cells = []
+            for generation in aot.GENERATIONS:
+                kernels = known.get((generation, str(scan)))
+                if kernels is None:
+                    kernels = list(tpu_kernels.compile_scan(scan, generation, dump_folder))
+                    done += kernels
+                    with work.open("a") as file:
+                        file.write("".join(f"{json.dumps(dataclasses.asdict(kernel))}\n" for kernel in kernels))
+                cells.append(_times(kernels))
+            yield f"| {scan} | {' | '.join(cells)} |"
+    yield from ("", "## All kernels", "")
+    yield "| TPU | scans | left to XLA | kernels | refused | most VMEM, MiB | spill in inner loops | most spills |"
+    yield f"| --- |{' ---: |' * 7}"
+    for generation in aot.GENERATIONS:
+        own = [kernel for kernel in done if kernel.generation == generation]
+        portable = [kernel for kernel in own if kernel.name == "portable"]
+        kernels = [kernel for kernel in own if kernel.name != "portable"]
+        yield (
+            f"| {generation} | {len({kernel.scan for kernel in own})} | {len(portable)} | {len(kernels)} "
+            f"| {sum(bool(kernel.problem) for kernel in kernels)} "
+            f"| {max(kernel.vmem_bytes for kernel in kernels) / 2**20:.1f} "
+            f"| {sum(kernel.spills > 0 for kernel in kernels)} | {max(kernel.spills for kernel in kernels)} |"
+        )
 
 
-def report(dump_folder: str, *, everything: bool) -> Iterator[str]:
-    """Yield the lines of the whole text."""
+def _times(kernels: list[Kernel]) -> str:
+    """Return milliseconds of a scan's kernels, forward and backward, or why there are none."""
+    if kernels[0].name == "portable":
+        return "XLA"
+    problems = [kernel.problem for kernel in kernels if kernel.problem]
+    if problems:
+        return f"refused: {problems[0]}"
+    clock = aot.GENERATIONS[kernels[0].generation].clock
+    return " / ".join(
+        f"{1e3 * sum(kernel.cycles for kernel in kernels if kernel.direction == direction) / clock:.3f}"
+        for direction in OPERATIONS
+    )
+
+
+def report(dump_folder: str, work: Path | None) -> Iterator[str]:
+    """Yield the lines of the whole text: of every scan where there is a work file, else of three models."""
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib", "libtpu"))
     yield "# Scans on TPUs: static estimates, nothing ran on a TPU"
     yield ""
     yield f"{datetime.date.today().isoformat()}; {versions}."
     yield ""
-    yield from (*(EVERY_SCAN if everything else THREE_MODELS).splitlines(), "")
-    if everything:
-        yield from every_scan(dump_folder)
+    if work:
+        yield from (*EVERY_SCAN.splitlines(), *every_scan(dump_folder, work))
         return
+    yield from (*THREE_MODELS.splitlines(), "")
     yield from figures(dump_folder)
     yield ""
     yield from (*XLA.splitlines(), "")
@@ -240,11 +285,12 @@ def report(dump_folder: str, *, everything: bool) -> Iterator[str]:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--all", action="store_true", help="every scan of every registered model instead")
+    parser.add_argument("--work", type=Path, default=Path("runs/every_scan.jsonl"), help="what --all has done")
     parser.add_argument("--out", type=Path, help="also write the tables to this markdown file")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as dump_folder:
         aot.prepare(dump_folder)
-        tpu_kernels.show(report(dump_folder, everything=options.all), options.out)
+        tpu_kernels.show(report(dump_folder, options.work if options.all else None), options.out)
 
 
 if __name__ == "__main__":

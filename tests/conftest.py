@@ -32,6 +32,11 @@ _LONG = (
 )
 
 
+def pytest_addoption(parser):
+    """Add what the suite can do beyond what it always does."""
+    parser.addoption("--every-scan", action="store_true", help="compile every scan of every model for every TPU: hours")
+
+
 def pytest_collection_modifyitems(items):
     """Put the long files first."""
     rank = {name: place for place, name in enumerate(_LONG)}
