@@ -2,7 +2,7 @@
 ``tests/kernels/test_tpu_compile.py`` checks.
 
 No TPU is needed and nothing runs: models and kernels are traced with shapes alone, and cycles, spills and memory are
-those of the compiler's schedule (``pallas_kernels/aot.py``). Every time is an estimate.
+those of the compiler's schedule (``pallas_kernels/schedules.py``). Every time is an estimate.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from evmamba_jax import list_models
 from evmamba_jax.models.cards import CARDS
 from evmamba_jax.models.registry import abstract_model
-from pallas_kernels import ATROUS, CROSS, Chain, Order, aot, tpu
+from pallas_kernels import ATROUS, CROSS, Chain, Order, aot, schedules, tpu
 
 BATCH = 128  # images a chip in training
 DETECTOR = (800, 1280)  # pixels of one image a chip
@@ -255,19 +255,19 @@ def _compile(kernel: Kernel, call: Any, dump_folder: str) -> Kernel:
     )
 
 
-def read_schedule(dump_folder: str, name: str, generation: str) -> aot.Schedule:
+def read_schedule(dump_folder: str, name: str, generation: str) -> schedules.Schedule:
     """Read a scan kernel's schedule, its guarded loops weighed by how often the guard lets them run.
 
     The kernels guard loops by the block of channels alone: the first block clears what all blocks add to, and the last
     one sums it. So a guarded loop runs in one of so many steps of the grid as its last axis has.
     """
-    schedule = aot.schedule(dump_folder, name, generation)
+    schedule = schedules.read(dump_folder, name, generation)
     guarded = {
         number: loop.trips / schedule.grid[-1]
         for number, loop in enumerate(schedule.loops)
         if loop.depth == 1 and loop.predicated == loop.rows and loop.trips is not None
     }
-    return aot.schedule(dump_folder, name, generation, trips=guarded)
+    return schedules.read(dump_folder, name, generation, trips=guarded)
 
 
 def moved_bytes(call: Any) -> int:

@@ -26,7 +26,7 @@ from evmamba_jax.training import parse_command
 from evmamba_jax.training.layout import Layout
 from evmamba_jax.training.mesh import make_mesh
 from evmamba_jax.training.task import Plan
-from pallas_kernels import aot
+from pallas_kernels import aot, schedules
 
 # Classes and training images of the data sets that need not be here: their own documentation.
 KNOWN_DATA = {"imagenet2012": (1000, 1_281_167), "digits": (10, 1437), "fashion_mnist_debian": (10, 60_000)}
@@ -262,7 +262,7 @@ def kernel_facts(request: Request, tell) -> dict[str, Any]:
                 has_side_effect=True,  # nobody reads what it makes
             )
             aot.compile_for(generation.name, call, *shapes[0])
-            schedule = aot.schedule(folder, "ffi_call", generation.name)  # the newest: the one just compiled
+            schedule = schedules.read(folder, "ffi_call", generation.name)  # the newest: the one just compiled
             spills = sum(loop.spills for loop in schedule.loops)
             types = [f"{_TYPES[kind][0]}[{','.join(map(str, shape))}]" for shape, kind in results]
             found.append(

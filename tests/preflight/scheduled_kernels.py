@@ -10,7 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import aot
+from pallas_kernels import aot, schedules
 
 WIDE = 128
 
@@ -97,12 +97,12 @@ KERNELS = {
 if __name__ == "__main__":
     folder = sys.argv[1]
     aot.prepare(folder)
-    schedules = {}
+    found = {}
     for generation in ("v5e", "v4"):
         for function, arguments in KERNELS.items():
             aot.compile_for(generation, function, *arguments)
-            schedule = aot.schedule(folder, function.__name__, generation)
-            schedules[f"{function.__name__} {generation}"] = dataclasses.asdict(schedule) | {"text": str(schedule)}
-    given = aot.schedule(folder, "dynamic", "v4", trips={0: 100})
-    schedules["dynamic v4, told"] = dataclasses.asdict(given)
-    print(json.dumps(schedules))
+            schedule = schedules.read(folder, function.__name__, generation)
+            found[f"{function.__name__} {generation}"] = dataclasses.asdict(schedule) | {"text": str(schedule)}
+    given = schedules.read(folder, "dynamic", "v4", trips={0: 100})
+    found["dynamic v4, told"] = dataclasses.asdict(given)
+    print(json.dumps(found))
