@@ -2,12 +2,12 @@
 
 import dataclasses
 
-from pallas_kernels import tpu
+from pallas_kernels.tpu import problem
 
 
 def one_token_a_turn(monkeypatch) -> None:
     """Have the loops of the kernels handle one token a turn: a third of the code, and nothing else changes."""
-    plan = tpu.plan
+    plan = problem.plan
 
     def short(*arguments, gradient):
         calls = plan(*arguments, gradient=gradient)
@@ -16,4 +16,4 @@ def one_token_a_turn(monkeypatch) -> None:
             dataclasses.replace(call, block=dataclasses.replace(call.block, **turns)) for call in calls
         )
 
-    monkeypatch.setattr(tpu, "plan", short)
+    monkeypatch.setattr(problem, "plan", short)

@@ -14,6 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from test_selective_scan import ALL, close
 
 from pallas_kernels import ATROUS, CROSS, Chain, Order, tpu
+from pallas_kernels.tpu import images, problem, sequences
 from pallas_kernels.tpu.geometry import Segment, for_tokens, grids
 from pallas_kernels.tpu.launch import Target
 
@@ -169,15 +170,16 @@ def assert_right(case: Case, actual, wanted):
 
 def chip(monkeypatch, *, vmem=64 * 2**20, two_stores=False):
     """Have the kernels planned for another chip; return the list that every (gradient, calls) is then added to."""
-    plans, plan = [], tpu.plan
+    plans, plan = [], problem.plan
 
     def recorded(*arguments, gradient):
         calls = plan(*arguments, gradient=gradient)
         plans.append((gradient, calls))
         return calls
 
-    monkeypatch.setattr(tpu, "target", lambda interpret=None: Target(vmem, two_stores, interpret))
-    monkeypatch.setattr(tpu, "plan", recorded)
+    for kernels in (images, sequences):
+        monkeypatch.setattr(kernels, "target", lambda interpret=None: Target(vmem, two_stores, interpret))
+    monkeypatch.setattr(problem, "plan", recorded)
     return plans
 
 
