@@ -247,6 +247,8 @@ class _Stopping(contextlib.AbstractContextManager):
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, f"{self.received.name}: saving after this step; Ctrl-C leaves at once\n".encode())
 
     def at(self, step: int) -> signal.Signals | None:
         """Return the signal that asks to stop before ``step``, the same on every process."""

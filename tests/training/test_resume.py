@@ -104,6 +104,7 @@ def test_sigterm_saves_and_the_next_start_continues(shared, uninterrupted, tmp_p
     assert process.returncode == 128 + signal.SIGTERM, out + err
     (saved,) = steps_on_disk(workdir)
     assert f"SIGTERM: step {saved} is saved in {workdir}; the same command continues from there" in out
+    assert "SIGTERM: saving after this step; Ctrl-C leaves at once" in err
     code, out, err = run(*ARGUMENTS, "--workdir", workdir, env=shared)
     assert code == 0, out + err
     assert_same_run(workdir, uninterrupted)
