@@ -141,7 +141,7 @@ def report(check: dict, runs: dict[str, list[Rows]], config: Config, examples: i
         f"| epoch | {' | '.join(names)} |",
         "| ---: | ---: | ---: |",
         *(
-            f"| {epoch:.1f} | {' | '.join(spread(curves[side][1][:, i]) for side in SIDES)} |"
+            f"| {epoch:.3f} | {' | '.join(spread(curves[side][1][:, i]) for side in SIDES)} |"
             for i, epoch in enumerate(epochs)
         ),
         "",
