@@ -128,7 +128,7 @@ def report(check: dict, runs: dict[str, list[Rows]], config: Config, examples: i
         f"| norm of the gradient in them, relative | {check['grad_norm']:.1e} |",
         f"| weights and running statistics after them, of all tensors the worst, relative | {check['weights']:.1e} |",
         "",
-        "In float64 and without drop path; all else is the recipe's, and a weight in the wrong group would end 9e-5 "
+        "In float64 and without drop path; all else is the recipe's, and a weight in the wrong group would end 6e-5 "
         "apart. What differs is that our rates and our AdamW's correction of bias are float32. Relative: over the "
         "largest value of the tensor.",
         "",
