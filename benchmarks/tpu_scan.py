@@ -273,7 +273,8 @@ def report(dump_folder: str, work: Path | None) -> Iterator[str]:
     yield f"{datetime.date.today().isoformat()}; {versions}."
     yield ""
     if work:
-        yield from (*EVERY_SCAN.splitlines(), *every_scan(dump_folder, work))
+        yield from EVERY_SCAN.splitlines()
+        yield from every_scan(dump_folder, work)
         return
     yield from (*THREE_MODELS.splitlines(), "")
     yield from figures(dump_folder)
