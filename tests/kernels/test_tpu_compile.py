@@ -121,11 +121,12 @@ def pytest_generate_tests(metafunc):
     from pallas_kernels import aot
 
     if "job" in metafunc.fixturenames:
-        every = [f"{generation} {size}" for size in SIZES for generation in aot.GENERATIONS]
-        metafunc.parametrize("job", every if metafunc.config.getoption("every_scan") else JOBS)
+        every = metafunc.config.getoption("every_scan")
+        jobs = [f"{generation} {size}" for size in SIZES for generation in aot.GENERATIONS] if every else JOBS
+        limit = pytest.mark.timeout(7200 if every else 900)
+        metafunc.parametrize("job", [pytest.param(job, marks=limit) for job in jobs])
 
 
-@pytest.mark.timeout(7200)  # a job of --every-scan; those of the selection take minutes
 def test_kernels_compile_and_keep_their_budgets(job, tmp_path):
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip('the TPU compiler is not installed (Linux on x86-64 only): pip install "jax[tpu]"')
