@@ -47,6 +47,21 @@ def axis_sizes(function: str, arrays: dict[str, jax.Array], axes: dict[str, str]
     return sizes
 
 
+def mesh_axes(function: str, axis_name: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Return the axes that ``axis_name`` names; raise ValueError naming one that no ``jax.shard_map`` here is over."""
+    if axis_name is None:
+        return ()
+    axes = tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
+    bound = jax.sharding.get_abstract_mesh().manual_axes
+    for axis in axes:
+        if axis not in bound:
+            there = f"one of {', '.join(map(repr, bound))}" if bound else "but there is none"
+            raise ValueError(
+                f"{function}: axis_name={axis!r} must be an axis of the jax.shard_map around the call, {there}"
+            )
+    return axes
+
+
 def check_choice(function: str, implementation: str | None, allowed: tuple) -> None:
     """Raise ValueError, with the nearest name, for an implementation that is not among the ``allowed``."""
     if implementation in allowed:

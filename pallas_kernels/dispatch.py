@@ -156,6 +156,18 @@ def vary_alike(*arrays):
     ]
 
 
+def sum_over(axes: tuple[str, ...], x: jax.Array) -> jax.Array:
+    """Return the sum of x over the devices along axes of the mesh, inside ``jax.shard_map``; x itself without axes.
+
+    Every device goes on with the sum in its own way, so that its gradient, too, is to be summed over them. Without
+    JAX's check of what varies that is how ``lax.psum`` is transposed; with it, this marking is.
+    """
+    if not axes:
+        return x
+    _, total = vary_alike(x, lax.psum(x, axes))
+    return total
+
+
 def shape_like(shape: tuple[int, ...], dtype: Any, x: jax.Array) -> jax.ShapeDtypeStruct:
     """Return the type of a kernel's result that varies over the same mesh axes as x."""
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.arguments import as_arrays, axis_sizes, check_choice
-from pallas_kernels.dispatch import Operation
+from pallas_kernels.arguments import as_arrays, axis_sizes, check_choice, mesh_axes
+from pallas_kernels.dispatch import Operation, sum_over
 from pallas_kernels.orders import Chain, Order
 from pallas_kernels.scan_1d import IMPLEMENTATIONS, PORTABLE, recurrence
 
@@ -21,6 +21,7 @@ def scan2d(
     D: jax.Array,
     *,
     orders: tuple[Order | Chain, ...],
+    axis_name: str | tuple[str, ...] | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """Scan an image along K orders, each with parameters of its own, and add up what they write to each pixel.
@@ -28,6 +29,10 @@ def scan2d(
     The projections act on one pixel and so commute with every order: only the recurrence follows the orders, and an
     implementation is free to project before or after it reads them. Each order projects only the pixels it visits.
     Computed in float32, or in float64 if any argument is.
+
+    Only the projections to dt, B and C look at several channels. So inside ``jax.shard_map`` each device may have a
+    part of the channels, E below, of the image and of all parameters: ``axis_name`` says along which axes of the mesh
+    they are divided, and the projections are summed over these. Gradients are those of the device's own part.
 
     Args:
         x: (B, H, W, E) image.
@@ -37,13 +42,15 @@ def scan2d(
         A: (K, E, N) continuous-time decay, negative.
         D: (K, E) weight of the skip from x to y.
         orders: K orders, for example ``CROSS`` or ``ATROUS``; a ``Chain`` is walked by one scan.
+        axis_name: the axis or axes of the mesh over which channels are divided; None where each device has them all.
         implementation: as for ``selective_scan``.
 
     Returns:
         y (B, H, W, E) in the dtype of x: the sum over the orders, which for disjoint orders is a plain write.
 
     Raises:
-        ValueError: a shape that does not fit the arguments before it, orders that are not K, an unknown implementation.
+        ValueError: a shape that does not fit the arguments before it, orders that are not K, an unknown implementation,
+            an axis_name that is no axis of a ``jax.shard_map`` around the call.
         TypeError: an argument that is no array of floating-point numbers, an order that is neither
             Order nor Chain.
 
@@ -76,18 +83,18 @@ def scan2d(
             f"{name}: {len(orders)} orders were given, but dt_weight has K={sizes['K']} sets of parameters"
         )
     arrays = (given[part] for part in ("x", "x_weight", "dt_weight", "dt_bias", "A", "D"))
-    return _scan2d(*arrays, orders=orders, implementation=implementation)
+    return _scan2d(*arrays, orders=orders, axes=mesh_axes(name, axis_name), implementation=implementation)
 
 
-@functools.partial(jax.jit, static_argnames=("orders", "implementation"))
-def _scan2d(*arrays, orders, implementation):
+@functools.partial(jax.jit, static_argnames=("orders", "axes", "implementation"))
+def _scan2d(*arrays, orders, axes, implementation):
     if implementation in PORTABLE:
-        return _planar(*arrays, orders=orders, run=PORTABLE[implementation])
-    (y,) = _OPERATION(*arrays, orders=orders, implementation=implementation)
+        return _planar(*arrays, orders=orders, axes=axes, run=PORTABLE[implementation])
+    (y,) = _OPERATION(*arrays, orders=orders, axes=axes, implementation=implementation)
     return y
 
 
-def _planar(x, x_weight, dt_weight, dt_bias, A, D, *, orders, run):
+def _planar(x, x_weight, dt_weight, dt_bias, A, D, *, orders, axes, run):
     """Read the orders as groups of one scan for each length that occurs, scan, and write back."""
     wide = functools.reduce(jnp.promote_types, (a.dtype for a in (x, x_weight, dt_weight, dt_bias, A, D)), jnp.float32)
     height, width = x.shape[1:3]
@@ -100,7 +107,7 @@ def _planar(x, x_weight, dt_weight, dt_bias, A, D, *, orders, run):
     for ks in by_length.values():
         u = jnp.stack([orders[k].read(x) for k in ks], 2)
         own = functools.partial(_rows, ks=ks, dtype=wide)
-        projected = jnp.einsum("blke,kec->blkc", u.astype(wide), own(x_weight))
+        projected = sum_over(axes, jnp.einsum("blke,kec->blkc", u.astype(wide), own(x_weight)))
         dt, B, C = jnp.split(projected, [rank, rank + state], -1)
         # Highest: an accelerator would else round both factors to bfloat16, and the recurrence compounds the error.
         delta = jnp.einsum("blkr,kre->blke", dt, own(dt_weight), precision=lax.Precision.HIGHEST)
@@ -119,8 +126,8 @@ def _rows(parameters, ks, dtype):
     return jnp.stack([parameters[k] for k in ks]).astype(dtype)
 
 
-def _portable(*arrays, orders):
-    return (_planar(*arrays, orders=orders, run=PORTABLE["sequential"]),)
+def _portable(*arrays, **options):
+    return (_planar(*arrays, run=PORTABLE["sequential"], **options),)
 
 
 _OPERATION = Operation("scan2d", 6, _portable, lambda x, *_: (x,))

@@ -9,7 +9,8 @@ this one ends, all that depends on it is in ``backend.py``; ``kernels.py`` is th
 ``launch.py`` cuts the work into programs.
 
 What is not the recurrence stays in XLA: the projection to step size, B and C, once for each pixel that an order visits,
-and sums of what several programs find for one array, over images or blocks of channels. The gradient of the projection
+its sum over devices that share the channels, and sums of what several programs find for one array, over images or
+blocks of channels. The gradient of the projection
 is JAX's own; the kernels have gradients written by hand, and keep nothing from the forward pass but its inputs.
 Under ``jax.shard_map``, all arguments must vary over the same axes; ``sequential.py`` shows how to mark them.
 """
@@ -20,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.dispatch import sum_over
 from pallas_kernels.gpu.backend import in_sight
 from pallas_kernels.gpu.kernels import LOG2E
 from pallas_kernels.gpu.launch import Arrays, programs, run
@@ -30,7 +32,7 @@ from pallas_kernels.orders import Chain, Order
 ENOUGH = 1056
 
 
-def scan2d_unsupported(x, *parameters, orders) -> str | None:
+def scan2d_unsupported(x, *parameters, orders, axes=()) -> str | None:
     """Return why no kernel can do a call of ``scan2d`` and its gradient, or None."""
     *_, A, _ = parameters
     return _unsupported(A.shape[2], x.shape[1] * x.shape[2], x, *parameters)
@@ -53,10 +55,10 @@ def _unsupported(state: int, length: int, image: jax.Array, *others: jax.Array) 
     return f"they take up to 65536 tokens, not {length}" if length > 65536 else None
 
 
-def scan2d_forward(x, x_weight, dt_weight, dt_bias, A, D, *, orders, interpret: Any = False) -> jax.Array:
+def scan2d_forward(x, x_weight, dt_weight, dt_bias, A, D, *, orders, axes=(), interpret: Any = False) -> jax.Array:
     """Return y of ``scan2d``, whose arguments these are."""
     walks = _plan(x, orders)
-    arrays = _prepare_2d(walks, orders, x.astype(jnp.float32), x_weight, dt_weight, dt_bias, A, D)
+    arrays = _prepare_2d(walks, orders, axes, x.astype(jnp.float32), x_weight, dt_weight, dt_bias, A, D)
     # Where something is added to y yet, it is rounded after that.
     dtype = jnp.float32 if walks.merges or walks.layers > 1 else x.dtype
     of = run(walks, {"x": _flat(x), **arrays}, rank=dt_weight.shape[1], softplus=True, dtype=dtype, interpret=interpret)
@@ -64,11 +66,11 @@ def scan2d_forward(x, x_weight, dt_weight, dt_bias, A, D, *, orders, interpret: 
 
 
 def scan2d_backward(
-    x, x_weight, dt_weight, dt_bias, A, D, dy, *, orders, interpret: Any = False
+    x, x_weight, dt_weight, dt_bias, A, D, dy, *, orders, axes=(), interpret: Any = False
 ) -> tuple[jax.Array, ...]:
     """Return the gradients of the six arrays from that of y."""
     walks = _plan(x, orders)
-    prepare = functools.partial(_prepare_2d, walks, orders)
+    prepare = functools.partial(_prepare_2d, walks, orders, axes)
     arrays, pull = jax.vjp(prepare, x.astype(jnp.float32), x_weight, dt_weight, dt_bias, A, D)
     arrays |= {"x": _flat(x), "dy": _flat(dy)}
     of = run(walks, arrays, rank=dt_weight.shape[1], softplus=True, dtype=None, interpret=interpret)
@@ -137,14 +139,14 @@ def _prepare_1d(delta, A, B, C, D, delta_bias, initial_state) -> Arrays:
     }
 
 
-def _prepare_2d(walks: Plan, orders, x, x_weight, dt_weight, dt_bias, A, D) -> Arrays:
+def _prepare_2d(walks: Plan, orders, axes, x, x_weight, dt_weight, dt_bias, A, D) -> Arrays:
     """Return what ``run`` takes beside the image."""
     x_weight, dt_weight, dt_bias, A, D = (a.astype(jnp.float32) for a in (x_weight, dt_weight, dt_bias, A, D))
     rank, state = dt_weight.shape[1], A.shape[2]
     low, B, C = jnp.split(x_weight, [rank, rank + state], -1)
     x_weight = jnp.concatenate([low, _powers_of_two(B), _powers_of_two(C)], -1)
     return {
-        "packed": _project(walks, orders, x, x_weight),
+        "packed": sum_over(axes, _project(walks, orders, x, x_weight)),
         "weights": _filled(dt_weight, 1, max(TILE, 1 << (rank - 1).bit_length())),
         "bias": dt_bias,
         "A": _powers_of_two(A) * LOG2E,

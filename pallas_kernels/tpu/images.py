@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.dispatch import sum_over
 from pallas_kernels.tpu.geometry import Grid, Launch, grids
 from pallas_kernels.tpu.kernels import LOG2E, TILE
 from pallas_kernels.tpu.launch import Shape, Target
@@ -26,6 +27,7 @@ class _Images:
     rank: int
     grid: Grid
     lanes: Lanes
+    axes: tuple[str, ...]  # of the mesh, over which the channels of the image are divided
 
     @property
     def lattice(self) -> tuple[int, int]:
@@ -90,20 +92,21 @@ class _Images:
 
         used, late = (x_weight, None) if shape.rank else (x_weight[..., self.rank :], x_weight[..., : self.rank])
         used = pad(used, 2, shape.set_rows)
-        packed = jnp.einsum(
-            "hiwjeb,ijkec->hiwjkcb", image, of_lattices(used, self.grid.sets), preferred_element_type=f32
-        )
+
+        def project(weights):
+            sets = of_lattices(weights, self.grid.sets)
+            own = jnp.einsum("hiwjeb,ijkec->hiwjkcb", image, sets, preferred_element_type=f32)
+            return sum_over(self.axes, own)
+
+        packed = project(used)
         is_B = (np.arange(shape.set_rows) >= shape.rank) & (np.arange(shape.set_rows) < shape.rank + self.state)
         packed *= np.where(is_B, 1 / LOG2E, 1.0).astype(np.float32)[:, None]
         packed = packed.reshape(*packed.shape[:4], -1, packed.shape[-1])
         images = {"x": self.lanes.fold(image), "packed": self.lanes.repeat(packed)}
         if late is not None:
-            low = jnp.einsum(
-                "hiwjeb,ijker->hiwjkrb", image, of_lattices(late, self.grid.sets), preferred_element_type=f32
-            )
             delta = jnp.einsum(
                 "hiwjkrb,ijkre->hiwjkeb",
-                low,
+                project(late),
                 of_lattices(dt_weight, self.grid.sets),
                 precision=jax.lax.Precision.HIGHEST,
             )
@@ -132,7 +135,7 @@ class _Images:
         return values
 
 
-def _problems(x, dt_weight, A, orders, target: Target, *, gradient: bool) -> list[tuple[_Images, Problem]] | str:
+def _problems(x, dt_weight, A, orders, axes, target: Target, *, gradient: bool) -> list[tuple[_Images, Problem]] | str:
     """Return one problem for each step among the orders, or why there is none."""
     sorted_orders = grids(orders)
     if isinstance(sorted_orders, str):
@@ -151,6 +154,7 @@ def _problems(x, dt_weight, A, orders, target: Target, *, gradient: bool) -> lis
                 dt_weight.shape[1],
                 grid,
                 Lanes.of(batch, up(channels, TILE)),
+                axes,
             )
             problem = Problem.of(grid, images.shape(x.dtype, result), target, gradient=gradient)
             if problem is None:
@@ -164,22 +168,22 @@ def _problems(x, dt_weight, A, orders, target: Target, *, gradient: bool) -> lis
     return problems
 
 
-def scan2d_unsupported(x, x_weight, dt_weight, dt_bias, A, D, *, orders) -> str | None:
+def scan2d_unsupported(x, x_weight, dt_weight, dt_bias, A, D, *, orders, axes=()) -> str | None:
     """Return why no kernel can do a call of ``scan2d`` and its gradient, or None."""
     wrong = wrong_dtype(x, x_weight, dt_weight, dt_bias, A, D)
     if wrong:
         return wrong
     for gradient in (False, True):
-        problems = _problems(x, dt_weight, A, orders, target(), gradient=gradient)
+        problems = _problems(x, dt_weight, A, orders, axes, target(), gradient=gradient)
         if isinstance(problems, str):
             return problems
     return None
 
 
-def scan2d_forward(x, x_weight, dt_weight, dt_bias, A, D, *, orders, interpret: Any = None) -> jax.Array:
+def scan2d_forward(x, x_weight, dt_weight, dt_bias, A, D, *, orders, axes=(), interpret: Any = None) -> jax.Array:
     """Return y of ``scan2d``, whose arguments these are."""
     results = []
-    problems = _problems(x, dt_weight, A, orders, target(interpret), gradient=False)
+    problems = _problems(x, dt_weight, A, orders, axes, target(interpret), gradient=False)
     assert not isinstance(problems, str), problems
     for images, problem in problems:
         y = forward(problem, images.prepare(x, x_weight, dt_weight, dt_bias, A, D))["y"]
@@ -188,11 +192,11 @@ def scan2d_forward(x, x_weight, dt_weight, dt_bias, A, D, *, orders, interpret: 
 
 
 def scan2d_backward(
-    x, x_weight, dt_weight, dt_bias, A, D, dy, *, orders, interpret: Any = None
+    x, x_weight, dt_weight, dt_bias, A, D, dy, *, orders, axes=(), interpret: Any = None
 ) -> tuple[jax.Array, ...]:
     """Return the gradients of the six arrays from that of y."""
     results = []
-    problems = _problems(x, dt_weight, A, orders, target(interpret), gradient=True)
+    problems = _problems(x, dt_weight, A, orders, axes, target(interpret), gradient=True)
     assert not isinstance(problems, str), problems
     for images, problem in problems:
         inputs, pull = jax.vjp(images.prepare, x, x_weight, dt_weight, dt_bias, A, D)

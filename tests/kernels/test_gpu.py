@@ -38,13 +38,13 @@ def close(actual, wanted, tolerance):
     )
 
 
-def scan2d(orders):
+def scan2d(orders, axes=()):
     """Return the kernels as a function from the arguments of ``scan2d`` and dy to y and the gradients."""
 
     def program(problem, dy):
         arrays = [problem[name] for name in ARGUMENTS]
-        y = gpu.scan2d_forward(*arrays, orders=orders, interpret=True)
-        gradients = gpu.scan2d_backward(*arrays, dy, orders=orders, interpret=True)
+        y = gpu.scan2d_forward(*arrays, orders=orders, axes=axes, interpret=True)
+        gradients = gpu.scan2d_backward(*arrays, dy, orders=orders, axes=axes, interpret=True)
         return y, dict(zip(ARGUMENTS, gradients, strict=True))
 
     return program
@@ -176,6 +176,21 @@ def test_under_vmap_checkpoint_and_shard_map():
     sharded = jax.shard_map(jax.checkpoint(forward), mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
     close(jit(sharded)(image), wanted, 2e-6)
     close(jit(jax.vmap(forward))(image[:, None])[:, 0], wanted, 2e-6)
+
+
+def test_channels_over_devices():
+    """What each device projects to time step, B and C is summed, and so is the gradient of that."""
+    problem, dy, wanted = problem2d(BOTH, (1, 6), state=2, rank=1, channels=6)
+    last, second = PartitionSpec(None, None, None, "model"), PartitionSpec(None, "model")
+    specs = dict.fromkeys(ARGUMENTS, second) | {"x": last, "dt_weight": PartitionSpec(None, None, "model")}
+    sharded = jax.shard_map(
+        scan2d(BOTH, axes=("model",)),
+        mesh=Mesh(np.array(jax.devices()[:2]), ("model",)),
+        in_specs=(specs, last),
+        out_specs=(last, specs),
+        check_vma=False,
+    )
+    close(jit(sharded)(problem, dy), wanted, 2e-6)
 
 
 def test_the_plan_of_a_worked_example():

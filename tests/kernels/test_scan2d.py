@@ -221,6 +221,11 @@ def test_no_array_of_all_states(orders):
             "implementation='asociative' is not known; choose from None, 'associative', 'sequential', "
             "'pallas', 'pallas_interpret', did you mean 'associative'?",
         ),
+        (
+            {"axis_name": "model"},
+            ValueError,
+            "axis_name='model' must be an axis of the jax.shard_map around the call, but there is none",
+        ),
     ],
 )
 def test_wrong_arguments(change, error, message):
