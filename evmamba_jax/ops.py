@@ -1,11 +1,11 @@
-"""The scans of ``pallas_kernels``, each device with its own part of the batch.
+"""The scans of ``pallas_kernels``, each device with its own part of the batch or of the channels.
 
-XLA cannot divide a kernel among devices, so under a mesh (``jax.set_mesh``) they run inside ``jax.shard_map``: the
-batch lies over as many of the mesh's axes as divide it, and is whole, as parameters are, along the others. Without a
-mesh, and on axes that the caller has taken in hand, these are the functions of ``pallas_kernels`` and nothing more.
+XLA cannot divide a kernel among devices, so under a mesh (``jax.set_mesh``) they run inside ``jax.shard_map``. An axis
+of the mesh divides the batch if it can; else the channels, if every device is left eight or more, in whole groups where
+there are several; else all devices along it do the same. Without a mesh, and on axes that the caller has taken in hand,
+these are the functions of ``pallas_kernels`` and nothing more.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,10 +15,29 @@ from jax.sharding import AxisType, PartitionSpec
 
 import pallas_kernels
 
+# At least so many channels stay on a device: kernels fill them up to a multiple of 8, so that fewer would cost as much.
+FEWEST = 8
+
+# Which axis of an array is the batch, the channels, or the groups of channels that share B and C.
+_IMAGE = PartitionSpec("batch", None, None, "channels")
+_PARAMETER = PartitionSpec(None, "channels")
+_SEQUENCE = PartitionSpec("batch", None, "channels")
+_GROUPS = PartitionSpec("batch", None, "groups")
+_STATE = PartitionSpec("batch", "channels")
+_CHANNELS = PartitionSpec("channels")
+
 
 def scan2d(x: jax.Array, *parameters: jax.Array, **options: Any) -> jax.Array:
-    """Scan images (B, H, W, E) along orders of their pixels; arguments are those of :func:`pallas_kernels.scan2d`."""
-    return _over_batch(functools.partial(pallas_kernels.scan2d, **options), (x,), parameters)
+    """Scan images (B, H, W, E) along orders of their pixels.
+
+    Arguments are those of :func:`pallas_kernels.scan2d`, but for ``axis_name``, which follows from the mesh.
+    """
+
+    def scan(axes, *arrays):
+        return pallas_kernels.scan2d(*arrays, axis_name=axes, **options)
+
+    places = (_IMAGE, _PARAMETER, PartitionSpec(None, None, "channels"), _PARAMETER, _PARAMETER, _PARAMETER)
+    return _over_devices(scan, (x, *parameters), places, _IMAGE)
 
 
 def selective_scan(
@@ -31,33 +50,68 @@ def selective_scan(
     *,
     delta_bias: jax.Array | None = None,
     initial_state: jax.Array | None = None,
+    return_final_state: bool = False,
     **options: Any,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Scan sequences (batch, length, channels); arguments are those of :func:`pallas_kernels.selective_scan`."""
 
-    def scan(u, delta, B, C, initial_state, A, D, delta_bias):
-        return pallas_kernels.selective_scan(
-            u, delta, A, B, C, D, delta_bias=delta_bias, initial_state=initial_state, **options
-        )
+    def scan(_, u, delta, A, B, C, D, delta_bias, initial_state):
+        more = {"delta_bias": delta_bias, "initial_state": initial_state, "return_final_state": return_final_state}
+        return pallas_kernels.selective_scan(u, delta, A, B, C, D, **more, **options)
 
-    return _over_batch(scan, (u, delta, B, C, initial_state), (A, D, delta_bias))
+    arrays = (u, delta, A, B, C, D, delta_bias, initial_state)
+    places = (_SEQUENCE, _SEQUENCE, _CHANNELS, _GROUPS, _GROUPS, _CHANNELS, _CHANNELS, _STATE)
+    return _over_devices(scan, arrays, places, (_SEQUENCE, _STATE) if return_final_state else _SEQUENCE)
 
 
-def _over_batch(function: Callable, streams: tuple, parameters: tuple) -> Any:
-    """Call ``function(*streams, *parameters)``, the first axis of streams and results over the devices of the mesh."""
+def _over_devices(function: Callable, arrays: tuple, places: tuple[PartitionSpec, ...], results: Any) -> Any:
+    """Call ``function(axes, *arrays)``, every device with its part of the arrays.
+
+    Args:
+        function: takes first the axes of the mesh over which its channels are divided.
+        arrays: as the caller of this module has them; None stays None.
+        places: what the axes of each array are.
+        results: what those of each result are.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    batch = jax.tree.leaves(streams)[0].shape[0]
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     # Those of one device too: a kernel must find no axis left to XLA.
-    free = [name for name, kind in kinds if kind == AxisType.Auto]
-    if math.prod(mesh.shape[name] for name in free) == 1:
-        return function(*streams, *parameters)
-    axes: list[str] = []
-    for name in free:
-        if batch % math.prod([mesh.shape[axis] for axis in (*axes, name)]) == 0:
-            axes.append(name)
-    rows = PartitionSpec(tuple(axes) or None)
-    specs = (*(rows for _ in streams), *(PartitionSpec() for _ in parameters))
-    # Without check_vma, which the interpreter of kernels does not know.
-    mapped = jax.shard_map(function, in_specs=specs, out_specs=rows, axis_names=set(free), check_vma=False)
-    return mapped(*streams, *parameters)
+    free = {name: mesh.shape[name] for name, kind in kinds if kind == AxisType.Auto}
+    if math.prod(free.values()) == 1:
+        return function((), *arrays)
+    sizes = {"groups": 1}
+    for array, place in zip(arrays, places, strict=True):
+        # A shape that does not fit is for the function to complain about.
+        sizes |= {} if array is None else dict(zip(place, array.shape, strict=False))
+    over = _divided(sizes, free)
+
+    def lies(place):
+        return PartitionSpec(*(over.get(name) for name in place))
+
+    mapped = jax.shard_map(
+        lambda *parts: function(over["channels"], *parts),
+        in_specs=tuple(map(lies, places)),
+        out_specs=jax.tree.map(lies, results),
+        axis_names=set(free),
+        check_vma=False,  # which the interpreter of kernels does not know
+    )
+    return mapped(*arrays)
+
+
+def _divided(sizes: dict[str, int], free: dict[str, int]) -> dict[str, tuple[str, ...]]:
+    """Return the axes of the mesh over which batch, channels and groups of these sizes lie."""
+    over: dict[str, tuple[str, ...]] = {"batch": (), "channels": (), "groups": ()}
+    left = dict(sizes)  # on one device
+    for axis, devices in free.items():
+        # Channels that share B and C stay together; of a single group, all devices have B and C.
+        channels = ("channels", "groups") if left["groups"] > 1 else ("channels",)
+        if left["batch"] % devices == 0:
+            divided = ("batch",)
+        elif left["channels"] >= FEWEST * devices and all(left[name] % devices == 0 for name in channels):
+            divided = channels
+        else:
+            divided = ()
+        for name in divided:
+            over[name] += (axis,)
+            left[name] //= devices
+    return over
