@@ -8,6 +8,7 @@ the program. So no order costs a copy, and the compiler may reorder the memory a
 import dataclasses
 from collections.abc import Callable
 
+import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.orders import Chain, Order
@@ -59,6 +60,8 @@ class Segment:
                 if step < 0:  # from the other end
                     constant += step * (size - 1)
                     index = size - 1 - index
+                    if step == -1 and self.inner == count:
+                        index = jnp.maximum(index, 0)  # nothing else keeps it from being taken apart again
                 if step:
                     result += abs(step) * index
             return result + constant

@@ -227,15 +227,12 @@ def forward(*references, names, block: Block):
                     h, tokens = _advance(r, s, walk, tiles, [pixel(i) for i in range(count)], h)
                     if target is None:
                         return h
-                    results = []
                     for token in tokens:
                         q, c = token.pixel, s.row_of_b(walk) + s.state
                         C = [s.full(r.packed[*q, c + n : c + n + 1, :]) for n in range(s.state)]
                         for tile, u, states in zip(tiles, token.u, token.states, strict=True):
                             y = functools.reduce(jnp.add, [h * row for h, row in zip(states, C, strict=True)])
-                            results.append(((*q, tile), y + (u * r.skip[tile, :] if first else target[*q, tile, :])))
-                    for place, y in results:  # after all loads: the compiler keeps the order of loads and stores
-                        target[place] = y
+                            target[*q, tile, :] = y + (u * r.skip[tile, :] if first else target[*q, tile, :])
                     return h
 
                 h = for_tokens(segment, s.unroll, group, h)
@@ -415,7 +412,6 @@ def _back(r, s: Block, walk: Walk, tiles, passed, target, totals):
                 for j, tile in enumerate(tiles):
                     totals["d_skip"][tile, :] += sum(u[i][j] * dy[i][j] for i in order)
             g_B, w_A = {}, {}
-            rows = []
             for n in range(s.state):
                 sums = {}
                 for j, tile in enumerate(tiles):
@@ -443,23 +439,18 @@ def _back(r, s: Block, walk: Walk, tiles, passed, target, totals):
                     for i in order:
                         for row, name in ((b + n, "B"), (c + n, "C")):
                             row = (*q[i], slice(row, row + 1))
-                            rows.append((row, r.d_packed[row] + jnp.sum(sums[i, name], axis=0, keepdims=True)))
+                            r.d_packed[row] += jnp.sum(sums[i, name], axis=0, keepdims=True)
                 else:
                     for i in order:
                         r.sum_B[time[i], n], r.sum_C[time[i], n] = sums[i, "B"], sums[i, "C"]
-            gradients, raw = {}, {}
             for i, j in every:
+                place = (*q[i], tiles[j])
                 du = g_B[i, j] * dt[i][j]
-                gradients[i, j] = du + r.skip[tiles[j], :] * dy[i][j] if first else target[*q[i], tiles[j], :] + du
+                target[place] = du + (r.skip[tiles[j], :] * dy[i][j] if first else target[place])
                 d_dt = w_A[i, j] * (1 / LOG2E) + g_B[i, j] * u[i][j]  # d 2^(dt A) / d dt = ln 2 A 2^(dt A)
-                raw[i, j] = d_dt * softplus_slope(dt[i][j], exact=s.exact) if s.softplus else d_dt
-                if len(walk.orders) > 1 and before != last:
-                    raw[i, j] += d_raw[*q[i], tiles[j], :]
-            for row, total in rows:
-                r.d_packed[row] = total
-            for i, j in every:
-                target[*q[i], tiles[j], :] = gradients[i, j]
-                d_raw[*q[i], tiles[j], :] = raw[i, j]
+                raw = d_dt * softplus_slope(dt[i][j], exact=s.exact) if s.softplus else d_dt
+                again = len(walk.orders) > 1 and before != last
+                d_raw[place] = raw + d_raw[place] if again else raw
             return carry
 
         for_tokens(segment, s.unroll_back, group, backwards=True)

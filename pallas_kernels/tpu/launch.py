@@ -174,8 +174,8 @@ def _blocks(walks: tuple[Walk, ...], shape: Shape, target: Target, *, gradient: 
             together = max(1, min(LANES // max(shape.slab, TILE), LANES // channels if gradient else 16, 16))
             turns = {
                 "at_a_time": max(8, (1792 if gradient else 3584) // channels),  # more take longer to compile
-                "unroll": 14 if shape.state >= 8 else 24 // flying if flying > 1 else 28,
-                "unroll_again": 8 if shape.state >= 8 else max(8, 28 // flying),
+                "unroll": 14 if shape.state >= 8 else max(8, 56 // flying),
+                "unroll_again": 8 if shape.state >= 8 else max(8, 56 // flying),
                 "unroll_back": 3 if shape.state >= 8 else max(2, 8 // flying),
             }
             if target.interpret:  # by XLA for a CPU, which takes long to compile long turns and gains nothing by them
