@@ -399,58 +399,66 @@ def _back(r, s: Block, walk: Walk, tiles, passed, target, totals):
     for segment, before in reversed(s.segments(walk)):
         first = slot == 0 and before == last  # to write to its pixels; all others add
 
-        def group(t, pixel, count, carry, segment=segment, before=before, first=first):
-            order = list(reversed(range(count)))
+        def group(t, pixel, count, carry, before=before, first=first):
             q = [pixel(i) for i in range(count)]
             time = [before + t + i for i in range(count)]
-            u = [[r.x[*q[i], tile, :].astype(jnp.float32) for tile in tiles] for i in range(count)]
-            dy = [[r.dy[*q[i], tile, :].astype(jnp.float32) for tile in tiles] for i in range(count)]
-            dt = [[r.dt[*q[i], tile, :] for tile in tiles] for i in range(count)]
-            every = [(i, j) for i in order for j in range(len(tiles))]
-            dtu = {(i, j): dt[i][j] * u[i][j] for i, j in every}
-            if first:
-                for j, tile in enumerate(tiles):
-                    totals["d_skip"][tile, :] += sum(u[i][j] * dy[i][j] for i in order)
-            g_B, w_A = {}, {}
-            for n in range(s.state):
-                sums = {}
-                for j, tile in enumerate(tiles):
-                    A = r.A[slot, n, tile, :]
-                    dA = totals["dA"][slot, n, tile, :]
-                    g = passed[n, tile, :]
-                    for i in order:
-                        gradient = g + s.full(r.packed[*q[i], c + n : c + n + 1, :]) * dy[i][j]
-                        a = r.a[time[i], j, n] if s.keep_decays else jnp.exp2(dt[i][j] * A)
-                        g = a * gradient
-                        w = g * r.h[time[i], j, n]
-                        x = gradient * s.full(r.packed[*q[i], b + n : b + n + 1, :])
-                        g_B[i, j] = x if n == 0 else g_B[i, j] + x
-                        w_A[i, j] = w * A if n == 0 else w_A[i, j] + w * A
-                        dA = dA + w * dt[i][j]
-                        of_B, of_C = gradient * dtu[i, j], r.h[time[i] + 1, j, n] * dy[i][j]
-                        if (i, "B") in sums:
-                            of_B, of_C = sums[i, "B"] + of_B, sums[i, "C"] + of_C
-                        elif not s.at_once:
-                            of_B, of_C = r.sum_B[time[i], n] + of_B, r.sum_C[time[i], n] + of_C
-                        sums[i, "B"], sums[i, "C"] = of_B, of_C
-                    totals["dA"][slot, n, tile, :] = dA
-                    passed[n, tile, :] = g
-                if s.at_once:
-                    for i in order:
-                        for row, name in ((b + n, "B"), (c + n, "C")):
-                            row = (*q[i], slice(row, row + 1))
-                            r.d_packed[row] += jnp.sum(sums[i, name], axis=0, keepdims=True)
-                else:
-                    for i in order:
-                        r.sum_B[time[i], n], r.sum_C[time[i], n] = sums[i, "B"], sums[i, "C"]
-            for i, j in every:
-                place = (*q[i], tiles[j])
-                du = g_B[i, j] * dt[i][j]
-                target[place] = du + (r.skip[tiles[j], :] * dy[i][j] if first else target[place])
-                d_dt = w_A[i, j] * (1 / LOG2E) + g_B[i, j] * u[i][j]  # d 2^(dt A) / d dt = ln 2 A 2^(dt A)
-                raw = d_dt * softplus_slope(dt[i][j], exact=s.exact) if s.softplus else d_dt
-                again = len(walk.orders) > 1 and before != last
-                d_raw[place] = raw + d_raw[place] if again else raw
+            # The compiler keeps near to the order of the program. With few states what a turn needs fits the registers
+            # if one token comes after the other; with many, what all its tokens need for one state.
+            parts = _portions(list(reversed(range(count))), 1 if s.state <= 2 else count)
+            carried: dict[Any, Any] = {}
+            for part in parts:
+                every = [(i, j) for i in part for j in range(len(tiles))]
+                u = {(i, j): r.x[*q[i], tiles[j], :].astype(jnp.float32) for i, j in every}
+                dy = {(i, j): r.dy[*q[i], tiles[j], :].astype(jnp.float32) for i, j in every}
+                dt = {(i, j): r.dt[*q[i], tiles[j], :] for i, j in every}
+                dtu = {ij: dt[ij] * u[ij] for ij in every}
+                if first:
+                    for j, tile in enumerate(tiles):
+                        d_skip = carried["skip", j] if part is not parts[0] else totals["d_skip"][tile, :]
+                        d_skip = carried["skip", j] = d_skip + sum(u[i, j] * dy[i, j] for i in part)
+                        if part is parts[-1]:
+                            totals["d_skip"][tile, :] = d_skip
+                g_B, w_A = {}, {}
+                for n in range(s.state):
+                    sums = {}
+                    for j, tile in enumerate(tiles):
+                        A = r.A[slot, n, tile, :]
+                        if part is parts[0]:
+                            g, dA = passed[n, tile, :], totals["dA"][slot, n, tile, :]
+                        else:
+                            g, dA = carried[n, j]
+                        for i in part:
+                            gradient = g + s.full(r.packed[*q[i], c + n : c + n + 1, :]) * dy[i, j]
+                            a = r.a[time[i], j, n] if s.keep_decays else jnp.exp2(dt[i, j] * A)
+                            g = a * gradient
+                            w = g * r.h[time[i], j, n]
+                            x = gradient * s.full(r.packed[*q[i], b + n : b + n + 1, :])
+                            g_B[i, j] = x if n == 0 else g_B[i, j] + x
+                            w_A[i, j] = w * A if n == 0 else w_A[i, j] + w * A
+                            dA = dA + w * dt[i, j]
+                            of_B, of_C = gradient * dtu[i, j], r.h[time[i] + 1, j, n] * dy[i, j]
+                            if (i, "B") in sums:
+                                of_B, of_C = sums[i, "B"] + of_B, sums[i, "C"] + of_C
+                            elif not s.at_once:
+                                of_B, of_C = r.sum_B[time[i], n] + of_B, r.sum_C[time[i], n] + of_C
+                            sums[i, "B"], sums[i, "C"] = of_B, of_C
+                        carried[n, j] = g, dA
+                        if part is parts[-1]:
+                            passed[n, tile, :], totals["dA"][slot, n, tile, :] = g, dA
+                    for i in part:
+                        if s.at_once:
+                            for row, name in ((b + n, "B"), (c + n, "C")):
+                                row = (*q[i], slice(row, row + 1))
+                                r.d_packed[row] += jnp.sum(sums[i, name], axis=0, keepdims=True)
+                        else:
+                            r.sum_B[time[i], n], r.sum_C[time[i], n] = sums[i, "B"], sums[i, "C"]
+                for i, j in every:
+                    place = (*q[i], tiles[j])
+                    du = g_B[i, j] * dt[i, j]
+                    target[place] = du + (r.skip[tiles[j], :] * dy[i, j] if first else target[place])
+                    d_dt = w_A[i, j] * (1 / LOG2E) + g_B[i, j] * u[i, j]  # d 2^(dt A) / d dt = ln 2 A 2^(dt A)
+                    raw = d_dt * softplus_slope(dt[i, j], exact=s.exact) if s.softplus else d_dt
+                    d_raw[place] = raw + d_raw[place] if len(walk.orders) > 1 and before != last else raw
             return carry
 
         for_tokens(segment, s.unroll_back, group, backwards=True)

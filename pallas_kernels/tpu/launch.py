@@ -176,7 +176,7 @@ def _blocks(walks: tuple[Walk, ...], shape: Shape, target: Target, *, gradient: 
                 "at_a_time": max(8, (1792 if gradient else 3584) // channels),  # more take longer to compile
                 "unroll": 14 if shape.state >= 8 else max(8, 56 // flying),
                 "unroll_again": 8 if shape.state >= 8 else max(8, 56 // flying),
-                "unroll_back": 3 if shape.state >= 8 else max(2, 8 // flying),
+                "unroll_back": 3 if shape.state >= 8 else max(2, 16 // flying),
             }
             if target.interpret:  # by XLA for a CPU, which takes long to compile long turns and gains nothing by them
                 turns = {"at_a_time": 4, "unroll": 3, "unroll_again": 3, "unroll_back": 2}
