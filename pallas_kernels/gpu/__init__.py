@@ -10,8 +10,8 @@ this one ends, all that depends on it is in ``backend.py``; ``kernels.py`` is th
 
 What is not the recurrence stays in XLA: the projection to step size, B and C, once for each pixel that an order visits,
 its sum over devices that share the channels, and sums of what several programs find for one array, over images or
-blocks of channels. The gradient of the projection
-is JAX's own; the kernels have gradients written by hand, and keep nothing from the forward pass but its inputs.
+blocks of channels. The gradient of the projection is JAX's own; the kernels have gradients written by hand, and keep
+nothing from the forward pass but its inputs.
 Under ``jax.shard_map``, all arguments must vary over the same axes; ``sequential.py`` shows how to mark them.
 """
 
