@@ -3,10 +3,10 @@
 Nothing runs on a TPU: cycles are those of the compiler's schedule, over clocks and bandwidths of ``aot.GENERATIONS``.
 
     python benchmarks/tpu_scan.py [--out FILE]  # the scans of three models, and XLA's implementations
-    python benchmarks/tpu_scan.py --all [--work FILE] [--out FILE]  # every scan of every model on every generation
+    python benchmarks/tpu_scan.py --all [--generations v5e v6e] [--work FILE] [--out FILE]  # every scan of every model
 
-The second takes hours. What it has compiled is kept in the work file, so it can be stopped and started again; after a
-change of the kernels or of libtpu the file is to be deleted.
+The second takes an hour or more for each generation. What it has compiled is kept in the work file, so it can be
+stopped and started again; after a change of the kernels or of libtpu the file is to be deleted.
 """
 
 import argparse
@@ -48,9 +48,12 @@ FREE = Format(Layout.AUTO)  # the compiler chooses
 
 REGISTER = 1024  # elements of 4 bytes
 VECTOR_UNITS = 4  # operations a cycle
-# Operations of the vector units for each token, channel and state. Forward: the exponent, its scaling, decay, input,
-# their sum, output, its sum. Backward: 5 of these again, and 14 on the way back, decays kept.
-OPERATIONS = {"forward": 7, "backward": 5 + 14}
+# Operations of the vector units for each token and channel: so many for each state, and so many besides. Forward: the
+# exponent, its scaling, decay, input, their sum, output, its sum; what a token costs besides is not in the floor.
+# Backward, as the kernel has them: 5 of these again, and 14 on the way back, decays kept. Besides, 6 for the step size,
+# 5 to unpack u twice and dy, and for dt u twice, 4 for the slope of softplus, and for the gradients 3 of the step size,
+# 1 of its bias, 2 of u.
+OPERATIONS = {"forward": (7, 0), "backward": (5 + 14, 6 + 5 + 4 + 3 + 1 + 2)}
 ATTAINABLE = 0.8  # of the peak of HBM
 
 EVERY_SCAN = """\
@@ -68,8 +71,9 @@ the time step, and sums of the results of several calls, are XLA's and are not i
 - **HBM moved**, **ms by HBM**: what the windows of all calls bring in and out, at {ATTAINABLE:.0%} of the peak.
 - **floor**: the largest of three times of a fused scan. HBM: x and y once, projections (float32) once; backward: x, dy
   and dx once, projections read and their gradients written (**fused ideal**). Exponentials: one for each token, channel
-  and state, {REGISTER} a cycle of a core. Vector: {OPERATIONS["forward"]} operations for each,
-  {OPERATIONS["backward"]} in the backward pass, {VECTOR_UNITS * REGISTER} a cycle of a core.
+  and state, {REGISTER} a cycle of a core. Vector: {OPERATIONS["forward"][0]} operations for each; backward, by the
+  kernel's own count, {OPERATIONS["backward"][0]} for each and {OPERATIONS["backward"][1]} for each token and channel;
+  {VECTOR_UNITS * REGISTER} a cycle of a core.
 - **ratio**: the larger of the two times over the floor.
 - **busiest unit**: of the loop that takes most, and the share of its slots in use. **spills**: registers that one turn
   of the innermost loops writes to memory, all calls together.
@@ -96,6 +100,8 @@ class Floor:
     def of(cls, scans: list[Scan], generation: aot.Generation, direction: str) -> "Floor":
         """Return the floor of a fused scan, which reads and writes every pixel once."""
         elements = sum(s.batch * s.visits * s.channels * s.state for s in scans)
+        for_each, besides = OPERATIONS[direction]
+        operations = sum(s.batch * s.visits * s.channels * (for_each * s.state + besides) for s in scans)
         images = sum(2 * s.batch * s.height * s.width * s.channels for s in scans)  # x, y and their gradients: bfloat16
         packed = sum(4 * s.batch * s.visits * (s.rank + 2 * s.state) for s in scans)
         moved = 2 * images + packed if direction == "forward" else 3 * images + 2 * packed
@@ -104,7 +110,7 @@ class Floor:
             bytes=moved,
             hbm=hbm_seconds(moved, generation),
             exponentials=elements / rate,
-            vector=OPERATIONS[direction] * elements / (VECTOR_UNITS * rate),
+            vector=operations / (VECTOR_UNITS * rate),
         )
 
     @property
@@ -214,7 +220,7 @@ def program_cycles(text: str, generation: str, dump_folder: str) -> tuple[float,
     return rest + kernels, kernels
 
 
-def every_scan(dump_folder: str, work: Path) -> Iterator[str]:
+def every_scan(dump_folder: str, work: Path, generations: list[str]) -> Iterator[str]:
     """Yield a table of all scans of all registered models, a column a generation, and what was found in all of them."""
     work.parent.mkdir(parents=True, exist_ok=True)
     done = [Kernel(**json.loads(line)) for line in work.read_text().splitlines()] if work.exists() else []
@@ -223,11 +229,11 @@ def every_scan(dump_folder: str, work: Path) -> Iterator[str]:
         known.setdefault((kernel.generation, kernel.scan), []).append(kernel)
     for detector in (False, True):
         yield from ("", f"## {'One image of 800x1280' if detector else f'{BATCH} images'}", "")
-        yield f"| scan | {' | '.join(aot.GENERATIONS)} |"
-        yield f"| --- |{' ---: |' * len(aot.GENERATIONS)}"
+        yield f"| scan | {' | '.join(generations)} |"
+        yield f"| --- |{' ---: |' * len(generations)}"
         for scan in tpu_kernels.model_scans(detector=detector):
             cells = []
-            for generation in aot.GENERATIONS:
+            for generation in generations:
                 kernels = known.get((generation, str(scan)))
                 if kernels is None:
                     kernels = list(tpu_kernels.compile_scan(scan, generation, dump_folder))
@@ -239,7 +245,7 @@ def every_scan(dump_folder: str, work: Path) -> Iterator[str]:
     yield from ("", "## All kernels", "")
     yield "| TPU | scans | left to XLA | kernels | refused | most VMEM, MiB | spill in inner loops | most spills |"
     yield f"| --- |{' ---: |' * 7}"
-    for generation in aot.GENERATIONS:
+    for generation in generations:
         own = [kernel for kernel in done if kernel.generation == generation]
         portable = [kernel for kernel in own if kernel.name == "portable"]
         kernels = [kernel for kernel in own if kernel.name != "portable"]
@@ -265,7 +271,7 @@ def _times(kernels: list[Kernel]) -> str:
     )
 
 
-def report(dump_folder: str, work: Path | None) -> Iterator[str]:
+def report(dump_folder: str, work: Path | None, generations: list[str]) -> Iterator[str]:
     """Yield the lines of the whole text: of every scan where there is a work file, else of three models."""
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib", "libtpu"))
     yield "# Scans on TPUs: static estimates, nothing ran on a TPU"
@@ -274,7 +280,7 @@ def report(dump_folder: str, work: Path | None) -> Iterator[str]:
     yield ""
     if work:
         yield from EVERY_SCAN.splitlines()
-        yield from every_scan(dump_folder, work)
+        yield from every_scan(dump_folder, work, generations)
         return
     yield from (*THREE_MODELS.splitlines(), "")
     yield from figures(dump_folder)
@@ -286,12 +292,15 @@ def report(dump_folder: str, work: Path | None) -> Iterator[str]:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--all", action="store_true", help="every scan of every registered model instead")
+    every = list(aot.GENERATIONS)
+    parser.add_argument("--generations", nargs="+", choices=every, default=every, metavar="TPU", help="those of --all")
     parser.add_argument("--work", type=Path, default=Path("runs/every_scan.jsonl"), help="what --all has done")
     parser.add_argument("--out", type=Path, help="also write the tables to this markdown file")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as dump_folder:
         aot.prepare(dump_folder)
-        tpu_kernels.show(report(dump_folder, options.work if options.all else None), options.out)
+        work = options.work if options.all else None
+        tpu_kernels.show(report(dump_folder, work, options.generations), options.out)
 
 
 if __name__ == "__main__":
