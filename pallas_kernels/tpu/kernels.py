@@ -178,18 +178,18 @@ def _time_steps(r, s: Block, walk: Walk):
     row = walk.slot * s.set_rows
 
     def group(pixels):
-        if s.rank:
-            raw = []
-            for some in _portions(pixels, s.together):
+        for some in _portions(pixels, s.together if s.rank else 1):
+            if s.rank:
                 low = jnp.concatenate([r.packed[*q, row : row + s.slab, :] for q in some], 0)
                 weights = r.weights[walk.slot, : len(some) * s.channels, : len(some) * s.slab]
-                product = jnp.dot(weights, low.astype(weights.dtype), **s.product)
-                raw += [product[i * s.channels : (i + 1) * s.channels] for i in range(len(some))]
-        else:
-            raw = [r.delta[*q, walk.slot].astype(jnp.float32) for q in pixels]
-            raw = [LOG2E * x for x in raw] if s.natural else raw
-        for q, x in zip(pixels, raw, strict=True):
-            r.dt[q] = softplus(x + bias, exact=s.exact) if s.softplus else x + bias
+                raw = jnp.dot(weights, low.astype(weights.dtype), **s.product)
+            else:
+                raw = r.delta[*some[0], walk.slot].astype(jnp.float32)
+                raw = LOG2E * raw if s.natural else raw
+            steps = raw + jnp.concatenate([bias] * len(some), 0)
+            steps = softplus(steps, exact=s.exact) if s.softplus else steps
+            for i, q in enumerate(some):
+                r.dt[q] = steps[i * s.channels : (i + 1) * s.channels]
 
     s.for_pixels(s.at_a_time, group)
 
