@@ -128,14 +128,18 @@ class Block:
 
             for_tokens(rows, size // self.columns, lines)
 
-    def channel_groups(self) -> list[list[slice]]:
-        """Return the tiles that are in flight together, as slices of the channels."""
-        tiles = [slice(i, i + TILE) for i in range(0, self.channels, TILE)]
-        return [tiles[i : i + self.tiles] for i in range(0, len(tiles), self.tiles)]
+    @property
+    def flying(self) -> int:
+        """Channels that are in flight together."""
+        return self.tiles * TILE
+
+    def channel_groups(self) -> list[slice]:
+        """Return the channels that are in flight together, for every such group."""
+        return [slice(i, i + self.flying) for i in range(0, self.channels, self.flying)]
 
     def full(self, row):
-        """Repeat a row (1, lanes) for all channels of a tile."""
-        return jnp.broadcast_to(row, (TILE, self.lanes))
+        """Repeat a row (1, lanes) for all channels in flight."""
+        return jnp.broadcast_to(row, (self.flying, self.lanes))
 
     def row_of_b(self, walk: Walk) -> int:
         """Return the row of the first B of a walk's parameters; the first C is ``state`` rows further."""
@@ -217,77 +221,67 @@ def forward(*references, names, block: Block):
 
     for walk in s.walks:
         _time_steps(r, s, walk)
-        for tiles in s.channel_groups():
-            start = r.state.at[mine] if s.chunks > 1 else r.start
-            h = _first_states(s, tiles, start)
+        for group in s.channel_groups():
+            h = _first_states(s, group, r.state.at[mine] if s.chunks > 1 else r.start)
             for segment, before in s.segments(walk):
                 first = walk.slot == 0 and before == 0  # to write to its pixels; all others add
 
-                def group(t, pixel, count, h, walk=walk, tiles=tiles, first=first):
-                    h, tokens = _advance(r, s, walk, tiles, [pixel(i) for i in range(count)], h)
+                def turn(t, pixel, count, h, walk=walk, group=group, first=first):
+                    h, tokens = _advance(r, s, walk, group, [pixel(i) for i in range(count)], h)
                     if target is None:
                         return h
                     for token in tokens:
-                        q, c = token.pixel, s.row_of_b(walk) + s.state
-                        C = [s.full(r.packed[*q, c + n : c + n + 1, :]) for n in range(s.state)]
-                        for tile, u, states in zip(tiles, token.u, token.states, strict=True):
-                            y = functools.reduce(jnp.add, [h * row for h, row in zip(states, C, strict=True)])
-                            target[*q, tile, :] = y + (u * r.skip[tile, :] if first else target[*q, tile, :])
+                        place, c = (*token.pixel, group), s.row_of_b(walk) + s.state
+                        C = [s.full(r.packed[*token.pixel, c + n : c + n + 1, :]) for n in range(s.state)]
+                        y = functools.reduce(jnp.add, [h * row for h, row in zip(token.states, C, strict=True)])
+                        target[place] = y + (token.u * r.skip[group, :] if first else target[place])
                     return h
 
-                h = for_tokens(segment, s.unroll, group, h)
-            for tile, states in zip(tiles, h, strict=True):
-                for n, state in enumerate(states):
-                    if s.chunks > 1:
-                        r.state[mine, n, tile, :] = state
-                    if r.final is not None:
-                        r.final[n, tile, :] = state
+                h = for_tokens(segment, s.unroll, turn, h)
+            for n, state in enumerate(h):
+                if s.chunks > 1:
+                    r.state[mine, n, group, :] = state
+                if r.final is not None:
+                    r.final[n, group, :] = state
     _convert(s, r.sum, r.y)
 
 
-def _first_states(s: Block, tiles, start):
-    """Return the states before the first token, a tuple for each tile."""
-    rest = jnp.zeros((TILE, s.lanes), jnp.float32)
-    return tuple(tuple(rest if start is None else start[n, tile, :] for n in range(s.state)) for tile in tiles)
+def _first_states(s: Block, group: slice, start):
+    """Return the states before the first token."""
+    rest = jnp.zeros((s.flying, s.lanes), jnp.float32)
+    return tuple(rest if start is None else start[n, group, :] for n in range(s.state))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Token:
-    """What a token was computed with: its pixel and, for each tile, u, and decays and states after it for each n."""
+    """What a token was computed with: its pixel, u, and for each n the decay and the state after it."""
 
     pixel: tuple
-    u: list[jax.Array]
-    decays: list[list[jax.Array]]
-    states: list[list[jax.Array]]
+    u: jax.Array
+    decays: list[jax.Array]
+    states: list[jax.Array]
 
 
-def _advance(r, s: Block, walk: Walk, tiles, pixels, h) -> tuple[tuple, list[_Token]]:
+def _advance(r, s: Block, walk: Walk, group: slice, pixels, h) -> tuple[tuple, list[_Token]]:
     """Run the recurrence over some tokens; return the last states, and every token."""
     b = s.row_of_b(walk)
     tokens: list[_Token] = []
     # With few states in flight each must wait for the one before. Two tokens at once make two steps in the time of one.
-    for some in _portions(pixels, 2 if s.state * len(tiles) <= 2 else 1):
-        new = [
-            _Token(
-                q, [r.x[*q, tile, :].astype(jnp.float32) for tile in tiles], [[] for _ in tiles], [[] for _ in tiles]
-            )
-            for q in some
-        ]
-        dt = [[r.dt[*q, tile, :] for tile in tiles] for q in some]
-        dtu = [[x * y for x, y in zip(steps, token.u, strict=True)] for steps, token in zip(dt, new, strict=True)]
+    for some in _portions(pixels, 2 if s.state * s.tiles <= 2 else 1):
+        new = [_Token(q, r.x[*q, group, :].astype(jnp.float32), [], []) for q in some]
+        dt = [r.dt[*q, group, :] for q in some]
+        dtu = [x * token.u for x, token in zip(dt, new, strict=True)]
         for n in range(s.state):
-            B = [s.full(r.packed[*q, b + n : b + n + 1, :]) for q in some]
-            for j, tile in enumerate(tiles):
-                A = r.A[walk.slot, n, tile, :]
-                a = [jnp.exp2(dt[i][j] * A) for i in range(len(some))]
-                written = [dtu[i][j] * B[i] for i in range(len(some))]
-                reached = [a[0] * h[j][n] + written[0]]
-                if len(some) == 2:
-                    reached.append((a[1] * a[0]) * h[j][n] + (a[1] * written[0] + written[1]))
-                for i, token in enumerate(new):
-                    token.decays[j].append(a[i])
-                    token.states[j].append(reached[i])
-        h = tuple(tuple(states) for states in new[-1].states)
+            A = r.A[walk.slot, n, group, :]
+            a = [jnp.exp2(x * A) for x in dt]
+            written = [x * s.full(r.packed[*q, b + n : b + n + 1, :]) for x, q in zip(dtu, some, strict=True)]
+            reached = [a[0] * h[n] + written[0]]
+            if len(some) == 2:
+                reached.append((a[1] * a[0]) * h[n] + (a[1] * written[0] + written[1]))
+            for token, decay, state in zip(new, a, reached, strict=True):
+                token.decays.append(decay)
+                token.states.append(state)
+        h = tuple(new[-1].states)
         tokens += new
     return h, tokens
 
@@ -334,10 +328,10 @@ def backward(*references, names, block: Block):
         if s.chunks == 1:
             _set(r.state.at[mine], r.d_final)
         _time_steps(r, s, walk)
-        for tiles in s.channel_groups():
-            h = _first_states(s, tiles, r.start if r.kept is None else r.kept)
-            _again(r, s, walk, tiles, h)
-            _back(r, s, walk, tiles, r.state.at[mine], target, totals)
+        for group in s.channel_groups():
+            h = _first_states(s, group, r.start if r.kept is None else r.kept)
+            _again(r, s, walk, group, h)
+            _back(r, s, walk, group, r.state.at[mine], target, totals)
         _project_back(r, s, walk, totals)
     if r.d_start is not None:
         r.d_start[...] = r.state[mine]
@@ -366,44 +360,44 @@ def _clear(reference, at):
     reference[at] = jnp.zeros(reference.shape[len(at) :], reference.dtype)
 
 
-def _again(r, s: Block, walk: Walk, tiles, h):
+def _again(r, s: Block, walk: Walk, group: slice, h):
     """Compute the states of a walk again and keep the state before each token in ``r.h``, with the last one behind."""
-    for j, states in enumerate(h):
-        for n, state in enumerate(states):
-            r.h[0, j, n] = state
+    for n, state in enumerate(h):
+        r.h[0, n] = state
     for segment, before in s.segments(walk):
 
-        def group(t, pixel, count, h, before=before):
-            h, tokens = _advance(r, s, walk, tiles, [pixel(i) for i in range(count)], h)
+        def turn(t, pixel, count, h, before=before):
+            h, tokens = _advance(r, s, walk, group, [pixel(i) for i in range(count)], h)
             for i, token in enumerate(tokens):
-                for j in range(len(tiles)):
-                    for n in range(s.state):
-                        r.h[before + t + i + 1, j, n] = token.states[j][n]
-                        if s.keep_decays:
-                            r.a[before + t + i, j, n] = token.decays[j][n]
+                for n in range(s.state):
+                    r.h[before + t + i + 1, n] = token.states[n]
+                    if s.keep_decays:
+                        r.a[before + t + i, n] = token.decays[n]
             return h
 
-        h = for_tokens(segment, s.unroll_again, group, h)
+        h = for_tokens(segment, s.unroll_again, turn, h)
 
 
-def _back(r, s: Block, walk: Walk, tiles, passed, target, totals):
+def _back(r, s: Block, walk: Walk, group: slice, passed, target, totals):
     """Go through a walk from its last token to its first.
 
     ``passed`` is the gradient of the state that a token hands on to the one before. It stays in memory: together with
     what the tokens of a turn need it is more than there are registers.
     """
+    tiles = [slice(i, i + TILE) for i in range(group.start, group.stop, TILE)]
     slot, b, c = walk.slot, s.row_of_b(walk), s.row_of_b(walk) + s.state
+    of_tile = functools.partial(jnp.broadcast_to, shape=(TILE, s.lanes))
     # A chain comes to every pixel again and needs its time step then.
     d_raw = r.dt if r.d_raw is None else r.d_raw
     last = s.segments(walk)[-1][1]
     for segment, before in reversed(s.segments(walk)):
         first = slot == 0 and before == last  # to write to its pixels; all others add
 
-        def group(t, pixel, count, carry, before=before, first=first):
+        def turn(t, pixel, count, carry, before=before, first=first):
             q = [pixel(i) for i in range(count)]
             time = [before + t + i for i in range(count)]
             # The compiler keeps near to the order of the program. With few states what a turn needs fits the registers
-            # if one token comes after the other; with many, what all its tokens need for one state.
+            # if one tile and token comes after the other; with many, what all its tokens need for one state.
             parts = _portions(list(reversed(range(count))), 1 if s.state <= 2 else count)
             carried: dict[Any, Any] = {}
             for part in parts:
@@ -422,21 +416,22 @@ def _back(r, s: Block, walk: Walk, tiles, passed, target, totals):
                 for n in range(s.state):
                     sums = {}
                     for j, tile in enumerate(tiles):
+                        own = slice(j * TILE, (j + 1) * TILE)  # of the group
                         A = r.A[slot, n, tile, :]
                         if part is parts[0]:
                             g, dA = passed[n, tile, :], totals["dA"][slot, n, tile, :]
                         else:
                             g, dA = carried[n, j]
                         for i in part:
-                            gradient = g + s.full(r.packed[*q[i], c + n : c + n + 1, :]) * dy[i, j]
-                            a = r.a[time[i], j, n] if s.keep_decays else jnp.exp2(dt[i, j] * A)
+                            gradient = g + of_tile(r.packed[*q[i], c + n : c + n + 1, :]) * dy[i, j]
+                            a = r.a[time[i], n, own] if s.keep_decays else jnp.exp2(dt[i, j] * A)
                             g = a * gradient
-                            w = g * r.h[time[i], j, n]
-                            x = gradient * s.full(r.packed[*q[i], b + n : b + n + 1, :])
+                            w = g * r.h[time[i], n, own]
+                            x = gradient * of_tile(r.packed[*q[i], b + n : b + n + 1, :])
                             g_B[i, j] = x if n == 0 else g_B[i, j] + x
                             w_A[i, j] = w * A if n == 0 else w_A[i, j] + w * A
                             dA = dA + w * dt[i, j]
-                            of_B, of_C = gradient * dtu[i, j], r.h[time[i] + 1, j, n] * dy[i, j]
+                            of_B, of_C = gradient * dtu[i, j], r.h[time[i] + 1, n, own] * dy[i, j]
                             if (i, "B") in sums:
                                 of_B, of_C = sums[i, "B"] + of_B, sums[i, "C"] + of_C
                             elif not s.at_once:
@@ -461,7 +456,7 @@ def _back(r, s: Block, walk: Walk, tiles, passed, target, totals):
                     d_raw[place] = raw + d_raw[place] if len(walk.orders) > 1 and before != last else raw
             return carry
 
-        for_tokens(segment, s.unroll_back, group, backwards=True)
+        for_tokens(segment, s.unroll_back, turn, backwards=True)
 
 
 def _project_back(r, s: Block, walk: Walk, totals):

@@ -342,9 +342,9 @@ def _scratch(call: Call, *, gradient: bool, names: tuple[str, ...]) -> dict[str,
     if gradient:
         if b.tokens > b.pixels:
             arrays["d_raw"] = arrays["dt"]
-        arrays["h"] = (b.tokens + 1, b.tiles, b.state, *tile)
+        arrays["h"] = (b.tokens + 1, b.state, b.flying, b.lanes)
         if b.keep_decays:
-            arrays["a"] = (b.tokens, b.tiles, b.state, *tile)
+            arrays["a"] = (b.tokens, b.state, b.flying, b.lanes)
         if not b.at_once:
             arrays["sum_B"] = arrays["sum_C"] = (b.tokens, b.state, *tile)
         if b.chunks > 1:
