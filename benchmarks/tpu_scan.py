@@ -3,10 +3,11 @@
 Nothing runs on a TPU: cycles are those of the compiler's schedule, over clocks and bandwidths of ``aot.GENERATIONS``.
 
     python benchmarks/tpu_scan.py [--out FILE]  # the scans of three models, and XLA's implementations
-    python benchmarks/tpu_scan.py --all [--generations v5e v6e] [--work FILE] [--out FILE]  # every scan of every model
+    python benchmarks/tpu_scan.py --all training [--generations v5e] [--work FILE] [--out FILE]  # of every model
 
-The second takes an hour or more for each generation. What it has compiled is kept in the work file, so it can be
-stopped and started again; after a change of the kernels or of libtpu the file is to be deleted.
+The second, for images as in training or (``--all detector``) of a detector, takes half an hour of a core or more for
+each generation. What it has compiled is kept in the work file, so it can be stopped and started again; after a change
+of the kernels or of libtpu the file is to be deleted.
 """
 
 import argparse
@@ -56,12 +57,18 @@ VECTOR_UNITS = 4  # operations a cycle
 OPERATIONS = {"forward": (7, 0), "backward": (5 + 14, 6 + 5 + 4 + 3 + 1 + 2)}
 ATTAINABLE = 0.8  # of the peak of HBM
 
-EVERY_SCAN = """\
-Every distinct scan of every registered model, bfloat16, for one JAX device (a chip; of tpu7x, half a chip):
+EVERY_SCAN = {
+    size: f"""\
+Every distinct scan of every registered model, {images}, bfloat16, for one JAX device (a chip; of tpu7x, half a chip):
 milliseconds forward / backward, the cycles of the compiler's schedule over the clock, without waiting for memory.
 "XLA": the kernels leave the scan to XLA. A scan is written as images, height, width, channels E, rank R of the time
 step, states N, orders.
 """
+    for size, images in {
+        "training": f"{BATCH} images of the model's own size",
+        "detector": f"one image of {tpu_kernels.DETECTOR[0]}x{tpu_kernels.DETECTOR[1]} pixels",
+    }.items()
+}
 
 THREE_MODELS = f"""\
 Batch {BATCH} a JAX device (a chip; of tpu7x, half a chip), bfloat16, kernels alone: projections to B, C and the rank of
@@ -220,33 +227,31 @@ def program_cycles(text: str, generation: str, dump_folder: str) -> tuple[float,
     return rest + kernels, kernels
 
 
-def every_scan(dump_folder: str, work: Path, generations: list[str]) -> Iterator[str]:
+def every_scan(dump_folder: str, size: str, generations: list[str], work: Path) -> Iterator[str]:
     """Yield a table of all scans of all registered models, a column a generation, and what was found in all of them."""
+    scans = tpu_kernels.model_scans(detector=size == "detector")
     work.parent.mkdir(parents=True, exist_ok=True)
-    done = [Kernel(**json.loads(line)) for line in work.read_text().splitlines()] if work.exists() else []
     known: dict[tuple[str, str], list[Kernel]] = {}
-    for kernel in done:
+    for line in work.read_text().splitlines() if work.exists() else []:
+        kernel = Kernel(**json.loads(line))
         known.setdefault((kernel.generation, kernel.scan), []).append(kernel)
-    for detector in (False, True):
-        yield from ("", f"## {'One image of 800x1280' if detector else f'{BATCH} images'}", "")
-        yield f"| scan | {' | '.join(generations)} |"
-        yield f"| --- |{' ---: |' * len(generations)}"
-        for scan in tpu_kernels.model_scans(detector=detector):
-            cells = []
-            for generation in generations:
-                kernels = known.get((generation, str(scan)))
-                if kernels is None:
-                    kernels = list(tpu_kernels.compile_scan(scan, generation, dump_folder))
-                    done += kernels
-                    with work.open("a") as file:
-                        file.write("".join(f"{json.dumps(dataclasses.asdict(kernel))}\n" for kernel in kernels))
-                cells.append(_times(kernels))
-            yield f"| {scan} | {' | '.join(cells)} |"
+    yield f"| scan | {' | '.join(generations)} |"
+    yield f"| --- |{' ---: |' * len(generations)}"
+    for scan in scans:
+        cells = []
+        for generation in generations:
+            kernels = known.get((generation, str(scan)))
+            if kernels is None:
+                kernels = known[generation, str(scan)] = list(tpu_kernels.compile_scan(scan, generation, dump_folder))
+                with work.open("a") as file:
+                    file.write("".join(f"{json.dumps(dataclasses.asdict(kernel))}\n" for kernel in kernels))
+            cells.append(_times(kernels))
+        yield f"| {scan} | {' | '.join(cells)} |"
     yield from ("", "## All kernels", "")
     yield "| TPU | scans | left to XLA | kernels | refused | most VMEM, MiB | spill in inner loops | most spills |"
     yield f"| --- |{' ---: |' * 7}"
     for generation in generations:
-        own = [kernel for kernel in done if kernel.generation == generation]
+        own = [kernel for scan in scans for kernel in known[generation, str(scan)]]
         portable = [kernel for kernel in own if kernel.name == "portable"]
         kernels = [kernel for kernel in own if kernel.name != "portable"]
         yield (
@@ -271,16 +276,16 @@ def _times(kernels: list[Kernel]) -> str:
     )
 
 
-def report(dump_folder: str, work: Path | None, generations: list[str]) -> Iterator[str]:
-    """Yield the lines of the whole text: of every scan where there is a work file, else of three models."""
+def report(dump_folder: str, options: argparse.Namespace) -> Iterator[str]:
+    """Yield the lines of the whole text."""
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib", "libtpu"))
     yield "# Scans on TPUs: static estimates, nothing ran on a TPU"
     yield ""
     yield f"{datetime.date.today().isoformat()}; {versions}."
     yield ""
-    if work:
-        yield from EVERY_SCAN.splitlines()
-        yield from every_scan(dump_folder, work, generations)
+    if options.all:
+        yield from (*EVERY_SCAN[options.all].splitlines(), "")
+        yield from every_scan(dump_folder, options.all, options.generations, options.work)
         return
     yield from (*THREE_MODELS.splitlines(), "")
     yield from figures(dump_folder)
@@ -291,7 +296,7 @@ def report(dump_folder: str, work: Path | None, generations: list[str]) -> Itera
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--all", action="store_true", help="every scan of every registered model instead")
+    parser.add_argument("--all", choices=list(EVERY_SCAN), help="every scan of every registered model, for such images")
     every = list(aot.GENERATIONS)
     parser.add_argument("--generations", nargs="+", choices=every, default=every, metavar="TPU", help="those of --all")
     parser.add_argument("--work", type=Path, default=Path("runs/every_scan.jsonl"), help="what --all has done")
@@ -299,8 +304,7 @@ def main():
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as dump_folder:
         aot.prepare(dump_folder)
-        work = options.work if options.all else None
-        tpu_kernels.show(report(dump_folder, work, options.generations), options.out)
+        tpu_kernels.show(report(dump_folder, options), options.out)
 
 
 if __name__ == "__main__":
