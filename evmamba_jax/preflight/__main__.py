@@ -117,12 +117,8 @@ def _available_memory() -> float:
 def inspect(request: Request, *, fast: bool) -> dict[str, Any]:
     """Compile as asked for and return the facts, the schedules of Pallas kernels included."""
     facts = _run(request, fast=fast)
-    file = facts.pop("kernel_file", None)
-    if file and "refusal" not in facts and facts["platform"] == "tpu":
-        schedules = _run(dataclasses.replace(request, kernels=file, export=""), fast=False)["found"]
-        facts["kernel_cycles"], facts["unread_kernels"] = _counted(facts["kernels"], schedules)
-    if file:
-        os.unlink(file)
+    if "schedules" in facts:
+        facts["kernel_cycles"], facts["unread_kernels"] = _counted(facts["kernels"], facts.pop("schedules"))
     return facts
 
 
@@ -153,7 +149,7 @@ def _find_batch(request: Request, facts: dict[str, Any], *, fast: bool) -> str:
     def compile_for(batch: int) -> float:
         if batch == start and fast:
             return needed(facts)
-        trial = dataclasses.replace(request, batch_per_device=batch, export="")
+        trial = dataclasses.replace(request, batch_per_device=batch, export="", schedules=False)
         need = needed(_run(trial, fast=True))
         print(f"batch {batch} a device: {need / 2**30:.2f} GiB", file=sys.stderr)
         return need
@@ -197,7 +193,8 @@ def _run(request: Request, *, fast: bool) -> dict[str, Any]:
         if "facts" not in answer:
             log.seek(0)
             raise UserError(_death(code, progress, log.read()))
-    return answer["facts"] | {"peak_rss": progress.peak}
+    facts = answer["facts"]
+    return facts | {"peak_rss": progress.peak + facts.pop("reader_rss", 0)}
 
 
 def _death(code: int, progress: "_Progress", log: str) -> str:

@@ -5,14 +5,17 @@ of memory takes its process with it. Its answers are lines of JSON on standard o
 and at last ``{"facts": ...}`` or ``{"error": ...}``.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import re
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +45,16 @@ class Request:
         topology: a TPU topology's or a GPU's name.
         batch_per_device: replaces config.batch_size where it is not 0.
         export: a file for the lowered step, or "".
-        kernels: a file from an earlier request that holds the step's Pallas kernels: read their schedules, and compile
-            nothing else.
+        schedules: whether to read the schedules of the step's Pallas kernels.
+        kernels: a file that holds such kernels, from the process that compiles their step: read their schedules, and
+            compile nothing else.
     """
 
     arguments: list[str]
     topology: str
     batch_per_device: int = 0
     export: str = ""
+    schedules: bool = True
     kernels: str = ""
 
 
@@ -60,7 +65,7 @@ def main() -> None:
     tell = lambda **words: print(json.dumps(words), file=answers)  # noqa: E731
     request = Request(**json.loads(sys.argv[-1]))
     try:
-        tell(facts=kernel_facts(request, tell) if request.kernels else step_facts(request, tell))
+        tell(facts=kernel_facts(request) if request.kernels else step_facts(request, tell))
     except (UserError, ImportError) as error:
         tell(error=str(error))
     except Exception as error:  # a fault of the program that is checked, or of this one: where, and what
@@ -124,21 +129,46 @@ def step_facts(request: Request, tell) -> dict[str, Any]:
     if request.export:
         tell(stage=f"exporting to {request.export}")
         Path(request.export).write_bytes(exported(layout, target["platform"]))
-    kernels = list(hlo.stablehlo_kernels(lowered))
-    tell(stage=f"compiling for {mesh.size} devices")
-    started = time.perf_counter()
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        return facts | {"refusal": refusal(str(error)), "compile_seconds": time.perf_counter() - started}
-    facts["compile_seconds"] = time.perf_counter() - started
-    tell(stage="reading what the compiler made")
-    facts |= compiled_facts(compiled, facts)
-    if kernels:
-        with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as file:
-            json.dump(kernels, file)
-        facts["kernel_file"] = file.name
-    return facts
+    kernels = list(hlo.stablehlo_kernels(lowered)) if request.schedules else []
+    with _reading(request, kernels) as schedules:
+        tell(stage=f"compiling for {mesh.size} devices")
+        started = time.perf_counter()
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            return facts | {"refusal": refusal(str(error)), "compile_seconds": time.perf_counter() - started}
+        facts["compile_seconds"] = time.perf_counter() - started
+        tell(stage="reading what the compiler made")
+        return facts | compiled_facts(compiled, facts) | schedules()
+
+
+@contextlib.contextmanager
+def _reading(request: Request, kernels: list[Any]) -> Iterator[Callable[[], dict[str, Any]]]:
+    """Have the schedules of kernels read by another process, beside this one; yield what waits for its facts."""
+    if not kernels:
+        yield dict
+        return
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(kernels, file)
+        file.flush()
+        request = dataclasses.replace(request, kernels=file.name)
+        # --fast is for XLA's part of the step.
+        environment = {name: value for name, value in os.environ.items() if name != "JAX_OPTIMIZATION_LEVEL"}
+        command = [sys.executable, "-m", "evmamba_jax.preflight.program", json.dumps(dataclasses.asdict(request))]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+
+        def facts() -> dict[str, Any]:
+            answers, _ = process.communicate()
+            answer = json.loads((answers.splitlines() or ["{}"])[-1])
+            if "facts" not in answer:
+                raise UserError(answer.get("error", f"the reader of kernels ended with code {process.returncode}"))
+            return answer["facts"]
+
+        try:
+            yield facts
+        finally:
+            process.kill()
+            process.wait()
 
 
 def _tpu(name: str) -> dict[str, Any]:
@@ -243,11 +273,12 @@ _TYPES = {
 }
 
 
-def kernel_facts(request: Request, tell) -> dict[str, Any]:
+def kernel_facts(request: Request) -> dict[str, Any]:
     """Compile each Pallas kernel of a step by itself, which is how its schedule can be had, and read its cycles."""
-    tell(stage="reading the schedules of kernels")
     with open(request.kernels) as file:
         kernels = json.load(file)
+    import resource  # which is there where libtpu is
+
     generation = aot.topology(request.topology).generation
     found = []
     with tempfile.TemporaryDirectory() as folder:
@@ -276,7 +307,8 @@ def kernel_facts(request: Request, tell) -> dict[str, Any]:
                     "busiest": max(schedule.loops, key=lambda loop: loop.cycles).busiest if schedule.loops else None,
                 }
             )
-    return {"found": found}
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"schedules": found, "reader_rss": peak}
 
 
 if __name__ == "__main__":
