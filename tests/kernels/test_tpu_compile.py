@@ -123,7 +123,7 @@ def pytest_generate_tests(metafunc):
     if "job" in metafunc.fixturenames:
         every = metafunc.config.getoption("every_scan")
         jobs = [f"{generation} {size}" for size in SIZES for generation in aot.GENERATIONS] if every else JOBS
-        limit = pytest.mark.timeout(7200 if every else 900)
+        limit = pytest.mark.timeout(7200 if every else 1800)
         metafunc.parametrize("job", [pytest.param(job, marks=limit) for job in jobs])
 
 
