@@ -161,7 +161,8 @@ def _reading(request: Request, kernels: list[Any]) -> Iterator[Callable[[], dict
             answers, _ = process.communicate()
             answer = json.loads((answers.splitlines() or ["{}"])[-1])
             if "facts" not in answer:
-                raise UserError(answer.get("error", f"the reader of kernels ended with code {process.returncode}"))
+                death = f"the reader of kernels ended with code {process.returncode}; is there memory for it?"
+                raise UserError(answer.get("error", death))
             return answer["facts"]
 
         try:

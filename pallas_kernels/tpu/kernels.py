@@ -381,8 +381,8 @@ def _again(r, s: Block, walk: Walk, group: slice, h):
 def _back(r, s: Block, walk: Walk, group: slice, passed, target, totals):
     """Go through a walk from its last token to its first.
 
-    ``passed`` is the gradient of the state that a token hands on to the one before. It stays in memory: together with
-    what the tokens of a turn need it is more than there are registers.
+    ``passed`` is the gradient of the state that a token hands on to the one before. Between turns it stays in memory:
+    together with what the tokens of a turn need it is more than there are registers.
     """
     tiles = [slice(i, i + TILE) for i in range(group.start, group.stop, TILE)]
     slot, b, c = walk.slot, s.row_of_b(walk), s.row_of_b(walk) + s.state
