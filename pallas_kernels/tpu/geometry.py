@@ -59,9 +59,7 @@ class Segment:
             for step, index, size in ((outer, line, self.outer), (inner * count, number, groups)):
                 if step < 0:  # from the other end
                     constant += step * (size - 1)
-                    index = size - 1 - index
-                    if step == -1 and self.inner == count:
-                        index = jnp.maximum(index, 0)  # nothing else keeps it from being taken apart again
+                    index = _from_end(size, index, alone=step == -1 and groups == 1)
                 if step:
                     result += abs(step) * index
             return result + constant
@@ -158,8 +156,18 @@ def for_tokens(segment: Segment, size: int, body: Callable, carry=0, *, backward
 
     if segment.outer == 1:
         return one_line(0, carry)
-    last = segment.outer - 1
-    return lax.fori_loop(0, segment.outer, lambda i, carry: one_line(last - i if backwards else i, carry), carry)
+
+    def nth_line(i, carry):
+        return one_line(_from_end(segment.outer, i, alone=whole == 1) if backwards else i, carry)
+
+    return lax.fori_loop(0, segment.outer, nth_line, carry)
+
+
+def _from_end(size: int, index, *, alone: bool):
+    """Return the index counted from the other end; ``alone`` says that one step of it is a whole turn of a loop."""
+    index = size - 1 - index
+    # Nothing else keeps the compiler from taking a difference apart again, and then loads wait for stores.
+    return jnp.maximum(index, 0) if alone else index
 
 
 def group_size(length: int, size: int) -> int:
