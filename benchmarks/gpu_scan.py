@@ -1,12 +1,12 @@
-"""Device time of the GPU kernels on the GPU at hand, next to their peers. **This script has not been run on a GPU.**
+"""Device time of the GPU kernels on the GPU at hand, next to their peers.
 
 First the results are compared with loops in float64; then come medians of device times, forward and backward, and
-ratios to ``scan2d``. Peers that are not installed are left out. They are: the CUDA selective scan of mamba-ssm, alone
-and within VMamba's chain (cross-scan, projections, scan, cross-merge); the scan of jax-linear-attention (Hopper only);
-``sequential``; and a copy of the image, which tells the bandwidth. Those called "alone" get step sizes, B and C ready,
-and write what nobody has added up yet.
+ratios to ours. Peers that are not installed are left out. They are: the CUDA selective scan of mamba-ssm, alone and
+within VMamba's chain (cross-scan, projections, scan, cross-merge); the scan of jax-linear-attention where it takes the
+states (Hopper only; it is traced for minutes); and a copy, which tells the bandwidth. Those called "alone" get step
+sizes, B and C ready, and write what nobody has added up yet.
 
-    python benchmarks/gpu_scan.py [--runs 20] [--out FILE]
+    python benchmarks/gpu_scan.py [--runs 20] [--out FILE]          # has not been run to its end yet
     JAX_PLATFORMS=cpu python benchmarks/gpu_scan.py --interpret     # compares small results on any machine
 """
 
@@ -16,6 +16,7 @@ import functools
 import importlib.util
 import statistics
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import ATROUS, CROSS, Order, gpu, scan2d
+from pallas_kernels import ATROUS, CROSS, Order, gpu
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "kernels"))
 import scan_oracle
@@ -45,30 +46,50 @@ ARGUMENTS = ("x", "x_weight", "dt_weight", "dt_bias", "A", "D")
 
 def check(interpret):
     """Compare small results and gradients with loops in float64, or stop."""
-    for name, orders, state, rank in (("atrous", ATROUS, 16, 3), ("cross", CROSS, 1, 17), ("both", BOTH, 4, 2)):
-        problem = scan_oracle.make_scan2d(0, height=5, width=6, orders=len(orders), state=state, rank=rank, channels=40)
-        dy = np.random.default_rng(1).normal(size=problem["x"].shape)
-        y, gradients = scan_oracle.scan2d(problem, [order.indices(5, 6) for order in orders], dy)
-        arrays = [jnp.float32(problem[argument]) for argument in ARGUMENTS]
+    programs, wanted = [], []
+    for name, orders, state, rank, dtype in (
+        ("atrous", ATROUS, 16, 3, jnp.float32),
+        ("cross", CROSS, 1, 17, jnp.float32),
+        ("both", BOTH, 4, 2, jnp.float32),
+        ("cross, bfloat16", CROSS, 1, 6, jnp.bfloat16),
+        ("atrous, bfloat16", ATROUS, 16, 3, jnp.bfloat16),
+    ):
+        problem = scan_oracle.make_scan2d(0, height=5, width=6, orders=len(orders), state=state, rank=rank, channels=64)
+        arrays = [jnp.asarray(problem[argument], jnp.float32) for argument in ARGUMENTS]
+        arrays[0] = arrays[0].astype(dtype)
+        problem["x"] = np.asarray(arrays[0], np.float64)
+        dy = jnp.asarray(np.random.default_rng(1).normal(size=arrays[0].shape), dtype)
+        indices = [order.indices(5, 6) for order in orders]
+        y, gradients = scan_oracle.scan2d(problem, indices, np.asarray(dy, np.float64))
         run = functools.partial(functools.partial, orders=orders, interpret=interpret)
-        with jax.default_matmul_precision("highest"):  # else XLA's own products are in TF32
-            actual = [jax.jit(run(gpu.scan2d_forward))(*arrays)]
-            actual += jax.jit(run(gpu.scan2d_backward))(*arrays, jnp.float32(dy))
-        for what, one, wanted in zip(
-            ("y", *ARGUMENTS), actual, (y, *(gradients[argument] for argument in ARGUMENTS)), strict=True
-        ):
-            error = np.abs(np.asarray(one, np.float64) - wanted).max() / np.abs(wanted).max()
+        programs += [(run(gpu.scan2d_forward), arrays), (run(gpu.scan2d_backward), [*arrays, dy])]
+        wanted += [(name, {"y": y}), (name, {argument: gradients[argument] for argument in ARGUMENTS})]
+    with jax.default_matmul_precision("highest"):  # else XLA's own products are in TF32
+        functions = compiled(programs)
+    for function, (_, arrays), (name, values) in zip(functions, programs, wanted, strict=True):
+        for (what, exact), one in zip(values.items(), jax.tree.leaves(function(*arrays)), strict=True):
+            error = np.abs(np.asarray(one, np.float64) - exact).max() / np.abs(exact).max()
             print(f"{name}: {what} differs by {error:.1e} of its maximum")
-            if not error < 1e-5:
+            if not error < (4e-3 if one.dtype == jnp.bfloat16 else 1e-5):
                 sys.exit(f"{name}: {what} is wrong")
 
 
-def jax_time(function, arguments, runs):
-    """Return the median of the device time of all kernels of a call, in ms."""
+def compiled(programs):
+    """Compile programs, pairs of a function and its arguments, beside one another."""
+    lowered = [jax.jit(function).lower(*arguments) for function, arguments in programs]
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda program: program.compile(), lowered))
+
+
+def jax_times(programs, runs):
+    """Return the medians of the device times of all kernels of each program, a function and its arguments, in ms."""
     from jax.experimental.mosaic.gpu import profiler
 
-    _, times = profiler.measure(jax.jit(function), iterations=runs)(*arguments)
-    return statistics.median(times)
+    result = []
+    for function, (_, arguments) in zip(compiled(programs), programs, strict=True):
+        _, times = profiler.measure(function, iterations=runs)(*arguments)
+        result.append(statistics.median(times))
+    return result
 
 
 def torch_time(function, runs):
@@ -85,6 +106,7 @@ def torch_time(function, runs):
     return statistics.median(times)
 
 
+@functools.partial(jax.jit, static_argnums=range(6))
 def arrays(orders, height, width, channels, rank, state):
     """Return random arguments of ``scan2d``, and those of a scan of all orders alone; streams are bfloat16."""
     keys, sets = iter(jax.random.split(jax.random.key(0), 16)), len(orders)
@@ -103,17 +125,12 @@ def arrays(orders, height, width, channels, rank, state):
 
 def jax_peers(orders, full, alone):
     """Yield (name, forward, its arguments, backward, its arguments)."""
-    dy = full[0]
-
-    def pulled(function):
-        return lambda dy, *arguments: jax.vjp(function, *arguments)[1](dy)
-
     yield (
         "scan2d (ours)",
         functools.partial(gpu.scan2d_forward, orders=orders),
         full,
         functools.partial(gpu.scan2d_backward, orders=orders),
-        (*full, dy),
+        (*full, full[0]),
     )
     start = jnp.zeros((BATCH, *alone[2].shape))
     options = {"delta_softplus": True, "reverse": False}
@@ -124,24 +141,25 @@ def jax_peers(orders, full, alone):
         functools.partial(gpu.selective_scan_backward, **options),
         (*alone, start, jnp.float32(alone[0]), start),
     )
-    sequential = functools.partial(scan2d, orders=orders, implementation="sequential")
-    yield "scan2d, sequential (ours)", sequential, full, pulled(sequential), (dy, *full)
-    if importlib.util.find_spec("jla"):
-        from jla.ops import linear_attention
+    if importlib.util.find_spec("jla") and alone[2].shape[1] in (4, 8, 16, 32):
+        yield "jax-linear-attention, scan alone", *linear_attention_programs(*alone)
 
-        def scan(u, delta, A, B, C, D, bias):
-            v, dt = (x.reshape(*x.shape[:2], -1) for x in (u, delta))
-            a, d, dt_bias = A.swapaxes(1, 2).reshape(v.shape[2], -1), D.ravel(), bias.ravel()
-            return linear_attention("mamba1", C, B, v, dt=dt, a=a, d=d, dt_bias=dt_bias, impl="mosaic_gpu")[0]
 
-        yield (
-            "jax-linear-attention, scan alone",
-            scan,
-            alone,
-            pulled(scan),
-            (alone[0].reshape(*alone[0].shape[:2], -1), *alone),
-        )
-    yield "copy of the image", lambda x: x + 1, (dy,), lambda x: x + 1, (dy,)
+def linear_attention_programs(u, delta, A, B, C, D, bias):
+    """Return what ``jax_peers`` yields of jax-linear-attention: a call for each set of channels, filled up to 128."""
+    from jla.ops import linear_attention
+
+    def scan(*arguments):
+        return [
+            linear_attention("mamba1", C, B, u, dt=dt, a=a, d=d, dt_bias=bias, dt_softplus=True, impl="mosaic_gpu")[0]
+            for u, dt, B, C, a, d, bias in zip(*arguments, strict=True)
+        ]
+
+    more = -u.shape[-1] % 128
+    u, delta, A, D, bias = (jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, more)]) for x in (u, delta, A, D, bias))
+    arguments = *(x.transpose(2, 0, 1, 3) for x in (u, delta, B, C)), A.swapaxes(1, 2), D, bias
+    y, pull = jax.jit(lambda *arguments: jax.vjp(scan, *arguments))(*arguments)
+    return scan, arguments, lambda pull, dy: pull(dy), (pull, y)
 
 
 def torch_peers(orders, full, alone):
@@ -204,39 +222,46 @@ def main():
         return
     installed = [name for name in ("torch", "mamba-ssm", "jax-linear-attention") if _installed(name)]
     names = ", ".join(f"{name} {version(name)}" for name in ("jax", "jaxlib", *installed))
+    large = jnp.zeros((2**28,), jnp.float32)
+    [copying] = jax_times([(lambda x: x + 1, (large,))], options.runs)
+    bandwidth = 2 * large.nbytes / copying  # bytes a ms
     lines = [
         "# Scans on a GPU",
         "",
-        f"{jax.devices()[0].device_kind}; {names}; {datetime.date.today().isoformat()}.",
+        f"{jax.devices()[0].device_kind}; {names}; {datetime.date.today().isoformat()}; written by "
+        f"`benchmarks/gpu_scan.py`. A copy of 1 GiB moves {bandwidth / 1e9:.2f} TB/s, read and written.",
         "",
-        f"Batch {BATCH}, bfloat16, TF32 for float32 products. Median device time of {options.runs} runs in ms, and its "
-        "ratio to `scan2d`.",
+        f"Batch {BATCH}, bfloat16, TF32 for float32 products. Median device time of {options.runs} runs in ms, on "
+        "the same inputs. Ratios are to `scan2d`, of scans alone to `selective_scan` alone; above 1, ours is faster. "
+        "Bandwidth: the bytes that a scan alone must move (u, step size and y; backward these two, dy, and their "
+        "gradients; y, dy and the gradient of u in float32) over its time, as a share of the copy's.",
         "",
-        "| shape | what | forward | ratio | backward | ratio |",
-        "| --- | --- | ---: | ---: | ---: | ---: |",
+        "| shape | what | forward | ratio | bandwidth | backward | ratio | bandwidth |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     print("\n".join(lines), flush=True)
     for shape, (orders, *sizes) in SHAPES.items():
         full, alone = arrays(orders, *sizes)
-        base = None
-        for name, forward, inputs, backward, more in jax_peers(orders, full, alone):
-            times = [jax_time(forward, inputs, options.runs), jax_time(backward, more, options.runs)]
-            base = base or times
-            _row(lines, shape, name, times, base)
+        peers = list(jax_peers(orders, full, alone))
+        times = jax_times([program for _, *both in peers for program in (both[:2], both[2:])], options.runs)
+        rows = [(name, *times[2 * i : 2 * i + 2]) for i, (name, *_) in enumerate(peers)]
         for name, forward, backward in torch_peers(orders, full, alone):
-            _row(lines, shape, name, [torch_time(forward, options.runs), torch_time(backward, options.runs)], base)
-    if options.out:
-        options.out.write_text("\n".join(lines) + "\n")
+            rows.append((name, torch_time(forward, options.runs), torch_time(backward, options.runs)))
+        visits = sum(order.length(*sizes[:2]) for order in orders) * BATCH * sizes[2]
+        ours = {"alone" in name: both for name, *both in rows if "(ours)" in name}
+        for name, *both in rows:
+            cells = []
+            for time, base, moved in zip(both, ours["alone" in name], (2 + 2 + 4, 2 + 2 + 4 + 4 + 2), strict=True):
+                share = f"{moved * visits / time / bandwidth:.0%}" if "selective_scan" in name else ""
+                cells.append(f"{time:.3f} | {time / base:.2f} | {share}")
+            lines.append(f"| {shape} | {name} | {' | '.join(cells)} |")
+            print(lines[-1], flush=True)
+        if options.out:
+            options.out.write_text("\n".join(lines) + "\n")
 
 
 def _installed(name):
     return importlib.util.find_spec({"jax-linear-attention": "jla"}.get(name, name.replace("-", "_"))) is not None
-
-
-def _row(lines, shape, name, times, base):
-    cells = [f"{time:.3f} | {time / ours:.2f}" for time, ours in zip(times, base, strict=True)]
-    lines.append(f"| {shape} | {name} | {' | '.join(cells)} |")
-    print(lines[-1], flush=True)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,20 @@ class Device:
         """Return 2**x by one instruction; Triton's own takes four, for results below 2**-126, which here become 0."""
         return jnp.exp2(x) if self.interpret else _instruction("ex2.approx.ftz.f32 $0, $1;", x)
 
+    def reciprocal(self, x: jax.Array) -> jax.Array:
+        """Return 1 / x by one instruction, to the last bit."""
+        return 1 / x if self.interpret else _instruction("rcp.approx.ftz.f32 $0, $1;", x)
+
+    def one_each(self, columns: jax.Array) -> jax.Array:
+        """Return column numbers as they are, such that each thread of a warp reads one of 32 columns of every row.
+
+        Triton arranges a program's values as they are read, four neighbours to a thread if it knows that they are
+        neighbours; so here it is not told.
+        """
+        if self.interpret:
+            return columns
+        return _instruction("mov.b32 $0, $1;", columns, kind="r")
+
     def fma(self, x: jax.Array, y: jax.Array, z: jax.Array) -> jax.Array:
         """Return x * y + z by one instruction; XLA forbids Triton to join the two."""
         x, y, z = jnp.broadcast_arrays(x, y, z)
@@ -60,11 +74,11 @@ class Device:
             pltriton.debug_barrier()
 
 
-def _instruction(text: str, *arguments: jax.Array) -> jax.Array:
+def _instruction(text: str, *arguments: jax.Array, kind: str = "f") -> jax.Array:
     [result] = pltriton.elementwise_inline_asm(
         text,
         args=arguments,
-        constraints=",".join(["=f"] + ["f"] * len(arguments)),
+        constraints=",".join([f"={kind}"] + [kind] * len(arguments)),
         pack=1,
         result_shape_dtypes=[jax.ShapeDtypeStruct(arguments[0].shape, arguments[0].dtype)],
     )

@@ -39,25 +39,32 @@ def run(plan: Plan, arrays: Arrays, *, rank: int, softplus: bool, dtype: Any, in
     Args:
         plan: the walks. Where the step size is projected, all teams work on the same channels; where it is given,
             team k works on group k.
-        arrays: x and dy (B, L, G, P). A (K, P, N) times log2(e), D and bias (K, P). Either packed
-            (B, L, slots, R + 2N), and weights (K, R, P) with R filled up to ``Block.square``; or delta (B, L, G, P), B
-            and C (B, L, G, N), start and d_final (B, G, P, N). All but x, dy, delta, B and C are float32.
+        arrays: x and dy (B, L, G, P). A (K, N, P) times log2(e), D and bias (K, P). Either packed
+            (B, L, slots, 2N + R), with columns for B, C and the step size and perhaps some more, and weights (K, R, P)
+            with R filled up to ``Block.square``; or delta (B, L, G, P), B and C (B, L, G, N), start and d_final
+            (B, G, N, P). All but x, dy, delta, B and C are float32.
         rank: R; 0 where there is delta.
         softplus: whether the step size goes through it.
         dtype: of y.
         interpret: run anywhere, slowly.
 
     Returns:
-        Forward: y (layers, B, L, G, P), and with start also final (B, G, P, N).
+        Forward: y (layers, B, L, G, P), and with start also final (B, G, N, P).
         Backward: dx (layers, B, L, G, P); d_A, d_D, d_bias with B in front; either d_packed with the blocks of channels
         in front, and d_weights with B in front; or d_B, d_C with the blocks of channels in front, d_delta and d_start.
         All but d_delta, which is as delta, are float32.
     """
     images, _, groups, channels = arrays["x"].shape
-    state = arrays["A"].shape[2]
+    state = arrays["A"].shape[1]
     teams, count, tokens = plan.tokens.shape
     # More would fill the registers with states, or with columns of the projection.
     together = 8 if state <= 2 and rank <= 16 else 4
+    backward = "dy" in arrays
+    if backward and state > 4:
+        together = 2
+    lengths = plan.table[..., walks.LENGTH]
+    if together == 8 and (lengths % 8).any() and not (lengths % 4).any():
+        together = 4  # no fillers
     if interpret:
         together = 2  # nothing to wait for, and a fourth of the program to compile
     # A program keeps a state for each turn of one chunk, and one for each chunk. This bounds the former.
@@ -76,11 +83,11 @@ def run(plan: Plan, arrays: Arrays, *, rank: int, softplus: bool, dtype: Any, in
         merges=plan.merges,
         remerges=plan.remerges,
         chained=plan.chained,
+        certain=plan.only_pixels and bool((lengths > 0).all()) and not (lengths % together).any(),
         interpret=bool(interpret),
     )
     arrays = arrays | {"tokens": jnp.asarray(plan.tokens), "table": jnp.asarray(plan.table)}
     places = _places(plan, block, arrays, dtype)
-    backward = "dy" in arrays
     if backward:
         results = ["dx", "d_A", "d_D", "d_bias"]
         results += ["d_packed", "d_weights", "d_raw"] if rank else ["d_delta", "d_B", "d_C", "d_start"]
@@ -108,7 +115,7 @@ def run(plan: Plan, arrays: Arrays, *, rank: int, softplus: bool, dtype: Any, in
             seen |= {"B": seen["packed"], "C": seen["packed"]}
             seen |= {"d_B": seen["d_packed"], "d_C": seen["d_packed"]} if backward else {}
         first = lax.rem(program_id(0), jnp.int32(block.blocks)) * WIDTH
-        own = first + jnp.arange(WIDTH) < channels
+        own = first + jnp.arange(WIDTH) < channels if channels % WIDTH else None
         (kernels.backward if backward else kernels.forward)(seen, block, own)
 
     elements = images * channels * (groups if not rank else 1) * int(plan.table[..., walks.LENGTH].sum())
@@ -136,7 +143,6 @@ def _places(plan: Plan, block: Block, arrays: Arrays, dtype: Any) -> dict[str, _
     sets = arrays["A"].shape[0]
     grouped = not block.rank
     slots = groups if grouped else plan.slots
-    columns = block.rank + 2 * state
     programs = images * teams * blocks
 
     def image(dtype):
@@ -167,9 +173,9 @@ def _places(plan: Plan, block: Block, arrays: Arrays, dtype: Any) -> dict[str, _
     def walk(*shape):
         return _Place((teams, *shape), (None, *shape), lambda i, b, k, j: (k, *(0 for _ in shape)))
 
-    A = (channels, state), (width, state), lambda j: (j, 0)
+    A = (state, channels), (state, width), lambda j: (0, j)
     D = (channels,), (width,), lambda j: (j,)
-    of_state = _Place((images, groups, channels, state), (None, None, width, state), lambda i, b, k, j: (b, k, j, 0))
+    of_state = _Place((images, groups, state, channels), (None, None, state, width), lambda i, b, k, j: (b, k, 0, j))
     places = {
         "tokens": walk(count, tokens),
         "table": walk(count, plan.table.shape[2]),
@@ -183,8 +189,8 @@ def _places(plan: Plan, block: Block, arrays: Arrays, dtype: Any) -> dict[str, _
         "d_D": gradient(*D),
         "bias": parameter(*D),
         "d_bias": gradient(*D),
-        "turns": scratch(block.chunk // block.together, width, state),
-        "chunks": scratch(count, block.chunks, width, state),
+        "turns": scratch(block.chunk // block.together, state, width),
+        "chunks": scratch(count, block.chunks, state, width),
     }
     if grouped:
         of_group = pixels(state), pixels_of_block(state)
@@ -194,7 +200,7 @@ def _places(plan: Plan, block: Block, arrays: Arrays, dtype: Any) -> dict[str, _
         places |= dict.fromkeys(("start", "final", "d_final", "d_start"), of_state)
     else:
         weights = (block.square, channels), (block.square, width), lambda j: (0, j)
-        places |= {"packed": pixels(columns), "d_packed": pixels_of_block(columns)}
+        places |= {"packed": pixels(arrays["packed"].shape[3]), "d_packed": pixels_of_block(2 * state + block.rank)}
         places |= {"weights": parameter(*weights), "d_weights": gradient(*weights)}
         places |= {"d_raw": scratch(walks.TILE, width)}
     return places

@@ -44,6 +44,7 @@ class Plan:
         merges: some program comes to a pixel more than once.
         remerges: so does some set.
         chained: some state runs on from a walk into the next.
+        only_pixels: no walk passes through padding.
     """
 
     tokens: np.ndarray
@@ -56,6 +57,7 @@ class Plan:
     merges: bool
     remerges: bool
     chained: bool
+    only_pixels: bool
 
     @property
     def teams(self) -> int:
@@ -114,6 +116,7 @@ def plan(orders: tuple[Order | Chain, ...], height: int, width: int, *, apart: b
         merges=any(visits[team].sum(0).max() > 1 for team in teams),
         remerges=bool(visits.max() > 1),
         chained=any(len(own) > 1 for own in walks),
+        only_pixels=all((walk >= 0).all() for own in walks for walk in own),
     )
 
 

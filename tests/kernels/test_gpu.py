@@ -89,7 +89,7 @@ def test_a_grid_smaller_than_the_step():
 
 @pytest.mark.parametrize("orders", [ATROUS, CROSS], ids=["atrous", "cross"])
 def test_bfloat16_image(monkeypatch, orders):
-    """Orders add up in float32: the only roundings are those of the inputs and of the results."""
+    """Orders add up in float32: the only roundings are those of inputs, of results, and of products to 16 bits."""
     monkeypatch.setattr(gpu, "ENOUGH", 0)
     problem, dy, wanted = problem2d(orders, (3, 4), state=2, rank=1, dtype=jnp.bfloat16)
     y, gradients = jit(scan2d(orders))(problem, dy)
@@ -97,7 +97,7 @@ def test_bfloat16_image(monkeypatch, orders):
     for rounded, exact in ((y, wanted_y), (gradients.pop("x"), wanted_gradients.pop("x"))):
         assert rounded.dtype == jnp.bfloat16
         assert (np.abs(np.asarray(rounded, np.float64) - exact) <= 2.0**-8 * np.abs(exact) + 1e-5).all()
-    close(gradients, wanted_gradients, 2e-6)
+    close(gradients, wanted_gradients, 1e-5)
 
 
 def test_long_walks_keep_the_state_before_each_chunk():
