@@ -183,7 +183,7 @@ def _product(x: jax.Array, weight: jax.Array, dtype: Any) -> jax.Array:
     """
     if dtype != jnp.bfloat16:
         return x @ weight
-    upper, lower = jnp.split(_dot(x.astype(dtype), _halves(weight), 1, 0), 2, 1)
+    upper, lower = jnp.split(_dot(_narrow(x, dtype), _halves(weight), 1, 0), 2, 1)
     return upper + lower
 
 
@@ -196,11 +196,16 @@ def _backward(dtype, kept, dy):
     dx = dy @ weight.T
     if dtype != jnp.bfloat16:
         return dx, x.T @ dy
-    upper, lower = jnp.split(_dot(x.astype(dtype), _halves(dy), 0, 0), 2, 1)
+    upper, lower = jnp.split(_dot(_narrow(x, dtype), _halves(dy), 0, 0), 2, 1)
     return dx, upper + lower
 
 
 _product.defvjp(_forward, _backward)
+
+
+def _narrow(x: jax.Array, dtype: Any) -> jax.Array:
+    # The barrier, since XLA of JAX 0.10.2 takes the reading of a sub-lattice into the product, and then cannot tile it.
+    return lax.optimization_barrier(x.astype(dtype))
 
 
 def _halves(x: jax.Array) -> jax.Array:
