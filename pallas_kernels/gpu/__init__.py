@@ -10,8 +10,8 @@ this one ends, all that depends on it is in ``backend.py``; ``kernels.py`` is th
 
 What is not the recurrence stays in XLA: the projection to step size, B and C, once for each pixel that an order visits,
 its sum over devices that share the channels, and sums of what several programs find for one array, over images or
-blocks of channels. The gradient of the projection is JAX's own; the kernels have gradients written by hand, and keep
-nothing from the forward pass but its inputs.
+blocks of channels. The gradient of the projection is JAX's own, but for its products; the kernels have gradients
+written by hand, and keep nothing from the forward pass but its inputs.
 Under ``jax.shard_map``, all arguments must vary over the same axes; ``sequential.py`` shows how to mark them.
 """
 
@@ -24,7 +24,7 @@ from jax import lax
 
 from pallas_kernels.dispatch import sum_over
 from pallas_kernels.gpu.backend import in_sight
-from pallas_kernels.gpu.kernels import LOG2E
+from pallas_kernels.gpu.kernels import LOG2E, power_of_two
 from pallas_kernels.gpu.launch import Arrays, programs, run
 from pallas_kernels.gpu.walks import TILE, Plan, lattice, plan, sequences
 from pallas_kernels.orders import Chain, Order
@@ -119,7 +119,7 @@ def _merged(layers: jax.Array) -> jax.Array:
 
 def _powers_of_two(x: jax.Array, axis: int = -1) -> jax.Array:
     """Fill up an axis of N states with states that stay zero."""
-    return _filled(x, axis, 1 << (x.shape[axis] - 1).bit_length())
+    return _filled(x, axis, power_of_two(x.shape[axis]))
 
 
 def _filled(x: jax.Array, axis: int, size: int) -> jax.Array:
@@ -150,7 +150,7 @@ def _prepare_2d(walks: Plan, orders, axes, dtype, x, x_weight, dt_weight, dt_bia
     x_weight = _filled(x_weight, -1, -(-x_weight.shape[-1] // 4) * 4)  # so that four neighbours are one read
     return {
         "packed": sum_over(axes, _project(walks, orders, dtype, x, x_weight)),
-        "weights": _filled(dt_weight, 1, max(TILE, 1 << (rank - 1).bit_length())),
+        "weights": _filled(dt_weight, 1, max(TILE, power_of_two(rank))),
         "bias": dt_bias,
         "A": _powers_of_two(A.swapaxes(1, 2), 1) * LOG2E,
         "D": D,
@@ -187,11 +187,11 @@ def _product(x: jax.Array, weight: jax.Array, dtype: Any) -> jax.Array:
     return upper + lower
 
 
-def _forward(x, weight, dtype):
+def _product_forward(x, weight, dtype):
     return _product(x, weight, dtype), (x, weight)
 
 
-def _backward(dtype, kept, dy):
+def _product_backward(dtype, kept, dy):
     x, weight = kept
     dx = dy @ weight.T
     if dtype != jnp.bfloat16:
@@ -200,7 +200,7 @@ def _backward(dtype, kept, dy):
     return dx, upper + lower
 
 
-_product.defvjp(_forward, _backward)
+_product.defvjp(_product_forward, _product_backward)
 
 
 def _narrow(x: jax.Array, dtype: Any) -> jax.Array:

@@ -30,8 +30,8 @@ LOG2E = 1.4426950408889634
 # 2 artanh(z) / z by powers of z**2, highest first, for z up to 1 / 3: a fit, 4e-9 off.
 ARTANH = (0.2817465725913468, 0.2796141883651232, 0.4002485372325789, 0.6666631593508594, 2.000000007877748)
 
-# Rows of more columns for the step size are not taken apart in registers: it takes the compiler minutes. They are read
-# once more, a column at a time; by then they are near.
+# Rows of more columns for the step size are not taken apart in registers: forward, that doubles the time to compile.
+# They are read once more, a column at a time; by then they are near.
 FEW = 8
 
 Refs = dict[str, Any]
@@ -82,7 +82,7 @@ class Block:
     @property
     def square(self) -> int:
         """The rank, as a side of a matrix that Triton multiplies."""
-        return max(walks.TILE, _power_of_two(self.rank))
+        return max(walks.TILE, power_of_two(self.rank))
 
     @property
     def keeps_chunks(self) -> bool:
@@ -204,7 +204,7 @@ class Walk:
         Not as all threads need them, but a column to a thread, of several tokens if they are short: so they take few
         registers on their way. The compiler goes through shared memory where they are used.
         """
-        together, columns = self.block.together, _power_of_two(columns)
+        together, columns = self.block.together, power_of_two(columns)
         several = min(together, max(1, self.block.width // columns))
         shape = several, columns
         column, there = self.device.one_each(jnp.arange(columns)), self.refs[name].shape[2]
@@ -524,7 +524,8 @@ def _split(x: jax.Array, axis: int, size: int) -> Sequence[jax.Array]:
     return lax.split(x, (size,) * (x.shape[axis] // size), axis)
 
 
-def _power_of_two(count: int) -> int:
+def power_of_two(count: int) -> int:
+    """Return the least power of two that is not below a count."""
     return 1 << (count - 1).bit_length()
 
 
