@@ -13,6 +13,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
+from jax.extend.core import Primitive
+from jaxlib.mlir import ir
+
+try:
+    from jax._src.pallas.triton.lowering import register_lowering
+except ImportError:  # it is private; without it kernels take the registers they like, and are slower
+    register_lowering = None
 
 BlockSpec, program_id, slice_of = pl.BlockSpec, pl.program_id, pl.ds
 load, store = pltriton.load, pltriton.store
@@ -47,7 +54,38 @@ class Device:
         """
         if self.interpret:
             return columns
-        return _instruction("mov.b32 $0, $1;", columns, kind="r")
+        return _instruction("mov.b32 $0, $1;", columns, kinds="r")
+
+    def sums(self, x: jax.Array) -> jax.Array:
+        """Return the sums of rows (N, 32), of which each thread has a column: of row i * N // 32 in thread i (32,).
+
+        Threads trade halves of what they have left, until each has one number: N shuffles where N sums would take 5 N.
+        Thread i must have column i, as ``one_each`` sees to; should it not, the result is NaN.
+        """
+        rows, threads = x.shape
+        if self.interpret:
+            return jnp.repeat(x.sum(1), threads // rows)
+        thread = self.one_each(jnp.arange(threads))
+        distance = threads
+        while distance := distance // 2:
+            mine = x
+            if len(x) > 1:
+                lower, upper = lax.split(x, (len(x) // 2,) * 2, 0)
+                second = jnp.broadcast_to((thread & distance)[None] != 0, lower.shape)
+                mine, x = jnp.where(second, upper, lower), jnp.where(second, lower, upper)
+            x = mine + _instruction(f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, -1;", x)
+        check = "{.reg .pred p; .reg .u32 i; mov.u32 i, %laneid; setp.eq.u32 p, i, $2; selp.f32 $0, $1, 0f7FC00000, p;}"
+        return _instruction(check, x.reshape(threads), thread, kinds="fr")
+
+    def limited(self, x: jax.Array, registers: int | None) -> jax.Array:
+        """Return x, and let a thread of this program have so many registers at most.
+
+        The assembler takes up to 255 if it is not told, then fewer programs run at a time. Pallas has no option for
+        this; Triton has.
+        """
+        if self.interpret or registers is None or register_lowering is None:
+            return x
+        return _limited.bind(x, registers=registers)
 
     def fma(self, x: jax.Array, y: jax.Array, z: jax.Array) -> jax.Array:
         """Return x * y + z by one instruction; XLA forbids Triton to join the two."""
@@ -74,11 +112,29 @@ class Device:
             pltriton.debug_barrier()
 
 
-def _instruction(text: str, *arguments: jax.Array, kind: str = "f") -> jax.Array:
+_limited = Primitive("limited_registers")
+_limited.def_abstract_eval(lambda x, *, registers: x)
+
+
+def _limit(context: Any, x: Any, *, registers: int) -> Any:
+    module: Any = ir.InsertionPoint.current.block.owner.operation
+    while module.name != "builtin.module":
+        module = module.parent
+    module.attributes["ttg.maxnreg"] = ir.IntegerAttr.get(ir.IntegerType.get_signless(32), registers)
+    return x
+
+
+if register_lowering:
+    register_lowering(_limited)(_limit)
+
+
+def _instruction(text: str, *arguments: jax.Array, kinds: str = "f") -> jax.Array:
+    """Return the result of an instruction, whose arguments are in registers of these kinds; it is like the first."""
+    kinds = kinds.ljust(len(arguments), kinds[-1])
     [result] = pltriton.elementwise_inline_asm(
         text,
         args=arguments,
-        constraints=",".join([f"={kind}"] + [kind] * len(arguments)),
+        constraints=",".join([f"={kinds[0]}", *kinds]),
         pack=1,
         result_shape_dtypes=[jax.ShapeDtypeStruct(arguments[0].shape, arguments[0].dtype)],
     )

@@ -4,8 +4,8 @@ A token is a row of channels, which lie next to each other in memory, so that ev
 well. The state (N, P), float32, stays in registers, where the step size is projected too. Exponentials are to the base
 of two, and A comes multiplied by log2(e).
 
-Going forward a thread has all the states of one channel ("alone"): no thread asks another for anything, and B and C are
-read by all of them at once. The way back sums over channels too, so there a thread has some states of some channels.
+A thread has all the states of one channel: no thread asks another for anything, and B and C are read by all of them at
+once. Only the gradients of B and C, sums over channels, take the threads together.
 
 What a turn reads was asked for a turn before ("ahead"), for memory is slow and there are few programs to fill the time.
 
@@ -30,10 +30,6 @@ LOG2E = 1.4426950408889634
 # 2 artanh(z) / z by powers of z**2, highest first, for z up to 1 / 3: a fit, 4e-9 off.
 ARTANH = (0.2817465725913468, 0.2796141883651232, 0.4002485372325789, 0.6666631593508594, 2.000000007877748)
 
-# Rows of more columns for the step size are not taken apart in registers: forward, that doubles the time to compile.
-# They are read once more, a column at a time; by then they are near.
-FEW = 8
-
 Refs = dict[str, Any]
 Mask = jax.Array | None  # None: everywhere
 
@@ -55,6 +51,7 @@ class Block:
         chunks: of the longest walk.
         merges, remerges, chained: as in ``walks.Plan``.
         certain: all tokens are pixels, with neither padding nor fillers.
+        registers: that a thread may take, or None.
         interpret: whether the program is interpreted.
     """
 
@@ -72,6 +69,7 @@ class Block:
     remerges: bool
     chained: bool
     certain: bool
+    registers: int | None
     interpret: bool
 
     @property
@@ -108,35 +106,15 @@ class Token:
 
 
 class States:
-    """How the threads of a program share its states, and arrays of states in memory, (N, P).
+    """The states of a program (N, P), of which a thread has those of its channel, and arrays of them in memory."""
 
-    ``alone``: each has all those of its channel, (N, P). Otherwise they are (P, N), and a thread has some states of
-    some channels: the more even, the fewer steps it takes to add up states here and channels there.
-    """
-
-    def __init__(self, refs: Refs, block: Block, own: Mask, *, alone: bool):
-        self.refs, self.alone, self.device = refs, alone, Device(block.interpret)
-        self.shape = (block.state, block.width) if alone else (block.width, block.state)
-        rows, channels = jnp.arange(block.state), jnp.arange(block.width)
-        channels = self.device.one_each(channels) if alone else channels
-        self.index = tuple(jnp.broadcast_to(x, self.shape) for x in (self.of_states(rows), self.of_channels(channels)))
-        self.mask = None if own is None else jnp.broadcast_to(self.of_channels(own), self.shape)
-
-    def of_channels(self, x: jax.Array) -> jax.Array:
-        """Bring (P,) beside the states."""
-        return x[None] if self.alone else x[:, None]
-
-    def of_states(self, x: jax.Array) -> jax.Array:
-        """Bring (N,) beside the channels."""
-        return x[:, None] if self.alone else x[None]
-
-    def add_states(self, x: jax.Array) -> jax.Array:
-        """Return the sums over states (P,)."""
-        return x.sum(0 if self.alone else 1)
-
-    def add_channels(self, x: jax.Array) -> jax.Array:
-        """Return the sums over channels (N,)."""
-        return x.sum(1 if self.alone else 0)
+    def __init__(self, refs: Refs, block: Block, own: Mask):
+        self.refs, self.device = refs, Device(block.interpret)
+        self.shape = (block.state, block.width)
+        channels = self.device.one_each(self.device.limited(jnp.arange(block.width), block.registers))
+        self.index = tuple(jnp.broadcast_to(x, self.shape) for x in (jnp.arange(block.state)[:, None], channels[None]))
+        self.mask = None if own is None else jnp.broadcast_to(own[None], self.shape)
+        self.state_of_thread = lax.div(channels * block.state, jnp.int32(block.width))
 
     def read(self, name: str, *at: Any) -> jax.Array:
         """Return one array; zeros where it was not given."""
@@ -150,11 +128,19 @@ class States:
 
     def decay(self, token: Token, A: jax.Array) -> jax.Array:
         """Return exp(dt A)."""
-        return self.device.exp2(self.of_channels(token.dt) * A)
+        return self.device.exp2(token.dt[None] * A)
+
+    def sum(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        """Return the sums of x * y over states (P,)."""
+        few = max(1, self.shape[0] // 4)
+        total: Any = 0.0
+        for one, other in zip(_split(x, 0, few), _split(y, 0, few), strict=True):
+            total = self.device.fma(one, other, total)
+        return total.sum(0)
 
     def step(self, state: jax.Array, token: Token, A: jax.Array) -> jax.Array:
         """Return the state after a token."""
-        added = self.of_channels(token.dt * token.x) * self.of_states(token.B)
+        added = (token.dt * token.x)[None] * token.B[:, None]
         return self.device.fma(self.decay(token, A), state, added)
 
 
@@ -217,12 +203,6 @@ class Walk:
             parts.append(_load(self.refs[name].at[pixels, *at], mask))
         return parts
 
-    def head(self, row: jax.Array) -> jax.Array:
-        """Return what is to be taken apart of a row of ``packed``."""
-        while self.block.rank > FEW and row.shape[1] > 2 * self.block.state:
-            row = _split(row, 1, row.shape[1] // 2)[0]
-        return row
-
     def tokens(self, asked: Any) -> list[Token]:
         """Return the tokens of a turn."""
         codes, rows, few = asked
@@ -232,11 +212,8 @@ class Walk:
         for i, code in enumerate(codes):
             wide = {name: values[i].astype(jnp.float32) for name, values in rows.items()}
             if rank:
-                B, C, *low = _split(self.head(few["packed"][i]), 1, state)
+                B, C, *low = _split(few["packed"][i], 1, state)
                 columns = [one.reshape(1) for part in low for one in _split(part, 1, 1)][:rank]
-                if rank > FEW:
-                    at = self.pixel(code), self.slot
-                    columns = [self.refs["packed"][*at, 2 * state + r] for r in range(rank)]
                 raw = self.bias
                 for one, weights in zip(columns, self.weights, strict=True):
                     raw = self.device.fma(one, weights, raw)
@@ -314,7 +291,7 @@ def _run(
 
 def forward(refs: Refs, block: Block, own: Mask) -> None:
     """Write y, and the last state where it is wanted."""
-    states = States(refs, block, own, alone=True)
+    states = States(refs, block, own)
 
     def one(number, state):
         walk, A = Walk(refs, block, own, number), states.read("A", refs["table"][number, walks.SET])
@@ -323,7 +300,7 @@ def forward(refs: Refs, block: Block, own: Mask) -> None:
         def turn(i, asked, state):
             for token in walk.tokens(asked):
                 state = states.step(state, token, A)
-                y = states.add_states(state * states.of_states(token.C))
+                y = (state * token.C[:, None]).sum(0)
                 walk.write("y", token, walk.device.fma(walk.D, token.x, y))
             return state
 
@@ -339,7 +316,7 @@ def forward(refs: Refs, block: Block, own: Mask) -> None:
 
 def backward(refs: Refs, block: Block, own: Mask) -> None:
     """Write the gradients of what the forward pass reads; those of parameters from this image alone."""
-    states = States(refs, block, own, alone=False)
+    states = States(refs, block, own)
     if block.keeps_chunks:
         _keep_chunks(refs, block, own)
 
@@ -371,7 +348,7 @@ def backward(refs: Refs, block: Block, own: Mask) -> None:
 
 def _keep_chunks(refs: Refs, block: Block, own: Mask) -> None:
     """Keep the state before each chunk of every walk."""
-    states = States(refs, block, own, alone=True)
+    states = States(refs, block, own)
 
     def one(number, state):
         walk, A = Walk(refs, block, own, number), states.read("A", refs["table"][number, walks.SET])
@@ -396,21 +373,21 @@ def _sweep_chunk(
     walk: Walk, A: jax.Array, states: States, number: Any, adjoint: jax.Array, sums: dict
 ) -> tuple[jax.Array, dict]:
     """Go back through a chunk: from the gradient of the state after it, "adjoint", to that of the state before it."""
-    refs, block = walk.refs, walk.block
-    alone = States(refs, block, walk.own, alone=True)
-    own_A = alone.read("A", walk.set)
-    start = alone.read("chunks", walk.number, number) if block.keeps_chunks else alone.read("start")
+    block = walk.block
+    start = states.read("chunks", walk.number, number) if block.keeps_chunks else states.read("start")
     first = number * (block.chunk // block.together)
     last = walk.turns(block.together, (number + 1) * block.chunk) - 1
 
     def keep(turn, state):
-        alone.write("turns", state, turn - first)
+        states.write("turns", state, turn - first)
 
-    keep(last, _run(walk, alone, own_A, start, first, last, keep))
+    keep(last, _run(walk, states, A, start, first, last, keep))
     walk.device.barrier()
 
     per_tile = walks.TILE // block.together
     first_tile, last_tile = lax.div(first, per_tile), lax.div(last, per_tile)
+
+    ahead = block.state <= 4  # else what is asked for would drive states from the registers
 
     def ask(turn):
         return walk.ask(turn, "dy", written=("dx", walks.LAST)), states.read("turns", turn - first)
@@ -420,9 +397,10 @@ def _sweep_chunk(
         begin, end = t * per_tile, jnp.minimum(last, (t + 1) * per_tile - 1)
 
         def turn(i, carry):
-            (asked, state), *carry = carry
-            following = ask(jnp.maximum(end - i - 1, first))
-            return following, *_sweep_turn(walk, A, states, end - i, walk.tokens(asked), state, *carry)
+            asked, adjoint, sums = carry
+            now = end - i
+            (rows, state), following = (asked, ask(jnp.maximum(now - 1, first))) if ahead else (ask(now), None)
+            return following, *_sweep_turn(walk, A, states, now, rows, state, adjoint, sums)
 
         carry = lax.fori_loop(0, end - begin + 1, turn, carry)
         if block.rank:
@@ -431,7 +409,7 @@ def _sweep_chunk(
             walk.device.barrier()
         return carry
 
-    _, adjoint, sums = lax.fori_loop(0, last_tile - first_tile + 1, tile, (ask(last), adjoint, sums))
+    _, adjoint, sums = lax.fori_loop(0, last_tile - first_tile + 1, tile, (ask(last) if ahead else None, adjoint, sums))
     walk.device.barrier()
     return adjoint, sums
 
@@ -441,13 +419,13 @@ def _sweep_turn(
     A: jax.Array,
     states: States,
     turn: Any,
-    tokens: list[Token],
+    asked: Any,
     state: jax.Array,
     adjoint: jax.Array,
     sums: dict,
 ) -> tuple[jax.Array, dict]:
     """Go back through the tokens of a turn, before which the state is given."""
-    block, refs = walk.block, walk.refs
+    block, refs, tokens = walk.block, walk.refs, walk.tokens(asked)
     passed = [state]
     for token in tokens:
         passed.append(states.step(passed[-1], token, A))
@@ -456,15 +434,15 @@ def _sweep_turn(
     dA, dD, d_bias = sums["d_A"], sums["d_D"], sums["d_bias"]
     for i in reversed(range(block.together)):
         token, dy = tokens[i], tokens[i].others["dy"]
-        gradient = fma(states.of_channels(dy), states.of_states(token.C), adjoint)
+        gradient = fma(dy[None], token.C[:, None], adjoint)
         adjoint = states.decay(token, A) * gradient
         through = adjoint * passed[i]
         dt_x = token.dt * token.x
-        gB = states.add_states(gradient * states.of_states(token.B))
-        d_dt = fma(token.x, gB, states.add_states(through * A) * (1 / LOG2E))
+        gB = (gradient * token.B[:, None]).sum(0)
+        d_dt = fma(token.x, gB, states.sum(through, A) * (1 / LOG2E))
         d_raw = d_dt * walk.slope(token.raw) if block.softplus else d_dt
         d_raw = d_raw if block.certain else jnp.where(token.code == walks.FILLER, 0.0, d_raw)
-        dA = fma(through, states.of_channels(token.dt), dA)
+        dA = fma(through, token.dt[None], dA)
         dD = fma(dy, token.x, dD)
         d_bias = d_bias + d_raw
         walk.write("dx", token, fma(token.dt, gB, walk.D * dy))
@@ -473,12 +451,10 @@ def _sweep_turn(
         else:
             ref = refs["d_delta"]
             store(ref.at[walk.pixel(token.code)], d_raw.astype(ref.dtype), mask=walk.inside(token.code))
-        of_pixel = {
-            "d_B": states.add_channels(gradient * states.of_channels(dt_x)),
-            "d_C": states.add_channels(passed[i + 1] * states.of_channels(dy)),
-        }
+        of_pixel = {"d_B": gradient * dt_x[None], "d_C": passed[i + 1] * dy[None]}
         for column, (name, value) in zip(block.columns, of_pixel.items(), strict=True):
-            ref = refs[name].at[walk.pixel(token.code), walk.slot, slice_of(column, block.state)]
+            value = walk.device.sums(value)
+            ref = refs[name].at[walk.pixel(token.code), walk.slot, column + states.state_of_thread]
             inside = None if block.certain else jnp.broadcast_to(token.code >= 0, value.shape)
             if block.remerges:
                 again = jnp.broadcast_to((token.code & walks.LAST_OF_SET) == 0, value.shape)
