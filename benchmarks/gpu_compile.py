@@ -72,19 +72,26 @@ def arguments(orders, height, width, channels, rank, state):
     )
 
 
-def compiled(function, name, shapes):
-    """Return (registers, bytes spilled, bytes filled) of the one kernel of a function compiled for a GPU."""
+def ptx(function, name, shapes):
+    """Return the PTX of the one kernel of a function compiled for a GPU."""
     device = topologies.get_topology_desc(platform="cuda", target_config=target(name), topology="1x1x1").devices[0]
     mesh = Mesh(np.array([device]), ("data",))
     sharding = NamedSharding(mesh, PartitionSpec())
     shapes = [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding) for s in shapes]
     with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
         jax.jit(function).lower(*shapes).compile(compiler_options={"xla_dump_to": folder})
-        [file] = [file for file in Path(folder).glob("*.ptx") if ".entry scan_" in file.read_text()]
-        architecture = re.search(r"\.target (\w+)", file.read_text())[1]
-        [ptxas] = Path(sys.prefix).glob("lib/python3*/site-packages/nvidia/*/bin/ptxas")
-        command = [ptxas, "-v", f"-arch={architecture}", file, "-o", f"{folder}/cubin"]
-        said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+        [text] = [text for text in (file.read_text() for file in Path(folder).glob("*.ptx")) if ".entry scan_" in text]
+    return text
+
+
+def assembled(text):
+    """Return (registers, bytes spilled, bytes filled) of a kernel."""
+    [ptxas] = Path(sys.prefix).glob("lib/python3*/site-packages/nvidia/*/bin/ptxas")
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "ptx").write_text(text)
+        architecture = re.search(r"\.target (\w+)", text)[1]
+        command = [ptxas, "-v", f"-arch={architecture}", "ptx", "-o", "cubin"]
+        said = subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder).stderr
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
     return int(re.search(r"Used (\d+) registers", said)[1]), int(spills[1]), int(spills[2])
 
@@ -115,7 +122,7 @@ def main():
                 ("forward", gpu.scan2d_forward, own),
                 ("backward", gpu.scan2d_backward, (*own, own[0])),
             ):
-                figures = compiled(functools.partial(function, orders=orders), name, inputs)
+                figures = assembled(ptx(functools.partial(function, orders=orders), name, inputs))
                 lines.append(f"| {name} | {shape} | {kind} | {' | '.join(map(str, figures))} |")
                 print(lines[-1], flush=True)
     if options.out:

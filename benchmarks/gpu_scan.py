@@ -6,7 +6,7 @@ within VMamba's chain (cross-scan, projections, scan, cross-merge); the scan of 
 states (Hopper only; it is traced for minutes); and a copy, which tells the bandwidth. Those called "alone" get step
 sizes, B and C ready, and write what nobody has added up yet.
 
-    python benchmarks/gpu_scan.py [--runs 20] [--out FILE]          # has not been run to its end yet
+    python benchmarks/gpu_scan.py [--runs 20] [--out FILE]          # some minutes, most of them to compile
     JAX_PLATFORMS=cpu python benchmarks/gpu_scan.py --interpret     # compares small results on any machine
 """
 
@@ -64,6 +64,23 @@ def check(interpret):
         run = functools.partial(functools.partial, orders=orders, interpret=interpret)
         programs += [(run(gpu.scan2d_forward), arrays), (run(gpu.scan2d_backward), [*arrays, dy])]
         wanted += [(name, {"y": y}), (name, {argument: gradients[argument] for argument in ARGUMENTS})]
+
+    problem = scan_oracle.make_scan(
+        2, length=21, state=8, groups=2, share=40, optional=("D", "delta_bias", "initial_state")
+    )
+    dy, d_final = (np.random.default_rng(3).normal(size=problem[of].shape) for of in ("u", "initial_state"))
+    y, final, gradients = scan_oracle.scan(problem, softplus_delta=True, reverse=True, dy=dy, d_state=d_final)
+    run = functools.partial(functools.partial, delta_softplus=True, reverse=True, interpret=interpret)
+    forms = dict.fromkeys(("u", "delta", "y"), lambda x: x.reshape(*x.shape[:2], 2, -1))
+    forms |= dict.fromkeys(("initial_state", "final"), lambda x: x.reshape(x.shape[0], 2, -1, 8).swapaxes(2, 3))
+    forms |= {"A": lambda x: x.reshape(2, -1, 8).swapaxes(1, 2)} | dict.fromkeys("BC", lambda x: x)
+    forms |= dict.fromkeys(("D", "delta_bias"), lambda x: x.reshape(2, -1))
+    names = ("u", "delta", "A", "B", "C", "D", "delta_bias", "initial_state")
+    arrays = [jnp.asarray(forms[of](problem[of]), jnp.float32) for of in names]
+    cotangents = [jnp.asarray(forms[of](x), jnp.float32) for of, x in (("y", dy), ("final", d_final))]
+    programs += [(run(gpu.selective_scan_forward), arrays), (run(gpu.selective_scan_backward), [*arrays, *cotangents])]
+    wanted.append(("selective_scan", {"y": forms["y"](y), "last state": forms["final"](final)}))
+    wanted.append(("selective_scan", {of: forms[of](gradients[of]) for of in names}))
     with jax.default_matmul_precision("highest"):  # else XLA's own products are in TF32
         functions = compiled(programs)
     for function, (_, arrays), (name, values) in zip(functions, programs, wanted, strict=True):
@@ -81,15 +98,11 @@ def compiled(programs):
         return list(pool.map(lambda program: program.compile(), lowered))
 
 
-def jax_times(programs, runs):
-    """Return the medians of the device times of all kernels of each program, a function and its arguments, in ms."""
+def jax_time(function, arguments, runs):
+    """Return the median of the device times of all kernels of a compiled function, in ms."""
     from jax.experimental.mosaic.gpu import profiler
 
-    result = []
-    for function, (_, arguments) in zip(compiled(programs), programs, strict=True):
-        _, times = profiler.measure(function, iterations=runs)(*arguments)
-        result.append(statistics.median(times))
-    return result
+    return statistics.median(profiler.measure(function, iterations=runs)(*arguments)[1])
 
 
 def torch_time(function, runs):
@@ -223,8 +236,8 @@ def main():
     installed = [name for name in ("torch", "mamba-ssm", "jax-linear-attention") if _installed(name)]
     names = ", ".join(f"{name} {version(name)}" for name in ("jax", "jaxlib", *installed))
     large = jnp.zeros((2**28,), jnp.float32)
-    [copying] = jax_times([(lambda x: x + 1, (large,))], options.runs)
-    bandwidth = 2 * large.nbytes / copying  # bytes a ms
+    [copy] = compiled([(lambda x: x + 1, (large,))])
+    bandwidth = 2 * large.nbytes / jax_time(copy, (large,), options.runs)  # bytes a ms
     lines = [
         "# Scans on a GPU",
         "",
@@ -240,11 +253,16 @@ def main():
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     print("\n".join(lines), flush=True)
+    given = {shape: arrays(*sizes) for shape, sizes in SHAPES.items()}
+    peers = {shape: list(jax_peers(SHAPES[shape][0], *both)) for shape, both in given.items()}
+    programs = [program for of in peers.values() for _, *both in of for program in (both[:2], both[2:])]
+    functions = iter(compiled(programs))
     for shape, (orders, *sizes) in SHAPES.items():
-        full, alone = arrays(orders, *sizes)
-        peers = list(jax_peers(orders, full, alone))
-        times = jax_times([program for _, *both in peers for program in (both[:2], both[2:])], options.runs)
-        rows = [(name, *times[2 * i : 2 * i + 2]) for i, (name, *_) in enumerate(peers)]
+        full, alone = given[shape]
+        rows = [
+            (name, *(jax_time(next(functions), arguments, options.runs) for arguments in both[1::2]))
+            for name, *both in peers[shape]
+        ]
         for name, forward, backward in torch_peers(orders, full, alone):
             rows.append((name, torch_time(forward, options.runs), torch_time(backward, options.runs)))
         visits = sum(order.length(*sizes[:2]) for order in orders) * BATCH * sizes[2]

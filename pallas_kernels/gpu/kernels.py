@@ -7,7 +7,8 @@ of two, and A comes multiplied by log2(e).
 A thread has all the states of one channel: no thread asks another for anything, and B and C are read by all of them at
 once. Only the gradients of B and C, sums over channels, take the threads together.
 
-What a turn reads was asked for a turn before ("ahead"), for memory is slow and there are few programs to fill the time.
+What a turn reads was asked for a turn before ("ahead"), for memory is slow and there are few programs to fill the time;
+but not where it would drive states from the registers.
 
 The backward pass needs the states from the last to the first. It walks forward once and keeps the state before each
 chunk; then, chunk by chunk from the last, it keeps the state before every few tokens, computes those between them again
@@ -387,7 +388,7 @@ def _sweep_chunk(
     per_tile = walks.TILE // block.together
     first_tile, last_tile = lax.div(first, per_tile), lax.div(last, per_tile)
 
-    ahead = block.state <= 4  # else what is asked for would drive states from the registers
+    ahead = block.state <= 4
 
     def ask(turn):
         return walk.ask(turn, "dy", written=("dx", walks.LAST)), states.read("turns", turn - first)
@@ -490,7 +491,7 @@ def _sweep_projection(walk: Walk, first: Any) -> None:
 def _turned(rows: int, width: int) -> tuple[jax.Array, jax.Array]:
     """Return where to find rows of channels (P, rows).
 
-    (rows, P) they might have the shape of states that a thread has alone, and Triton arranges alike what has one shape.
+    (rows, P) they might have the shape of states, and Triton arranges alike what has one shape.
     """
     channel, row = (lax.broadcasted_iota(jnp.int32, (width, rows), axis) for axis in (0, 1))
     return row, channel
