@@ -388,7 +388,7 @@ def _sweep_chunk(
     per_tile = walks.TILE // block.together
     first_tile, last_tile = lax.div(first, per_tile), lax.div(last, per_tile)
 
-    ahead = block.state <= 4
+    ahead = block.state <= 4 and block.rank <= 16
 
     def ask(turn):
         return walk.ask(turn, "dy", written=("dx", walks.LAST)), states.read("turns", turn - first)

@@ -84,8 +84,9 @@ def run(plan: Plan, arrays: Arrays, *, rank: int, softplus: bool, dtype: Any, in
         remerges=plan.remerges,
         chained=plan.chained,
         certain=plan.only_pixels and bool((lengths > 0).all()) and not (lengths % together).any(),
-        # So three warps fit on each of a multiprocessor's four schedulers, which has 16384 registers.
-        registers=168 if backward else None,
+        # So three warps fit on each of a multiprocessor's four schedulers, which has 16384 registers. Weights for
+        # more columns of the step size would not leave enough of them.
+        registers=168 if backward and rank <= 32 else None,
         interpret=bool(interpret),
     )
     arrays = arrays | {"tokens": jnp.asarray(plan.tokens), "table": jnp.asarray(plan.table)}
