@@ -14,11 +14,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 from jax.extend.core import Primitive
-from jaxlib.mlir import ir
 
 try:
+    from jax._src.lib.mlir import ir
     from jax._src.pallas.triton.lowering import register_lowering
-except ImportError:  # it is private; without it kernels take the registers they like, and are slower
+except ImportError:  # they are private; without them kernels take the registers they like, and are slower
     register_lowering = None
 
 BlockSpec, program_id, slice_of = pl.BlockSpec, pl.program_id, pl.ds
