@@ -1,4 +1,4 @@
-"""Training speed on the GPU at hand: our EfficientVMamba-T, and the official one. **Not yet measured on a GPU.**
+"""Training speed on the GPU at hand: our EfficientVMamba-T, which was not measured yet, and the official one.
 
     python benchmarks/gpu_train.py [--official CLONE] [--batch 128 256] [--scans auto sequential] [--compile]
                                    [--runs 20] [--limit 600] [--out FILE]
