@@ -117,6 +117,7 @@ _limited.def_abstract_eval(lambda x, *, registers: x)
 
 
 def _limit(context: Any, x: Any, *, registers: int) -> Any:
+    """Lower ``_limited``: say so to the module that is being written."""
     module: Any = ir.InsertionPoint.current.block.owner.operation
     while module.name != "builtin.module":
         module = module.parent

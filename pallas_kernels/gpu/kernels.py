@@ -115,6 +115,7 @@ class States:
         channels = self.device.one_each(self.device.limited(jnp.arange(block.width), block.registers))
         self.index = tuple(jnp.broadcast_to(x, self.shape) for x in (jnp.arange(block.state)[:, None], channels[None]))
         self.mask = None if own is None else jnp.broadcast_to(own[None], self.shape)
+        # The one of which ``Device.sums`` leaves the sum there.
         self.state_of_thread = lax.div(channels * block.state, jnp.int32(block.width))
 
     def read(self, name: str, *at: Any) -> jax.Array:
