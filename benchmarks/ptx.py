@@ -128,7 +128,7 @@ class Program:
             return lambda: None
         if kind in ("ld", "st") and modifiers[0] != "param":
             return self._access(kind, modifiers, operands, active)
-        if kind in ("ldmatrix", "stmatrix"):
+        if kind in ("ldmatrix", "stmatrix") and "trans" not in modifiers:
             return self._matrices(kind, operands)
         if kind == "mma" and modifiers[2] == "m16n8k8" and modifiers[-2] == "tf32":
             return self._multiply(operands)
@@ -239,7 +239,7 @@ class Program:
             return lambda x, y, which: np.where(which.astype(bool), x, y)
         if kind == "setp":
             return lambda x, y: COMPARISONS[modifiers[0]](number(x), number(y)).astype(np.uint64)
-        if kind == "shfl":
+        if kind == "shfl" and modifiers[1] in ("bfly", "idx"):
             return lambda x, to, *_: x[THREAD ^ to.astype(int) if modifiers[1] == "bfly" else to.astype(int)]
         if kind == "cvt":
             return _conversion(*modifiers)

@@ -56,6 +56,7 @@ def test_threads_trade_and_some_write():
         ("[%rd4+0]", "[%rd4+4]", r"pairs, program 0: ld.global.b32"),  # the last thread reads behind the array
         ("@%p1 st.global", "@%p1 bra $L__BB0_2;\n\tst.global", r"@%p1 bra"),  # some go, some stay
         ("mov.u32 \t%r1", "popc.b32 \t%r1", r"popc.b32"),
+        ("shfl.sync.bfly", "shfl.sync.down", r"shfl.sync.down"),
         ("reqntid 32", "reqntid 64", "not of one warp"),
     ],
 )
