@@ -274,7 +274,6 @@ from evmamba_jax.checkpoint import Checkpoints
 items = {"model": {"params": {f"w{i}": jnp.arange(20_000.0) + i for i in range(20)}, "batch_stats": {}}}
 with Checkpoints(sys.argv[1], keep_last=1, keep_best=1) as checkpoints:
     start = max(checkpoints.steps(), default=0)
-    print("ready", flush=True)
     for step in range(start + 1, start + 10_000):
         checkpoints.save(step, items, meta={"step": step}, metrics={"top1": step % 7})
         checkpoints.wait()
@@ -288,13 +287,13 @@ def test_a_kill_at_any_moment_loses_no_complete_checkpoint(tmp_path, caplog):
     remains = set()
     for _ in range(6):
         with subprocess.Popen([sys.executable, "-c", CHILD, str(tmp_path)], stdout=subprocess.PIPE, text=True) as child:
-            assert child.stdout.readline() == "ready\n"
-            time.sleep(rng.uniform(0.05, 0.5))
+            told = [int(child.stdout.readline())]  # however slow the machine is, there is something to lose
+            time.sleep(rng.uniform(0.0, 0.5))
             child.send_signal(signal.SIGKILL)
-            told = [int(line) for line in child.stdout.read().splitlines() if line]
+            told += [int(line) for line in child.stdout.read().splitlines() if line]
         remains |= {path.suffix for path in tmp_path.iterdir()}
         params, _, meta = load_model(tmp_path)
-        assert meta["step"] >= max(told, default=0)
+        assert meta["step"] >= max(told)
         chex.assert_trees_all_equal(params, expected)
     assert remains > {""}, "no kill fell into a save, so this tested nothing"
     assert not caplog.records
