@@ -271,10 +271,10 @@ def _arrays(call: Call, *, gradient: bool) -> dict[str, _Array]:
         (None, s.state, b.channels, b.lanes),
         lambda i, g, c, d: (g, 0, d, i),
     )
-    borders = plain(
-        (chunks, lattices, s.state, s.channels, s.images),
+    borders = plain(  # between two chunks; the way back begins after the last one and needs none before the first
+        (chunks - 1, lattices, s.state, s.channels, s.images),
         (None, None, s.state, b.channels, b.lanes),
-        lambda i, g, c, d: (chunks - 1 - c if gradient else c, g, 0, d, i),
+        lambda i, g, c, d: (jnp.maximum(chunks - 2 - c, 0) if gradient else c, g, 0, d, i),
     )
     high, wide = b.together * b.channels, b.together * b.slab
     parameters = {
@@ -410,10 +410,12 @@ def run(
         return value.reshape(arrays[name].shape)  # images with or without their pixels on one axis
 
     b = call.block
-    elements = math.prod(call.grid) * b.tokens * b.channels * b.lanes * len(b.walks)
+    tiles, lattices, chunks, blocks = call.grid
+    grid = (tiles, lattices, chunks - 1 if "borders" in results else chunks, blocks)  # no border follows the last chunk
+    elements = math.prod(grid) * b.tokens * b.channels * b.lanes * len(b.walks)
     outputs = pl.pallas_call(
         body,
-        grid=call.grid,
+        grid=grid,
         in_specs=[arrays[name].spec for name in inputs] + [pl.BlockSpec(memory_space=pl.ANY) for _ in hidden],
         out_specs=[arrays[name].spec for name in results],
         out_shape=[shape_like(arrays[name].shape, arrays[name].dtype, values["x"]) for name in results],

@@ -185,7 +185,6 @@ def backward(problem: Problem, inputs: dict[str, Any], dy: Arrays) -> dict[str, 
             if call.block.chunks > 1:
                 seen = {name: value for name, value in values.items() if name != "skip"}
                 values["kept"] = run(call, seen, ("borders",), {}, problem.target, gradient=False)["borders"]
-                values.pop("start", None)
             values |= dy
             results = ["dx", *(f"d_{name}" for name in shared), "dA", "d_bias", "d_skip"]
             if call.block.rank:
