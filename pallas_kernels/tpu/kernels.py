@@ -399,7 +399,8 @@ def _back(r, s: Block, walk: Walk, group: slice, passed, target, totals):
             time = [before + t + i for i in range(count)]
             # The compiler keeps near to the order of the program. With few states what a turn needs fits the registers
             # if one tile and token comes after the other; with many, what all its tokens need for one state.
-            parts = _portions(list(reversed(range(count))), 1 if s.state <= 2 else count)
+            few = s.state <= 2
+            parts = _portions(list(reversed(range(count))), 1 if few else count)
             carried: dict[Any, Any] = {}
             for part in parts:
                 every = [(i, j) for i in part for j in range(len(tiles))]
@@ -429,7 +430,8 @@ def _back(r, s: Block, walk: Walk, group: slice, passed, target, totals):
                             w = g * r.h[time[i], n, own]
                             x = gradient * of_tile(r.packed[*q[i], b + n : b + n + 1, :])
                             g_B[i, j] = x if n == 0 else g_B[i, j] + x
-                            w_A[i, j] = w * A if n == 0 else w_A[i, j] + w * A
+                            x = w * (A * (1 / LOG2E) if few else A)  # the former once a turn
+                            w_A[i, j] = x if n == 0 else w_A[i, j] + x
                             dA = dA + w * dt[i, j]
                             of_B, of_C = gradient * dtu[i, j], r.h[time[i] + 1, n, own] * dy[i, j]
                             if j > 0:
@@ -450,7 +452,8 @@ def _back(r, s: Block, walk: Walk, group: slice, passed, target, totals):
                     place = (*q[i], tiles[j])
                     du = g_B[i, j] * dt[i, j]
                     target[place] = du + (r.skip[tiles[j], :] * dy[i, j] if first else target[place])
-                    d_dt = w_A[i, j] * (1 / LOG2E) + g_B[i, j] * u[i, j]  # d 2^(dt A) / d dt = ln 2 A 2^(dt A)
+                    # d 2^(dt A) / d dt = ln 2 A 2^(dt A)
+                    d_dt = (w_A[i, j] if few else w_A[i, j] * (1 / LOG2E)) + g_B[i, j] * u[i, j]
                     raw = d_dt * softplus_slope(dt[i, j], exact=s.exact) if s.softplus else d_dt
                     d_raw[place] = raw + d_raw[place] if len(walk.orders) > 1 and before != last else raw
             return carry

@@ -155,9 +155,9 @@ def _blocks(walks: tuple[Walk, ...], shape: Shape, target: Target, *, gradient: 
     in_line = alone and not by_columns and shape.step == (1, 1)
     lines = 1 if not alone else shape.rows * shape.columns if in_line else shape.columns if by_columns else shape.rows
     # Summing dB and dC over the channels token by token is cheap where one sum serves many channels and few states.
-    # Decays are kept where that costs no chunks.
+    # There decays are kept if all fits without chunks; with many states storing them needs a second store a cycle.
     keep = target.two_stores
-    ways = [(True, 1, kept) for kept in ((True, False) if keep else (False,))] if gradient and shape.state <= 2 else []
+    ways = [(True, 1, kept) for kept in (True, False)] if gradient and shape.state <= 2 else []
     if not gradient or len(walks) == 1:
         ways += [(False, lines // n, keep) for n in _divisors(lines)]
     for at_once, chunks, keep_decays in ways:
