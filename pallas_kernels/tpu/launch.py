@@ -88,9 +88,19 @@ class Call:
     single: tuple[str, ...] = ()
 
     @property
-    def by_columns(self) -> bool:
-        """Whether chunks are columns."""
-        return self.block.columns < self.shape.columns and not self.block.flat
+    def cuts_lines(self) -> bool:
+        """Whether chunks are parts of rows or of columns that do not follow one another in memory."""
+        return not self.block.flat and self.block.rows < self.shape.rows and self.block.columns < self.shape.columns
+
+    def place(self, chunk):
+        """Return where the block of a chunk lies, counted in blocks; their numbers follow the walk, or its reverse."""
+        if self.block.flat:
+            return chunk, 0
+        down, right = self.shape.rows // self.block.rows, self.shape.columns // self.block.columns
+        if 1 in (down, right):
+            return (0, chunk) if down == 1 else (chunk, 0)
+        column_major, _ = self.block.walks[0].orders[0]
+        return (chunk % down, chunk // down) if column_major else (chunk // right, chunk % right)
 
     @property
     def grid(self) -> tuple[int, int, int, int]:
@@ -126,11 +136,15 @@ def plan(launch: Launch, shape: Shape, target: Target, *, gradient: bool) -> tup
 
     def fitting(walks: tuple[Walk, ...], first: int) -> Call | None:
         _, reverse = walks[0].orders[0]
-        for single in (SHARED[:0], SHARED, (*SHARED, *RESULTS)):
-            for block in _blocks(walks, shape, target, gradient=gradient):
-                call = Call(block, shape, launch.origins, first, len(walks), reverse, single)
-                if memory(call, gradient=gradient) <= target.room:
-                    return call
+        blocks = list(_blocks(walks, shape, target, gradient=gradient))
+        calls = [
+            Call(block, shape, launch.origins, first, len(walks), reverse, single)
+            for single in (SHARED[:0], SHARED, (*SHARED, *RESULTS))
+            for block in blocks
+        ]
+        for call in sorted(calls, key=lambda call: call.cuts_lines):  # more chunks cost more than waiting for memory
+            if memory(call, gradient=gradient) <= target.room:
+                return call
         return None
 
     for count in reversed(_divisors(len(launch.walks))):  # of calls
@@ -150,24 +164,15 @@ def _blocks(walks: tuple[Walk, ...], shape: Shape, target: Target, *, gradient: 
     wanted = 32 if shape.state <= 4 else 16
     sizes = [c for c in sizes if c <= wanted] or sizes[-1:]
     alone = len(walks) == 1 and len(walks[0].orders) == 1
-    by_columns = alone and walks[0].orders[0][0] and min(shape.rows, shape.columns) > 1
-    # What a walk can be cut into: lines, or, where its tokens lie one after another in memory, tokens.
-    in_line = alone and not by_columns and shape.step == (1, 1)
-    lines = 1 if not alone else shape.rows * shape.columns if in_line else shape.columns if by_columns else shape.rows
+    column_major = alone and walks[0].orders[0][0] and min(shape.rows, shape.columns) > 1
+    cuts = list(_cuts(shape, column_major=column_major)) if alone else [(1, shape.rows, shape.columns)]
     # Summing dB and dC over the channels token by token is cheap where one sum serves many channels and few states.
     # There decays are kept if all fits without chunks; with many states storing them needs a second store a cycle.
     keep = target.two_stores
-    ways = [(True, 1, kept) for kept in (True, False)] if gradient and shape.state <= 2 else []
+    ways = [(True, cuts[0], kept) for kept in (True, False)] if gradient and shape.state <= 2 else []
     if not gradient or len(walks) == 1:
-        ways += [(False, lines // n, keep) for n in _divisors(lines)]
-    for at_once, chunks, keep_decays in ways:
-        part = lines // chunks
-        if chunks == 1:
-            rows, columns = shape.rows, shape.columns
-        elif in_line:
-            rows, columns = 1, part
-        else:
-            rows, columns = (shape.rows, part) if by_columns else (part, shape.columns)
+        ways += [(False, cut, keep) for cut in cuts]
+    for at_once, (chunks, rows, columns), keep_decays in ways:
         for channels in sizes:
             tiles = channels // TILE
             flying = tiles if at_once else max(n for n in _divisors(tiles) if n * shape.state <= max(8, shape.state))
@@ -185,7 +190,7 @@ def _blocks(walks: tuple[Walk, ...], shape: Shape, target: Target, *, gradient: 
                 walks=walks,
                 rows=rows,
                 columns=columns,
-                flat=shape.step == (1, 1) and not (by_columns and chunks > 1),
+                flat=shape.step == (1, 1) and not (column_major and chunks > 1),
                 channels=channels,
                 lanes=min(shape.images, LANES),
                 state=shape.state,
@@ -203,6 +208,20 @@ def _blocks(walks: tuple[Walk, ...], shape: Shape, target: Target, *, gradient: 
                 keep_decays=keep_decays,
                 exact=shape.dtype == FLOAT32,
             )
+
+
+def _cuts(shape: Shape, *, column_major: bool) -> Iterator[tuple[int, int, int]]:
+    """Yield how the sub-lattice of one walk can be cut: so many chunks of (rows, columns), the fewest first."""
+    yield 1, shape.rows, shape.columns
+    if shape.step == (1, 1) and not column_major:  # tokens that follow one another do so in memory
+        tokens = shape.rows * shape.columns
+        yield from ((tokens // n, 1, n) for n in _divisors(tokens)[1:])
+        return
+    lines, length = (shape.columns, shape.rows) if column_major else (shape.rows, shape.columns)
+    whole = [(n, length) for n in _divisors(lines)[1:]]
+    for across, along in (*whole, *((1, n) for n in _divisors(length)[1:])):
+        rows, columns = (along, across) if column_major else (across, along)
+        yield lines // across * (length // along), rows, columns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,11 +265,11 @@ def _arrays(call: Call, *, gradient: bool) -> dict[str, _Array]:
 
     def pixels(rest, block, index, dtype):
         def place(i, g, c, d):
-            rows, columns = (0, chunk(c)) if call.by_columns else (chunk(c), 0)
+            rows, columns = call.place(chunk(c))
             return (rows, origin(g, 0), columns, origin(g, 1), *index(i, g, c, d))
 
         def flat_place(i, g, c, d):
-            return (chunk(c), 0, *index(i, g, c, d))
+            return (*call.place(chunk(c)), *index(i, g, c, d))
 
         if b.flat:
             return _Array((s.rows * s.columns, 1, *rest), dtype, (*b.axes, *block), flat_place)

@@ -168,8 +168,11 @@ def assert_right(case: Case, actual, wanted):
         close({name: a}, {name: wanted[name]}, case.tolerance(name))
 
 
-def chip(monkeypatch, *, vmem=64 * 2**20, two_stores=False):
-    """Have the kernels planned for another chip; return the list that every (gradient, calls) is then added to."""
+def chip(monkeypatch, *, vmem=64 * 2**20, two_stores=False, always=None):
+    """Have the kernels planned for another chip; return the list that every (gradient, calls) is then added to.
+
+    ``always`` is the interpreter to plan for also where only the plan is asked for.
+    """
     plans, plan = [], problem.plan
 
     def recorded(*arguments, gradient):
@@ -178,7 +181,7 @@ def chip(monkeypatch, *, vmem=64 * 2**20, two_stores=False):
         return calls
 
     for kernels in (images, sequences):
-        monkeypatch.setattr(kernels, "target", lambda interpret=None: Target(vmem, two_stores, interpret))
+        monkeypatch.setattr(kernels, "target", lambda interpret=None: Target(vmem, two_stores, interpret or always))
     monkeypatch.setattr(problem, "plan", recorded)
     return plans
 
@@ -286,6 +289,8 @@ def test_the_cases_cover_the_kernels(monkeypatch):
 DIVIDED: dict[str, tuple[Case, int, int]] = {
     "rows": (Images((Order(),), (6, 5), 8, 2, 2, batch=1, interpret=RACES), 1, 3),
     "columns from the last": (Images((LAST_FIRST,), (3, 8), 8, 1, 1, batch=2), 1, 2),
+    "parts of columns": (Images((LAST_FIRST,), (24, 2), 8, 4, 1, batch=2, interpret=RACES), 1, 4),
+    "parts of rows of sub-lattices": (Images(ATROUS[:1], (3, 48), 8, 4, 1, batch=2, interpret=STRICT), 1, 4),
     "blocks of channels": (Images((Order(reverse=True),), (4, 3), 16, 2, 3, batch=65), 1, 4),
     "a long row": (Images((Order(reverse=True),), (1, 262), 8, 1, 1, batch=2), 1, 5),
     "sub-lattices": (Images(ATROUS, (7, 6), 8, 2, 1, batch=2, interpret=STRICT), 1, 2),
@@ -307,7 +312,7 @@ def test_small_chips(name, gradient, monkeypatch):
     case, calls, chunks = DIVIDED[name]
     arrays, cotangents, *wanted = case.setting()
     vmem = just_too_small(case, arrays, calls, chunks, gradient=gradient)
-    chip(monkeypatch, vmem=vmem)
+    plans = chip(monkeypatch, vmem=vmem)
     one_token_a_turn(monkeypatch)
     if gradient:
         assert_right(case, compiled(case.backward, *arrays, *cotangents), wanted[1])
@@ -315,6 +320,11 @@ def test_small_chips(name, gradient, monkeypatch):
         assert_right(case, compiled(case.forward, *arrays), wanted[0])
     if case.interpret is RACES:
         assert interpret_pallas_call.races.races_found is False
+    assert divided([plan for direction, plan in plans if direction == gradient], calls, chunks)
+
+
+def divided(plans, calls, chunks):
+    return all(len(plan) >= calls and all(call.block.chunks >= chunks for call in plan) for plan in plans)
 
 
 def just_too_small(case: Case, arrays, calls, chunks, *, gradient):
@@ -322,12 +332,12 @@ def just_too_small(case: Case, arrays, calls, chunks, *, gradient):
     vmem = 2**24
     while True:
         with pytest.MonkeyPatch.context() as patch:
-            plans = chip(patch, vmem=vmem)
+            plans = chip(patch, vmem=vmem, always=case.interpret)
             case.unsupported(*arrays)
         mine = [plan for direction, plan in plans if direction == gradient]
         assert mine, f"no chip divides this so: {vmem} bytes are too few for it"
         assert all(mine), f"no chip divides this so: {vmem} bytes are too few for it"
-        if all(len(plan) >= calls and all(call.block.chunks >= chunks for call in plan) for plan in mine):
+        if divided(mine, calls, chunks):
             return vmem
         vmem = vmem * 15 // 16
 
