@@ -167,47 +167,48 @@ def _blocks(walks: tuple[Walk, ...], shape: Shape, target: Target, *, gradient: 
     column_major = alone and walks[0].orders[0][0] and min(shape.rows, shape.columns) > 1
     cuts = list(_cuts(shape, column_major=column_major)) if alone else [(1, shape.rows, shape.columns)]
     # Summing dB and dC over the channels token by token is cheap where one sum serves many channels and few states.
-    # There decays are kept if all fits without chunks; with many states storing them needs a second store a cycle.
+    # There decays are kept where that costs neither chunks nor channels; with many states it takes two stores a cycle.
     keep = target.two_stores
-    ways = [(True, cuts[0], kept) for kept in (True, False)] if gradient and shape.state <= 2 else []
+    ways = []
+    if gradient and shape.state <= 2:
+        ways = [(True, cuts[0], channels, kept) for channels in sizes for kept in (True, False)]
     if not gradient or len(walks) == 1:
-        ways += [(False, cut, keep) for cut in cuts]
-    for at_once, (chunks, rows, columns), keep_decays in ways:
-        for channels in sizes:
-            tiles = channels // TILE
-            flying = tiles if at_once else max(n for n in _divisors(tiles) if n * shape.state <= max(8, shape.state))
-            together = max(1, min(LANES // max(shape.slab, TILE), LANES // channels if gradient else 16, 16))
-            turns = {
-                "at_a_time": max(8, (1792 if gradient else 3584) // channels),  # more take longer to compile
-                "unroll": 14 if shape.state >= 8 else max(8, 56 // flying),
-                "unroll_again": 8 if shape.state >= 8 else max(8, 56 // flying),
-                "unroll_back": 3 if shape.state >= 8 else max(2, 16 // flying),
-            }
-            if target.interpret:  # by XLA for a CPU, which takes long to compile long turns and gains nothing by them
-                turns = {"at_a_time": 4, "unroll": 3, "unroll_again": 3, "unroll_back": 2}
-                together = min(together, 3)
-            yield Block(
-                walks=walks,
-                rows=rows,
-                columns=columns,
-                flat=shape.step == (1, 1) and not (column_major and chunks > 1),
-                channels=channels,
-                lanes=min(shape.images, LANES),
-                state=shape.state,
-                rank=shape.rank,
-                natural=shape.natural,
-                slab=shape.slab,
-                set_rows=shape.set_rows,
-                softplus=shape.softplus,
-                together=together,
-                **turns,
-                tiles=flying,
-                chunks=chunks,
-                blocks=shape.channels // channels,
-                at_once=at_once,
-                keep_decays=keep_decays,
-                exact=shape.dtype == FLOAT32,
-            )
+        ways += [(False, cut, channels, keep) for cut in cuts for channels in sizes]
+    for at_once, (chunks, rows, columns), channels, keep_decays in ways:
+        tiles = channels // TILE
+        flying = tiles if at_once else max(n for n in _divisors(tiles) if n * shape.state <= max(8, shape.state))
+        together = max(1, min(LANES // max(shape.slab, TILE), LANES // channels if gradient else 16, 16))
+        turns = {
+            "at_a_time": max(8, (1792 if gradient else 3584) // channels),  # more take longer to compile
+            "unroll": 14 if shape.state >= 8 else max(8, 56 // flying),
+            "unroll_again": 8 if shape.state >= 8 else max(8, 56 // flying),
+            "unroll_back": 3 if shape.state >= 8 else max(2, 16 // flying),
+        }
+        if target.interpret:  # by XLA for a CPU, which takes long to compile long turns and gains nothing by them
+            turns = {"at_a_time": 4, "unroll": 3, "unroll_again": 3, "unroll_back": 2}
+            together = min(together, 3)
+        yield Block(
+            walks=walks,
+            rows=rows,
+            columns=columns,
+            flat=shape.step == (1, 1) and not (column_major and chunks > 1),
+            channels=channels,
+            lanes=min(shape.images, LANES),
+            state=shape.state,
+            rank=shape.rank,
+            natural=shape.natural,
+            slab=shape.slab,
+            set_rows=shape.set_rows,
+            softplus=shape.softplus,
+            together=together,
+            **turns,
+            tiles=flying,
+            chunks=chunks,
+            blocks=shape.channels // channels,
+            at_once=at_once,
+            keep_decays=keep_decays,
+            exact=shape.dtype == FLOAT32,
+        )
 
 
 def _cuts(shape: Shape, *, column_major: bool) -> Iterator[tuple[int, int, int]]:
