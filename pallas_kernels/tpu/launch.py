@@ -97,7 +97,7 @@ class Call:
         if self.block.flat:
             return chunk, 0
         down, right = self.shape.rows // self.block.rows, self.shape.columns // self.block.columns
-        if 1 in (down, right):
+        if 1 in (down, right):  # whole lines, as nearly always: nothing for the scalar unit to divide
             return (0, chunk) if down == 1 else (chunk, 0)
         column_major, _ = self.block.walks[0].orders[0]
         return (chunk % down, chunk // down) if column_major else (chunk // right, chunk % right)
