@@ -2,7 +2,7 @@
 ``tests/kernels/test_tpu_compile.py`` checks.
 
 No TPU is needed and nothing runs: models and kernels are traced with shapes alone, and cycles, spills and memory are
-those of the compiler's schedule (``pallas_kernels/schedules.py``). Every time is an estimate.
+those of the compiler's schedule (``evmamba_jax/preflight/schedules.py``). Every time is an estimate.
 """
 
 import dataclasses
@@ -24,7 +24,8 @@ from jax.sharding import Mesh
 from evmamba_jax import list_models
 from evmamba_jax.models.cards import CARDS
 from evmamba_jax.models.registry import abstract_model
-from pallas_kernels import ATROUS, CROSS, Chain, Order, aot, schedules, tpu
+from evmamba_jax.preflight import aot, schedules
+from pallas_kernels import ATROUS, CROSS, Chain, Order, tpu
 
 BATCH = 128  # images a chip in training
 DETECTOR = (800, 1280)  # pixels of one image a chip

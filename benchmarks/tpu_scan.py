@@ -29,8 +29,8 @@ import tpu_kernels
 from jax.experimental.layout import Format, Layout
 from tpu_kernels import BATCH, Kernel, Scan
 
-from evmamba_jax.preflight import hlo
-from pallas_kernels import ATROUS, CROSS, Order, aot, selective_scan
+from evmamba_jax.preflight import aot, hlo
+from pallas_kernels import ATROUS, CROSS, Order, selective_scan
 
 GENERATIONS = ("v5e", "v6e")  # of the tables of three models
 FIGURES = {

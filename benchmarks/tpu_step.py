@@ -32,12 +32,12 @@ MOVES = {
 
 def compile_step(model: str, implementation: str) -> None:
     """Compile one step in this process, and print its facts as a line of JSON."""
-    from evmamba_jax.preflight import hlo
+    from evmamba_jax.preflight import aot, hlo
     from evmamba_jax.training import parse_command
     from evmamba_jax.training.layout import Layout
     from evmamba_jax.training.mesh import make_mesh
     from evmamba_jax.training.task import Plan
-    from pallas_kernels import aot, dispatch
+    from pallas_kernels import dispatch
 
     if implementation == "sequential":
         dispatch.KERNELS.clear()  # the portable scans, as on a platform without kernels

@@ -27,12 +27,11 @@ from pathlib import Path
 from typing import Any
 
 from evmamba_jax.errors import UserError
-from evmamba_jax.preflight import gpu
+from evmamba_jax.preflight import aot, gpu
 from evmamba_jax.preflight.batch import largest_batch
 from evmamba_jax.preflight.program import Request
 from evmamba_jax.preflight.report import needed, report
 from evmamba_jax.training import parse_command
-from pallas_kernels import aot
 
 GRANULE = 8  # images: the search for a batch goes in rows of a TPU's registers
 LEAST_MEMORY = 2e9  # bytes: the smallest step of the tests takes 1.2e9, a reader of kernels 0.7e9

@@ -24,12 +24,11 @@ import jax
 from evmamba_jax.data.config import DataConfig, resolve_data_dir
 from evmamba_jax.data.sources import find_folder
 from evmamba_jax.errors import UserError
-from evmamba_jax.preflight import gpu, hlo
+from evmamba_jax.preflight import aot, gpu, hlo, schedules
 from evmamba_jax.training import parse_command
 from evmamba_jax.training.layout import Layout
 from evmamba_jax.training.mesh import make_mesh
 from evmamba_jax.training.task import Plan
-from pallas_kernels import aot, schedules
 
 # Classes and training images of the data sets that need not be here: their own documentation.
 KNOWN_DATA = {"imagenet2012": (1000, 1_281_167), "digits": (10, 1437), "fashion_mnist_debian": (10, 60_000)}

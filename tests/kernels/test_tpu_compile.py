@@ -57,7 +57,7 @@ def scans_of(job):
 
 def compile_job(job, result):
     """Write what became of every kernel of a job to a file; in a process of its own, for libtpu reads options once."""
-    from pallas_kernels import aot
+    from evmamba_jax.preflight import aot
 
     with tempfile.TemporaryDirectory() as dump:
         aot.prepare(dump)
@@ -91,7 +91,7 @@ def complaints(kernels, budgets, version, *, selected=True):
 
     Those that were selected must have a budget; where all are compiled, the others only have to fit.
     """
-    from pallas_kernels import aot
+    from evmamba_jax.preflight import aot
 
     own = budgets.get(version)
     known = {}  # of a version without budgets, the most spills of any other
@@ -118,7 +118,7 @@ def complaints(kernels, budgets, version, *, selected=True):
 
 
 def pytest_generate_tests(metafunc):
-    from pallas_kernels import aot
+    from evmamba_jax.preflight import aot
 
     if "job" in metafunc.fixturenames:
         every = metafunc.config.getoption("every_scan")

@@ -10,7 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import aot, schedules
+from evmamba_jax.preflight import aot, schedules
 
 WIDE = 128
 

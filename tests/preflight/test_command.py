@@ -16,11 +16,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from evmamba_jax.errors import UserError
 from evmamba_jax.preflight import __main__ as command
-from evmamba_jax.preflight import gpu, program
+from evmamba_jax.preflight import aot, gpu, program
 from evmamba_jax.preflight.program import Request
 from evmamba_jax.preflight.report import needed, report, step_time
 from evmamba_jax.training import parse_command
-from pallas_kernels import aot
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "tests" / "training" / "tiny.py")

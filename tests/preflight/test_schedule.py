@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pallas_kernels import schedules
+from evmamba_jax.preflight import schedules
 
 HERE = Path(__file__).parent
 RECORDED = HERE / "recorded"
@@ -110,7 +110,7 @@ def test_spills_are_seen(compiled, generation):
 def test_prepare_comes_first():
     pytest.importorskip("libtpu", reason="the TPU compiler is not installed: pip install -e '.[tpu]'")
     code = (
-        "from pallas_kernels import aot\naot.prepare()\naot.prepare()\n"
+        "from evmamba_jax.preflight import aot\naot.prepare()\naot.prepare()\n"
         "try: aot.prepare('later')\nexcept RuntimeError as error: print(error)"
     )
     environment = os.environ | {"PYTHONPATH": str(HERE.parents[1])}

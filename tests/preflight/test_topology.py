@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from pallas_kernels import aot
+from evmamba_jax.preflight import aot
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pallas_kernels.aot import GENERATIONS, LOADS, TIMELINE, Generation
+from evmamba_jax.preflight.aot import GENERATIONS, LOADS, TIMELINE, Generation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +147,7 @@ def read(
         )
     except _Unknown as error:
         raise ValueError(
-            f"{timeline} is not written as by libtpu 0.0.42 to 0.0.52, which pallas_kernels.schedules reads: {error}"
+            f"{timeline} is not written as by libtpu 0.0.42 to 0.0.52, which is what can be read: {error}"
         ) from error
 
 
