@@ -1,4 +1,4 @@
-"""Dependencies point down only: train_tpu -> training -> models -> layers -> ops -> pallas_kernels."""
+"""Imports point down only, and every room has a row that says what it may import."""
 
 import ast
 import sys
@@ -7,52 +7,94 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# Each room may import those to its right of itself, and what stands beside them.
-ALLOWED = {
-    "pallas_kernels": {"pallas_kernels"},
-    "evmamba_jax/ops.py": {"pallas_kernels"},
-    "evmamba_jax/layers": {"evmamba_jax.layers", "evmamba_jax.ops", "evmamba_jax.errors", "pallas_kernels"},
-    "evmamba_jax/data": {"evmamba_jax.data", "evmamba_jax.errors"},
-    "evmamba_jax/models": {
-        *("evmamba_jax.models", "evmamba_jax.layers", "evmamba_jax.errors", "evmamba_jax.functional"),
-        *("evmamba_jax.checkpoint", "pallas_kernels"),
-    },
-    "evmamba_jax/analysis": {
-        *("evmamba_jax.analysis", "evmamba_jax.models", "evmamba_jax.layers", "evmamba_jax.errors"),
-        *("evmamba_jax.functional", "pallas_kernels"),
-    },
-    "evmamba_jax/weights": {
-        *("evmamba_jax.weights", "evmamba_jax.models", "evmamba_jax.layers", "evmamba_jax.errors"),
-        *("evmamba_jax.functional", "evmamba_jax.checkpoint"),
-    },
+# From the ground up: a room may import the rooms named in its row, all of which stand in rows above it.
+# Files and folders of evmamba_jax go by their own name; "evmamba_jax" is its __init__.py.
+ROWS = {
+    "pallas_kernels": "",
+    "pallas_kernels.tpu": "pallas_kernels",
+    "pallas_kernels.gpu": "pallas_kernels",
+    "errors": "",
+    "functional": "errors",
+    "ops": "pallas_kernels",
+    "checkpoint": "errors",
+    "layers": "errors ops pallas_kernels",
+    "data": "errors",
+    "models": "checkpoint errors functional layers pallas_kernels",
+    "evmamba_jax": "models",
+    "analysis": "errors functional layers models pallas_kernels",
+    "weights": "checkpoint errors functional layers models",
+    "training": "checkpoint data errors evmamba_jax functional models weights",
+    "predict": "checkpoint data errors functional models training weights",
+    "preflight": "data errors pallas_kernels training",
+    "configs": "data errors training",
+    "train_tpu": "errors training",
+    "benchmarks": """analysis configs data errors evmamba_jax functional layers models pallas_kernels pallas_kernels.gpu
+                     pallas_kernels.tpu preflight training weights""",
+    "tests": """analysis benchmarks checkpoint configs data errors evmamba_jax functional layers models ops
+                pallas_kernels pallas_kernels.gpu pallas_kernels.tpu predict preflight train_tpu training weights""",
 }
+TREES = ("pallas_kernels", "evmamba_jax", "configs", "benchmarks", "tests")
+
+
+def room_of(name):
+    """Return the room of a dotted name of ours, None for anything else."""
+    first, second = [*name.split("."), ""][:2]
+    inside = (ROOT / first / f"{second}.py").is_file() or (ROOT / first / second).is_dir()
+    if first == "evmamba_jax":
+        return second if second and inside and second != "__init__" else first
+    if first == "pallas_kernels":
+        return f"{first}.{second}" if second and (ROOT / first / second).is_dir() else first
+    return first if first in (*TREES, "train_tpu") else None
+
+
+def python_files():
+    """Return every Python file of the project with its room."""
+    files = [*ROOT.glob("*.py"), *(path for tree in TREES for path in (ROOT / tree).rglob("*.py"))]
+    return [(path, room_of(".".join(path.relative_to(ROOT).with_suffix("").parts))) for path in files]
 
 
 def imported(path):
+    """Yield the dotted names that a file imports; scripts find neighbours by their bare names."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path.relative_to(ROOT)}:{node.lineno} imports by dots"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        yield from ((node.lineno, name) for name in names)
 
 
-@pytest.mark.parametrize("room", ALLOWED)
-def test_a_room_imports_only_what_lies_below(room):
-    files = [ROOT / room] if room.endswith(".py") else list((ROOT / room).rglob("*.py"))
-    assert files
-    for path in files:
-        for name in imported(path):
-            if name.split(".")[0] in ("evmamba_jax", "pallas_kernels", "configs"):
-                allowed = any(name == a or name.startswith(a + ".") for a in ALLOWED[room])
-                assert allowed, f"{path.relative_to(ROOT)} imports {name}"
+def stems(tree):
+    return {path.stem for path in (ROOT / tree).rglob("*.py")}
+
+
+def test_every_room_has_a_row():
+    assert {room for _, room in python_files()} == set(ROWS)
+
+
+def test_rows_name_only_rows_above():
+    above = set()
+    for room, row in ROWS.items():
+        assert set(row.split()) <= above, f"{room} may import {set(row.split()) - above}, which stand below or nowhere"
+        above.add(room)
+
+
+@pytest.mark.parametrize("room", ROWS)
+def test_a_room_imports_only_what_its_row_names(room):
+    trees = {"tests", "benchmarks"} - {room, *ROWS[room].split()}
+    strangers = {stem for tree in trees for stem in stems(tree)} - stems(room) - sys.stdlib_module_names
+    for path in [path for path, its_room in python_files() if its_room == room]:
+        for line, name in imported(path):
+            target = room_of(name)
+            place = f"{path.relative_to(ROOT)}:{line} imports {name}"
+            assert target in (None, room, *ROWS[room].split()), place
+            assert name.split(".")[0] not in strangers, f"{place}, which is of {' or '.join(trees)}"
 
 
 def test_the_kernels_import_only_jax():
     for path in (ROOT / "pallas_kernels").rglob("*.py"):
-        roots = {name.split(".")[0] for name in imported(path)}
+        roots = {name.split(".")[0] for _, name in imported(path)}
         standard = sys.stdlib_module_names
         assert roots <= standard | {"jax", "numpy", "einops", "pallas_kernels"}, f"{path.name}: {roots}"
-
-
-def test_train_tpu_stays_thin():
-    assert len((ROOT / "train_tpu.py").read_text().splitlines()) < 60
