@@ -3,8 +3,7 @@ r"""Registers and spills of the GPU kernels, from the real compiler, without a G
 XLA compiles for a GPU that it is told about; ptxas then says what a program needs. This takes JAX 0.10.2: 0.12 compiles
 the kernels too, but does not write down their PTX when asked in the same way.
 
-    pip install jax==0.10.2 jax-cuda13-plugin==0.10.2 jax-cuda13-pjrt==0.10.2 \
-        nvidia-cuda-nvcc nvidia-nvvm nvidia-nvjitlink
+    pip install jax==0.10.2 -e ".[preflight-cuda]"
     python benchmarks/gpu_compile.py [--out FILE]
 """
 
@@ -23,40 +22,10 @@ os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # before the plugin looks for a GPU
 import jax
 import jax.numpy as jnp
 import jaxlib
-import numpy as np
 from gpu_scan import BATCH, SHAPES
-from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from evmamba_jax.preflight.gpu import GPUS, kernel_ptx
 from pallas_kernels import gpu
-
-# Multiprocessors, capability, shared memory of a multiprocessor and of a block (bytes), memory (bytes), bytes/s: from
-# NVIDIA's data sheets and the table of compute capabilities in the CUDA programming guide.
-GPUS = {
-    "NVIDIA A100-SXM4-40GB": (108, (8, 0), 167936, 166912, 40 << 30, 1555 * 10**9),
-    "NVIDIA H100 80GB HBM3": (132, (9, 0), 233472, 232448, 80 << 30, 3350 * 10**9),
-    "NVIDIA H200": (132, (9, 0), 233472, 232448, 141 << 30, 4800 * 10**9),
-}
-
-
-def target(name):
-    """Return a GPU as XLA wants it described."""
-    cores, (major, minor), shared, shared_of_block, memory, bandwidth = GPUS[name]
-    return f"""
-gpu_device_info {{
-  cuda_compute_capability {{ major: {major} minor: {minor} }}
-  core_count: {cores} fpus_per_core: 64 threads_per_warp: 32
-  threads_per_block_limit: 1024 threads_per_core_limit: 2048
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  shared_memory_per_block: 49152 shared_memory_per_block_optin: {shared_of_block} shared_memory_per_core: {shared}
-  device_memory_size: {memory} memory_bandwidth: {bandwidth} l2_cache_size: {40 << 20} clock_rate_ghz: 1.4
-}}
-platform_name: "CUDA"
-runtime_version {{ major: 13 minor: 0 }}
-dnn_version_info {{ major: 9 minor: 10 }}
-device_description_str: "{name}"
-"""
 
 
 def arguments(orders, height, width, channels, rank, state):
@@ -70,18 +39,6 @@ def arguments(orders, height, width, channels, rank, state):
         like((sets, channels, state)),
         like((sets, channels)),
     )
-
-
-def ptx(function, name, shapes):
-    """Return the PTX of the one kernel of a function compiled for a GPU."""
-    device = topologies.get_topology_desc(platform="cuda", target_config=target(name), topology="1x1x1").devices[0]
-    mesh = Mesh(np.array([device]), ("data",))
-    sharding = NamedSharding(mesh, PartitionSpec())
-    shapes = [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding) for s in shapes]
-    with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
-        jax.jit(function).lower(*shapes).compile(compiler_options={"xla_dump_to": folder})
-        [text] = [text for text in (file.read_text() for file in Path(folder).glob("*.ptx")) if ".entry scan_" in text]
-    return text
 
 
 def assembled(text):
@@ -115,15 +72,15 @@ def main():
         "| --- | --- | --- | ---: | ---: | ---: |",
     ]
     print("\n".join(lines), flush=True)
-    for name in GPUS:
+    for kind, (name, *_) in GPUS.items():
         for shape, (orders, *sizes) in SHAPES.items():
             own = arguments(orders, *sizes)
-            for kind, function, inputs in (
+            for direction, function, inputs in (
                 ("forward", gpu.scan2d_forward, own),
                 ("backward", gpu.scan2d_backward, (*own, own[0])),
             ):
-                figures = assembled(ptx(functools.partial(function, orders=orders), name, inputs))
-                lines.append(f"| {name} | {shape} | {kind} | {' | '.join(map(str, figures))} |")
+                figures = assembled(kernel_ptx(functools.partial(function, orders=orders), kind, inputs))
+                lines.append(f"| {name} | {shape} | {direction} | {' | '.join(map(str, figures))} |")
                 print(lines[-1], flush=True)
     if options.out:
         options.out.write_text("\n".join(lines) + "\n")

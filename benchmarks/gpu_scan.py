@@ -1,13 +1,12 @@
 """Device time of the GPU kernels on the GPU at hand, next to their peers.
 
-First the results are compared with loops in float64; then come medians of device times, forward and backward, and
-ratios to ours. Peers that are not installed are left out. They are: the CUDA selective scan of mamba-ssm, alone and
-within VMamba's chain (cross-scan, projections, scan, cross-merge); the scan of jax-linear-attention where it takes the
-states (Hopper only; it is traced for minutes); and a copy, which tells the bandwidth. Those called "alone" get step
-sizes, B and C ready, and write what nobody has added up yet.
+Medians of device times, forward and backward, and ratios to ours. Peers that are not installed are left out. They are:
+the CUDA selective scan of mamba-ssm, alone and within VMamba's chain (cross-scan, projections, scan, cross-merge); the
+scan of jax-linear-attention where it takes the states (Hopper only; it is traced for minutes); and a copy, which tells
+the bandwidth. Those called "alone" get step sizes, B and C ready, and write what nobody has added up yet.
 
-    python benchmarks/gpu_scan.py [--runs 20] [--out FILE]          # some minutes, most of them to compile
-    JAX_PLATFORMS=cpu python benchmarks/gpu_scan.py --interpret     # compares small results on any machine
+    python tests/kernels/compare_gpu.py                       # first: are the results right on this GPU?
+    python benchmarks/gpu_scan.py [--runs 20] [--out FILE]    # some minutes, most of them to compile
 """
 
 import argparse
@@ -15,7 +14,6 @@ import datetime
 import functools
 import importlib.util
 import statistics
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -25,9 +23,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import ATROUS, CROSS, Order, gpu
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "kernels"))
-import scan_oracle
 
 BOTH = (Order(), Order(reverse=True))
 BATCH = 128
@@ -41,54 +36,6 @@ SHAPES = {
     "VMamba-T stage 4": (CROSS, 7, 7, 768, 48, 1),
     "Vim-S": (BOTH, 1, 197, 768, 24, 16),
 }
-ARGUMENTS = ("x", "x_weight", "dt_weight", "dt_bias", "A", "D")
-
-
-def check(interpret):
-    """Compare small results and gradients with loops in float64, or stop."""
-    programs, wanted = [], []
-    for name, orders, state, rank, dtype in (
-        ("atrous", ATROUS, 16, 3, jnp.float32),
-        ("cross", CROSS, 1, 17, jnp.float32),
-        ("both", BOTH, 4, 2, jnp.float32),
-        ("cross, bfloat16", CROSS, 1, 6, jnp.bfloat16),
-        ("atrous, bfloat16", ATROUS, 16, 3, jnp.bfloat16),
-    ):
-        problem = scan_oracle.make_scan2d(0, height=5, width=6, orders=len(orders), state=state, rank=rank, channels=64)
-        arrays = [jnp.asarray(problem[argument], jnp.float32) for argument in ARGUMENTS]
-        arrays[0] = arrays[0].astype(dtype)
-        problem["x"] = np.asarray(arrays[0], np.float64)
-        dy = jnp.asarray(np.random.default_rng(1).normal(size=arrays[0].shape), dtype)
-        indices = [order.indices(5, 6) for order in orders]
-        y, gradients = scan_oracle.scan2d(problem, indices, np.asarray(dy, np.float64))
-        run = functools.partial(functools.partial, orders=orders, interpret=interpret)
-        programs += [(run(gpu.scan2d_forward), arrays), (run(gpu.scan2d_backward), [*arrays, dy])]
-        wanted += [(name, {"y": y}), (name, {argument: gradients[argument] for argument in ARGUMENTS})]
-
-    problem = scan_oracle.make_scan(
-        2, length=21, state=8, groups=2, share=40, optional=("D", "delta_bias", "initial_state")
-    )
-    dy, d_final = (np.random.default_rng(3).normal(size=problem[of].shape) for of in ("u", "initial_state"))
-    y, final, gradients = scan_oracle.scan(problem, softplus_delta=True, reverse=True, dy=dy, d_state=d_final)
-    run = functools.partial(functools.partial, delta_softplus=True, reverse=True, interpret=interpret)
-    forms = dict.fromkeys(("u", "delta", "y"), lambda x: x.reshape(*x.shape[:2], 2, -1))
-    forms |= dict.fromkeys(("initial_state", "final"), lambda x: x.reshape(x.shape[0], 2, -1, 8).swapaxes(2, 3))
-    forms |= {"A": lambda x: x.reshape(2, -1, 8).swapaxes(1, 2)} | dict.fromkeys("BC", lambda x: x)
-    forms |= dict.fromkeys(("D", "delta_bias"), lambda x: x.reshape(2, -1))
-    names = ("u", "delta", "A", "B", "C", "D", "delta_bias", "initial_state")
-    arrays = [jnp.asarray(forms[of](problem[of]), jnp.float32) for of in names]
-    cotangents = [jnp.asarray(forms[of](x), jnp.float32) for of, x in (("y", dy), ("final", d_final))]
-    programs += [(run(gpu.selective_scan_forward), arrays), (run(gpu.selective_scan_backward), [*arrays, *cotangents])]
-    wanted.append(("selective_scan", {"y": forms["y"](y), "last state": forms["final"](final)}))
-    wanted.append(("selective_scan", {of: forms[of](gradients[of]) for of in names}))
-    with jax.default_matmul_precision("highest"):  # else XLA's own products are in TF32
-        functions = compiled(programs)
-    for function, (_, arrays), (name, values) in zip(functions, programs, wanted, strict=True):
-        for (what, exact), one in zip(values.items(), jax.tree.leaves(function(*arrays)), strict=True):
-            error = np.abs(np.asarray(one, np.float64) - exact).max() / np.abs(exact).max()
-            print(f"{name}: {what} differs by {error:.1e} of its maximum")
-            if not error < (4e-3 if one.dtype == jnp.bfloat16 else 1e-5):
-                sys.exit(f"{name}: {what} is wrong")
 
 
 def compiled(programs):
@@ -228,11 +175,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=20, help="timed runs of each program (default 20)")
     parser.add_argument("--out", type=Path, help="also write the table to this markdown file")
-    parser.add_argument("--interpret", action="store_true", help="only compare small results, without a GPU")
     options = parser.parse_args()
-    check(options.interpret)
-    if options.interpret:
-        return
     installed = [name for name in ("torch", "mamba-ssm", "jax-linear-attention") if _installed(name)]
     names = ", ".join(f"{name} {version(name)}" for name in ("jax", "jaxlib", *installed))
     large = jnp.zeros((2**28,), jnp.float32)

@@ -6,16 +6,22 @@ trying, and so not here. What comes out is whether the step compiles, its memory
 
 import importlib.util
 import re
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from evmamba_jax.errors import UserError
 
-# openxla/xla, xla/backends/gpu/target_config/specs: memory (bytes), its bandwidth (bytes/s), multiprocessors, float32
-# units in each, clock (GHz), shared memory (bytes a multiprocessor), L2 (bytes), compute capability.
-_GPUS = {
+# From openxla/xla, xla/backends/gpu/target_config/specs; NVIDIA's data sheets agree: memory (bytes), its bandwidth
+# (bytes/s), multiprocessors, float32 units in each, clock (GHz), shared memory (bytes a multiprocessor), L2 (bytes),
+# compute capability.
+GPUS = {
     "a100": ("NVIDIA A100-SXM4-80GB", 85100068864, 2039040000000, 108, 64, 1.41, 167936, 41943040, 8),
     "h100": ("NVIDIA H100 80GB HBM3", 84942979072, 3352320000000, 132, 128, 1.98, 233472, 52428800, 9),
     "h200": ("NVIDIA H200", 151397597184, 4800000000000, 132, 128, 1.98, 233472, 52428800, 9),
@@ -30,7 +36,7 @@ _SHARE = 0.75  # of the memory that JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACT
 
 def is_gpu(name: str) -> bool:
     """Return whether a topology's name is that of a GPU."""
-    return name.partition("-")[0] in _GPUS
+    return name.partition("-")[0] in GPUS
 
 
 def parse_name(name: str) -> tuple[str, int]:
@@ -55,7 +61,34 @@ def target(name: str) -> dict[str, Any]:
     """
     kind, count = parse_name(name)
     _require_compiler()
-    title, memory, bandwidth, cores, units, clock, shared, cache, capability = _GPUS[kind]
+    title, memory, *_ = GPUS[kind]
+    hosts = max(1, count // _HOST)
+    return {
+        "platform": "cuda",
+        "compiler": ("XLA for CUDA of jaxlib", jax.lib.__version__),
+        "devices": _devices(kind, hosts, count // hosts),
+        "generation": title,
+        "chips": count,
+        "hosts": hosts,
+        "slices": 1,
+        "available": int(_SHARE * memory),
+    }
+
+
+def kernel_ptx(function: Callable[..., Any], kind: str, arrays: Sequence[Any]) -> str:
+    """Return the PTX of the one scan kernel of a function of arrays, or of their shapes, compiled for one GPU."""
+    _require_compiler()
+    mesh = Mesh(np.array(_devices(kind, 1, 1)), ("data",))
+    sharding = NamedSharding(mesh, PartitionSpec())
+    shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding) for array in arrays]
+    with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
+        jax.jit(function).lower(*shapes).compile(compiler_options={"xla_dump_to": folder})
+        [text] = [text for text in (file.read_text() for file in Path(folder).glob("*.ptx")) if ".entry scan_" in text]
+    return text
+
+
+def _devices(kind: str, hosts: int, of_host: int) -> tuple[Any, ...]:
+    title, memory, bandwidth, cores, units, clock, shared, cache, capability = GPUS[kind]
     config = f"""
         gpu_device_info {{
           threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
@@ -71,20 +104,8 @@ def target(name: str) -> dict[str, Any]:
         runtime_version {{ major: 13 minor: 0 }}
         device_description_str: "{title}"
     """
-    hosts = max(1, count // _HOST)
-    described = topologies.get_topology_desc(
-        platform="cuda", target_config=config, topology=f"1x{hosts}x{count // hosts}"
-    )
-    return {
-        "platform": "cuda",
-        "compiler": ("XLA for CUDA of jaxlib", jax.lib.__version__),
-        "devices": tuple(described.devices),
-        "generation": title,
-        "chips": count,
-        "hosts": hosts,
-        "slices": 1,
-        "available": int(_SHARE * memory),
-    }
+    described = topologies.get_topology_desc(platform="cuda", target_config=config, topology=f"1x{hosts}x{of_host}")
+    return tuple(described.devices)
 
 
 def _require_compiler() -> None:

@@ -1,43 +1,110 @@
-"""Results of the GPU kernels without a GPU: the PTX that XLA makes of them, interpreted, against loops in float64.
+"""Results and gradients of the GPU kernels against loops in float64: on the GPU at hand, or without one.
 
-It takes minutes, and the packages that ``gpu_compile.py`` names.
+    python tests/kernels/compare_gpu.py                  # on this GPU
+    python tests/kernels/compare_gpu.py --interpret      # by Pallas's interpreter, on any machine
+    python tests/kernels/compare_gpu.py --ptx h200       # the PTX that XLA makes of them, interpreted: minutes
 
-    python benchmarks/gpu_emulate.py [--gpu "NVIDIA H200"]
+The last takes JAX 0.10.2 and ``pip install -e ".[preflight-cuda]"``.
 """
 
 import argparse
+import functools
+import os
+import sys
+from pathlib import Path
 
-import gpu_compile  # before JAX
-import gpu_scan
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import ptx
+import scan_oracle
 
+from evmamba_jax.preflight.gpu import GPUS, kernel_ptx
+from pallas_kernels import ATROUS, CROSS, Order, gpu
 from pallas_kernels.gpu import backend, launch
 
+BOTH = (Order(), Order(reverse=True))
+ARGUMENTS = ("x", "x_weight", "dt_weight", "dt_bias", "A", "D")
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gpu", default="NVIDIA H200", choices=gpu_compile.GPUS, help="to compile for (default H200)")
-    options = parser.parse_args()
-    jax.config.update("jax_platforms", "cpu")
+
+def compare(compiled, interpret=False):
+    """Compare small results and gradients of functions, ``compiled``, with loops in float64; stop if one is wrong."""
+    programs, wanted = [], []
+    for name, orders, state, rank, dtype in (
+        ("atrous", ATROUS, 16, 3, jnp.float32),
+        ("cross", CROSS, 1, 17, jnp.float32),
+        ("both", BOTH, 4, 2, jnp.float32),
+        ("cross, bfloat16", CROSS, 1, 6, jnp.bfloat16),
+        ("atrous, bfloat16", ATROUS, 16, 3, jnp.bfloat16),
+    ):
+        problem = scan_oracle.make_scan2d(0, height=5, width=6, orders=len(orders), state=state, rank=rank, channels=64)
+        arrays = [jnp.asarray(problem[argument], jnp.float32) for argument in ARGUMENTS]
+        arrays[0] = arrays[0].astype(dtype)
+        problem["x"] = np.asarray(arrays[0], np.float64)
+        dy = jnp.asarray(np.random.default_rng(1).normal(size=arrays[0].shape), dtype)
+        indices = [order.indices(5, 6) for order in orders]
+        y, gradients = scan_oracle.scan2d(problem, indices, np.asarray(dy, np.float64))
+        run = functools.partial(functools.partial, orders=orders, interpret=interpret)
+        programs += [(run(gpu.scan2d_forward), arrays), (run(gpu.scan2d_backward), [*arrays, dy])]
+        wanted += [(name, {"y": y}), (name, {argument: gradients[argument] for argument in ARGUMENTS})]
+
+    problem = scan_oracle.make_scan(
+        2, length=21, state=8, groups=2, share=40, optional=("D", "delta_bias", "initial_state")
+    )
+    dy, d_final = (np.random.default_rng(3).normal(size=problem[of].shape) for of in ("u", "initial_state"))
+    y, final, gradients = scan_oracle.scan(problem, softplus_delta=True, reverse=True, dy=dy, d_state=d_final)
+    run = functools.partial(functools.partial, delta_softplus=True, reverse=True, interpret=interpret)
+    forms = dict.fromkeys(("u", "delta", "y"), lambda x: x.reshape(*x.shape[:2], 2, -1))
+    forms |= dict.fromkeys(("initial_state", "final"), lambda x: x.reshape(x.shape[0], 2, -1, 8).swapaxes(2, 3))
+    forms |= {"A": lambda x: x.reshape(2, -1, 8).swapaxes(1, 2)} | dict.fromkeys("BC", lambda x: x)
+    forms |= dict.fromkeys(("D", "delta_bias"), lambda x: x.reshape(2, -1))
+    names = ("u", "delta", "A", "B", "C", "D", "delta_bias", "initial_state")
+    arrays = [jnp.asarray(forms[of](problem[of]), jnp.float32) for of in names]
+    cotangents = [jnp.asarray(forms[of](x), jnp.float32) for of, x in (("y", dy), ("final", d_final))]
+    programs += [(run(gpu.selective_scan_forward), arrays), (run(gpu.selective_scan_backward), [*arrays, *cotangents])]
+    wanted.append(("selective_scan", {"y": forms["y"](y), "last state": forms["final"](final)}))
+    wanted.append(("selective_scan", {of: forms[of](gradients[of]) for of in names}))
+    with jax.default_matmul_precision("highest"):  # else XLA's own products are in TF32
+        results = [compiled(function)(*arrays) for function, arrays in programs]
+    for result, (name, values) in zip(results, wanted, strict=True):
+        for (what, exact), one in zip(values.items(), jax.tree.leaves(result), strict=True):
+            error = np.abs(np.asarray(one, np.float64) - exact).max() / np.abs(exact).max()
+            print(f"{name}: {what} differs by {error:.1e} of its maximum")
+            if not error < (4e-3 if one.dtype == jnp.bfloat16 else 1e-5):
+                sys.exit(f"{name}: {what} is wrong")
+
+
+def emulated(kind):
+    """Return what stands in for ``backend.call``: it compiles a kernel for a GPU and interprets its PTX."""
 
     def call(kernel, programs, inputs, outputs, **rest):
-        """Do what ``backend.call`` does."""
-
         def again(*arrays):
             specified = [(array, spec) for array, (_, spec) in zip(arrays, inputs, strict=True)]
             return backend.call(kernel, programs, specified, outputs, **rest)
 
         arrays = [np.asarray(array) for array, _ in inputs]
-        program = ptx.Program(gpu_compile.ptx(again, options.gpu, arrays))
+        program = ptx.Program(kernel_ptx(again, kind, arrays))
         results = program.run(arrays, [(s.shape, s.dtype) for s, _ in outputs], rest["aliases"], programs)
         return list(map(jnp.asarray, results))
 
-    launch.call = call
-    gpu_scan.compiled = lambda programs: [function for function, _ in programs]
-    gpu_scan.check(interpret=False)
+    return call
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--interpret", action="store_true", help="by Pallas's interpreter, on any machine")
+    where.add_argument("--ptx", metavar="GPU", choices=GPUS, help=f"interpret the PTX for one of {', '.join(GPUS)}")
+    options = parser.parse_args()
+    if options.ptx:
+        os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # before the plugin looks for a GPU
+        jax.config.update("jax_platforms", "cpu")
+        launch.call = emulated(options.ptx)
+        compare(lambda function: function)
+    else:
+        compare(jax.jit, options.interpret)
 
 
 if __name__ == "__main__":

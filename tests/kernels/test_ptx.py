@@ -1,13 +1,8 @@
-"""The interpreter of PTX in ``benchmarks/``, on a program written by hand."""
-
-import sys
-from pathlib import Path
+"""The interpreter of PTX, on a program written by hand."""
 
 import numpy as np
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import ptx
+import pytest
 
 # Thread i adds the numbers of threads i and i ^ 16, of 32; the first 16 write three times that, plus one.
 TEXT = """
