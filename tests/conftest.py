@@ -1,13 +1,17 @@
 """What every test process needs before JAX starts: eight virtual CPU devices, and programs compiled once a session.
 
-Also the order of the files: each is done by one worker, which alone makes what its tests share.
+Also the order of the files: each is done by one worker, which alone makes what its tests share. And at the end a table
+of the minutes that each folder took, all processes together.
 """
 
+import collections
 import os
 import shutil
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
+
+import pytest
 
 # The tests spend most of their time in the compiler of XLA. Each of their processes has one core: splitting a program
 # for several threads only adds work.
@@ -41,6 +45,53 @@ def pytest_collection_modifyitems(items):
     """Put the long files first."""
     rank = {name: place for place, name in enumerate(_LONG)}
     items.sort(key=lambda item: rank.get(item.path.relative_to(_HERE).as_posix(), len(rank)))
+
+
+# What JAX reports the seconds of, by the column of the table that adds them up. A program traced inside another counts
+# in both.
+_EVENTS = {
+    "/jax/core/compile/jaxpr_trace_duration": "trace",
+    "/jax/core/compile/jaxpr_to_mlir_module_duration": "lower",
+    "/jax/core/compile/backend_compile_duration": "compile",
+}
+_COLUMNS = ("wall", "CPU", *_EVENTS.values())
+_spent = collections.Counter()  # seconds in this process, its children included
+_folders = collections.defaultdict(collections.Counter)  # seconds by folder, in the process that reports
+
+
+def pytest_configure(config):
+    """Listen to JAX where tests run: in the workers, or here if there are none."""
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        from jax import monitoring
+
+        monitoring.register_event_duration_secs_listener(
+            lambda event, seconds, **_: _spent.update({_EVENTS[event]: seconds} if event in _EVENTS else {})
+        )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Add to a report what was spent since the one before it."""
+    report = yield
+    cpu = sum(os.times()[:4])
+    report.user_properties.append(("spent", {**_spent, "wall": call.duration, "CPU": cpu - _spent["so far"]}))
+    _spent.clear()
+    _spent["so far"] = cpu
+    return report
+
+
+def pytest_runtest_logreport(report):
+    """Add a report, which a worker may have sent, to its folder."""
+    *_, (_, spent) = report.user_properties
+    _folders["/".join(report.nodeid.split("::")[0].split("/")[:-1])].update(spent)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Print the minutes of each folder."""
+    terminalreporter.section("minutes by folder, all processes together")
+    for folder, spent in [*sorted(_folders.items()), ("all", sum(_folders.values(), collections.Counter()))]:
+        figures = "  ".join(f"{name} {spent[name] / 60:5.1f}" for name in _COLUMNS)
+        terminalreporter.write_line(f"{folder:16} {figures}")
 
 
 def pytest_unconfigure(config):
