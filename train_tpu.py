@@ -20,19 +20,14 @@ def main(argv: list[str]) -> int:
     if len(argv) == 1 or {"-h", "--help", "-help"} & set(argv):
         print(__doc__.strip())
         return 0 if len(argv) > 1 else 2
-    from evmamba_jax.errors import UserError
+    from evmamba_jax import cli
     from evmamba_jax.training import parse_command, run
 
-    try:
+    def train() -> None:
         config, workdir = parse_command(argv)
         run(config, workdir)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+
+    return cli.main(train)
 
 
 if __name__ == "__main__":

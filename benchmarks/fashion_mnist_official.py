@@ -30,7 +30,7 @@ from scan_cpu import machine
 from torch import nn
 from torch.nn import functional as F
 
-from evmamba_jax import functional
+from evmamba_jax.arrays import fill, merge, split
 from evmamba_jax.data import device, loader
 from evmamba_jax.data.sources import open_source
 from evmamba_jax.training import parse_command
@@ -327,8 +327,8 @@ def check(clone: Path, config: Config, workdir: Path, steps: int = 20) -> None:
     peer.load_state_dict(trained)
     peer.eval()
     images, _, _ = next(evaluation(config, task))
-    graphdef, *arrays = functional.split(ours)
-    logits = jax.jit(lambda x: functional.merge(graphdef, *arrays)(x))(jnp.asarray(images.permute(0, 2, 3, 1).numpy()))
+    graphdef, *arrays = split(ours)
+    logits = jax.jit(lambda x: merge(graphdef, *arrays)(x))(jnp.asarray(images.permute(0, 2, 3, 1).numpy()))
     with torch.no_grad():
         figures["logits"] = float(np.abs(np.asarray(logits) - peer(images).numpy()).max())
     figures["parameters"] = sum(p.numel() for p in peer.parameters())
@@ -349,7 +349,7 @@ def as_double(array: jax.Array) -> jax.Array:
 
 def official_weights(state, ours) -> dict[str, torch.Tensor]:
     """Put the weights of a train state into our model and return them by their official names."""
-    functional.fill(ours, **{name: state["model"][name] for name in ("params", "batch_stats")})
+    fill(ours, **{name: state["model"][name] for name in ("params", "batch_stats")})
     return {name: torch.tensor(array) for name, array in to_torch(ours).items()}
 
 

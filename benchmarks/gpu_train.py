@@ -70,7 +70,7 @@ def ours(scans, batch, runs):
     from flax import nnx
 
     from configs.evmamba_t import get_config
-    from evmamba_jax import functional
+    from evmamba_jax.arrays import split
     from evmamba_jax.layers.s6 import S6
     from evmamba_jax.training import mesh
     from evmamba_jax.training.layout import Layout
@@ -88,7 +88,7 @@ def ours(scans, batch, runs):
         for _, part in nnx.iter_modules(plan.model):
             if isinstance(part, S6):
                 part.implementation = scans
-        plan.abstract = functional.split(plan.model)
+        plan.abstract = split(plan.model)
     layout = Layout(plan, EXAMPLES)
     compiled = layout.lower().compile()
     rng = np.random.default_rng(0)

@@ -30,6 +30,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from evmamba_jax.errors import UserError
+from evmamba_jax.storage import storage_errors
 
 logger = logging.getLogger(__name__)
 
@@ -486,26 +487,7 @@ def _crc32(path: epath.Path) -> int:
     return crc
 
 
-# Storage and processes
-
-
-@contextlib.contextmanager
-def storage_errors(directory: os.PathLike) -> Iterator[None]:
-    """Turn a full or unwritable file system into one line; TensorStore reports it as text in a ValueError."""
-    try:
-        yield
-    except Exception as error:
-        reason = error.strerror if isinstance(error, OSError) else None
-        if reason is None:
-            known = "No space left on device|Disk quota exceeded|File too large|Permission denied|Read-only file system"
-            found = re.search(known, str(error))
-            if found is None:
-                raise
-            reason = found.group()
-        raise UserError(
-            f"cannot write in {directory} ({reason}): make room or give the right to write there, "
-            "or choose another work folder"
-        ) from error
+# Processes
 
 
 def _barrier(name: str) -> None:

@@ -18,14 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageOps
 
-from evmamba_jax import functional
-from evmamba_jax.checkpoint import storage_errors
+from evmamba_jax import cli
+from evmamba_jax.arrays import merge, split
 from evmamba_jax.data.config import DataConfig
 from evmamba_jax.data.device import normalize
 from evmamba_jax.data.imagenet import imagenet_classes
 from evmamba_jax.data.transforms import eval_crop
 from evmamba_jax.errors import UserError
 from evmamba_jax.models import model_card
+from evmamba_jax.storage import storage_errors
 from evmamba_jax.training import pictures
 from evmamba_jax.weights import open_model
 
@@ -74,10 +75,10 @@ class Predictor:
             self.data.image_size = image_size
         self.data.validate()
 
-        graphdef, *self._arrays = functional.split(model)
+        graphdef, *self._arrays = split(model)
 
         def forward(arrays: Any, images: jax.Array) -> jax.Array:
-            logits = functional.merge(graphdef, *arrays)(normalize(images, self.data.mean, self.data.std))
+            logits = merge(graphdef, *arrays)(normalize(images, self.data.mean, self.data.std))
             return jax.nn.softmax(logits.astype(jnp.float32))
 
         self._forward = jax.jit(forward)
@@ -168,16 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--image-size", type=int, metavar="N", help="side in pixels, where it is to be another")
     parser.add_argument("--classes", type=Path, metavar="FILE", help="names of the classes, one a line in label order")
     parser.add_argument("images", nargs="+", metavar="IMAGE")
-    args = parser.parse_args(argv)
-    try:
-        _predict(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return cli.main(lambda: _predict(parser.parse_args(argv)))
 
 
 def _predict(args: argparse.Namespace) -> None:

@@ -26,10 +26,10 @@ def weights(manifest: Mapping[str, Iterable[int]]) -> dict[str, np.ndarray]:
 
 def manifest(model: Any) -> dict[str, Shape]:
     """Return {official name: shape} of one of our models, of any size, by our table of names."""
-    from evmamba_jax import functional
+    from evmamba_jax.arrays import split
     from evmamba_jax.weights.convert import table
 
-    _, params, batch_stats = functional.split(model)
+    _, params, batch_stats = split(model)
     ours = {path: array.shape for path, array in {**params, **batch_stats}.items()}
     return {
         row.official: row.layout.to_official(np.broadcast_to(np.int8(0), ours[row.ours])).shape

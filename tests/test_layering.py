@@ -14,24 +14,27 @@ ROWS = {
     "pallas_kernels.tpu": "pallas_kernels",
     "pallas_kernels.gpu": "pallas_kernels",
     "errors": "",
-    "functional": "errors",
+    "cli": "errors",
+    "storage": "errors",
+    "arrays": "errors",
     "ops": "pallas_kernels",
-    "checkpoint": "errors",
+    "checkpoint": "errors storage",
     "layers": "errors ops pallas_kernels",
-    "data": "errors",
-    "models": "checkpoint errors functional layers pallas_kernels",
+    "data": "cli errors",
+    "models": "arrays checkpoint cli errors layers pallas_kernels",
     "evmamba_jax": "models",
-    "analysis": "errors functional layers models pallas_kernels",
-    "weights": "checkpoint errors functional layers models",
-    "training": "checkpoint data errors evmamba_jax functional models weights",
-    "predict": "checkpoint data errors functional models training weights",
-    "preflight": "data errors pallas_kernels training",
+    "analysis": "arrays cli errors layers models pallas_kernels",
+    "weights": "arrays checkpoint cli errors layers models",
+    "training": "arrays checkpoint data errors evmamba_jax models storage weights",
+    "predict": "arrays checkpoint cli data errors models storage training weights",
+    "preflight": "cli data errors pallas_kernels training",
     "configs": "data errors training",
-    "train_tpu": "errors training",
-    "benchmarks": """analysis configs data errors evmamba_jax functional layers models pallas_kernels pallas_kernels.gpu
+    "train_tpu": "cli training",
+    "benchmarks": """analysis arrays configs data errors evmamba_jax layers models pallas_kernels pallas_kernels.gpu
                      pallas_kernels.tpu preflight training weights""",
-    "tests": """analysis benchmarks checkpoint configs data errors evmamba_jax functional layers models ops
-                pallas_kernels pallas_kernels.gpu pallas_kernels.tpu predict preflight train_tpu training weights""",
+    "tests": """analysis arrays benchmarks checkpoint cli configs data errors evmamba_jax layers models ops
+                pallas_kernels pallas_kernels.gpu pallas_kernels.tpu predict preflight storage train_tpu training
+                weights""",
 }
 TREES = ("pallas_kernels", "evmamba_jax", "configs", "benchmarks", "tests")
 

@@ -17,7 +17,8 @@ import sklearn.datasets
 from official_weights import save_pth, weights
 from PIL import Image
 
-from evmamba_jax import functional, predict
+from evmamba_jax import predict
+from evmamba_jax.arrays import fill, split
 from evmamba_jax.checkpoint import Checkpoints, save_model
 from evmamba_jax.data.config import DataConfig
 from evmamba_jax.data.imagenet import imagenet_classes
@@ -47,7 +48,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     items = {}
     for seed, part in enumerate(("model", "ema")):
-        _, params, batch_stats = functional.split(small(seed))
+        _, params, batch_stats = split(small(seed))
         items[part] = {"params": params, "batch_stats": batch_stats}
     data = DataConfig("digits", image_size=12, crop_pct=0.5, in_channels=1, mean=(0.3,), std=(0.4,), hflip=0.0)
     meta = {
@@ -64,12 +65,12 @@ def folder(tmp_path_factory):
 
 def small(seed: int, channels: int = 1):
     model, rng = abstract_model("evmamba_t", num_classes=3, in_channels=channels, **SMALL), np.random.default_rng(seed)
-    _, params, batch_stats = functional.split(model)
+    _, params, batch_stats = split(model)
     params, batch_stats = (
         {path: rng.normal(scale=0.3, size=array.shape).astype(np.float32) for path, array in part.items()}
         for part in (params, batch_stats)
     )
-    functional.fill(model, params, {path: np.abs(array) for path, array in batch_stats.items()})
+    fill(model, params, {path: np.abs(array) for path, array in batch_stats.items()})
     return model
 
 
@@ -150,7 +151,7 @@ def test_images_go_through_the_model_in_batches(folder, monkeypatch):
 
 def test_names_of_the_classes(folder, tmp_path, capsys):
     """Given ones, those of the run, ImageNet's where there are 1000, else numbers."""
-    _, params, batch_stats = functional.split(small(0, channels=3))
+    _, params, batch_stats = split(small(0, channels=3))
     meta = {"model": "evmamba_t", "options": {"num_classes": 3, **SMALL}}  # as `convert` writes it
     save_model(tmp_path / "bare", params=params, batch_stats=batch_stats, meta=meta)
     assert Predictor(tmp_path / "bare").class_names == ("0", "1", "2")

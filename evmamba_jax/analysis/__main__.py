@@ -3,8 +3,8 @@
 import argparse
 import sys
 
+from evmamba_jax import cli
 from evmamba_jax.analysis.flops import count_flops, count_parameters, flops_by_operation, xla_flops
-from evmamba_jax.errors import UserError
 from evmamba_jax.models.cards import model_card
 
 _OPERATIONS = ("products", "convolutions", "scans", "attention")
@@ -23,16 +23,15 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.image_size and len(args.image_size) > 2:
         parser.error(f"--image-size takes a side, or height and width; got {len(args.image_size)} numbers")
+    return cli.main(lambda: _print_figures(args.models, args.image_size))
+
+
+def _print_figures(models: list[str], image_size: list[int] | None) -> None:
     titles = ("parameters", "FLOPs", "published", *_OPERATIONS, "XLA's count")
     print(f"{'model':<18}", *(f"{title:>12}" for title in titles))
-    for name in args.models:
-        try:
-            figures = _figures(name, args.image_size)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+    for name in models:
+        figures = _figures(name, image_size)
         print(f"{name:<18}", *(f"{'' if n is None else format(n / 1e6, ',.1f'):>12}" for n in figures), flush=True)
-    return 0
 
 
 def _figures(name: str, image_size: list[int] | None) -> list[float | None]:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from evmamba_jax import cli
 from evmamba_jax.data.config import resolve_data_dir
 from evmamba_jax.data.imagenet import prepare_imagenet
 from evmamba_jax.data.sources import IMAGENET_COMMAND, find_folder, prepare
@@ -31,28 +32,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("--val", type=Path, metavar="TAR", help="imagenet2012 only: ILSVRC2012_img_val.tar")
     command.add_argument("--data-dir", default="", help="default: $TFDS_DATA_DIR, else ~/tensorflow_datasets")
     arguments = parser.parse_args(argv)
-
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that unfinished folders are removed then, too
-    data_dir = resolve_data_dir(arguments.data_dir)
-    try:
-        folder = find_folder(data_dir, arguments.name)
-        if folder is not None:
-            print(f"{arguments.name} is already prepared in {folder}")
-            return 0
-        if arguments.name == "imagenet2012":
-            if not (arguments.train and arguments.val):
-                raise UserError(f"imagenet2012 is made from its two tars: {IMAGENET_COMMAND}")
-            prepare_imagenet(arguments.train, arguments.val, data_dir)
-        else:
-            prepare(arguments.name, data_dir)
-        print(f"{arguments.name} is prepared in {find_folder(data_dir, arguments.name)}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
-    return 0
+    return cli.main(lambda: _prepare(arguments, resolve_data_dir(arguments.data_dir)))
+
+
+def _prepare(arguments: argparse.Namespace, data_dir: Path) -> None:
+    folder = find_folder(data_dir, arguments.name)
+    if folder is not None:
+        print(f"{arguments.name} is already prepared in {folder}")
+        return
+    if arguments.name == "imagenet2012":
+        if not (arguments.train and arguments.val):
+            raise UserError(f"imagenet2012 is made from its two tars: {IMAGENET_COMMAND}")
+        prepare_imagenet(arguments.train, arguments.val, data_dir)
+    else:
+        prepare(arguments.name, data_dir)
+    print(f"{arguments.name} is prepared in {find_folder(data_dir, arguments.name)}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import dataclasses
 import sys
 import textwrap
 
-from evmamba_jax.errors import UserError
+from evmamba_jax import cli
 from evmamba_jax.models.cards import ModelCard, model_card
 from evmamba_jax.models.registry import list_models
 
@@ -20,15 +20,13 @@ def main(argv: list[str] | None = None) -> int:
         description="Parameters, multiply-adds, published accuracy, and source and licence of the official weights.",
     )
     parser.add_argument("models", nargs="*", metavar="NAME|PATTERN", help="e.g. vmamba_t, or 'vmamba*' (default: all)")
-    args = parser.parse_args(argv)
-    try:
-        # What matches nothing is taken for a name, and refused as one.
-        cards = [model_card(name) for given in args.models or ["*"] for name in list_models(given) or [given]]
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(card_text(cards[0]) if args.models == [cards[0].name] else table(list(dict.fromkeys(cards))))
-    return 0
+    return cli.main(lambda: _print_cards(parser.parse_args(argv).models))
+
+
+def _print_cards(models: list[str]) -> None:
+    # What matches nothing is taken for a name, and refused as one.
+    cards = [model_card(name) for given in models or ["*"] for name in list_models(given) or [given]]
+    print(card_text(cards[0]) if models == [cards[0].name] else table(list(dict.fromkeys(cards))))
 
 
 def table(cards: list[ModelCard]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from evmamba_jax import functional
+from evmamba_jax.arrays import Arrays, check_same_shapes, fill, merge, split
 from evmamba_jax.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ def create_model(
         model = family(**{**defaults, **options}, rngs=rngs or nnx.Rngs(0))
     else:
         model = abstract_model(name, **options)
-        functional.fill(model, *load_pretrained(model, pretrained, name)[:2])
+        fill(model, *load_pretrained(model, pretrained, name)[:2])
     model.eval()
     return model
 
@@ -87,7 +87,7 @@ class _SameKey(nnx.RngStream):
 
 def load_pretrained(
     model: Any, directory: str | PathLike[str], name: str, *, ema: bool = False, new_head: bool = False
-) -> tuple[functional.Arrays, functional.Arrays, dict[str, Any]]:
+) -> tuple[Arrays, Arrays, dict[str, Any]]:
     """Return parameters, batch statistics and meta of a checkpoint as a model takes them.
 
     Args:
@@ -108,8 +108,8 @@ def load_pretrained(
     classes = params["head.bias"].size if "head.bias" in params else None
     model = for_classes(model, classes, given_name, model_name, new_head=new_head)
     adopted = model.adopt({**params, **batch_stats})
-    _, params, batch_stats = functional.split(model)
-    functional.check_same_shapes({**params, **batch_stats}, adopted, given_name, model_name)
+    _, params, batch_stats = split(model)
+    check_same_shapes({**params, **batch_stats}, adopted, given_name, model_name)
     return {path: adopted[path] for path in params}, {path: adopted[path] for path in batch_stats}, meta
 
 
@@ -119,7 +119,7 @@ def for_classes(model: Any, classes: int | None, given_name: str, model_name: st
     Raises:
         UserError: the weights are for another number of classes (None: they have no head) and ``new_head`` is not set.
     """
-    bias = functional.split(model).params.get("head.bias")
+    bias = split(model).params.get("head.bias")
     if classes is None or bias is None or classes == bias.size:
         return model
     if not new_head:
@@ -129,6 +129,6 @@ def for_classes(model: Any, classes: int | None, given_name: str, model_name: st
     logger.warning(
         "%s has %d classes: the head of %s, with %d, starts anew", given_name, classes, model_name, bias.size
     )
-    headless = functional.merge(*functional.split(model))
+    headless = merge(*split(model))
     headless.head = None
     return headless

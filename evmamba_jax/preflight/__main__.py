@@ -26,6 +26,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from evmamba_jax import cli
 from evmamba_jax.errors import UserError
 from evmamba_jax.preflight import aot, gpu
 from evmamba_jax.preflight.batch import largest_batch
@@ -42,18 +43,15 @@ def main(argv: list[str]) -> int:
     if not argv or {"-h", "--help"} & set(argv):
         print((__doc__ or "").strip())
         return 0 if argv else 2
-    try:
-        options, request = _parse(argv)
-        facts = inspect(request, fast=options.fast)
-        print(report(facts, fast=options.fast), flush=True)
-        if options.find_batch:
-            print(f"\n{_find_batch(request, facts, fast=options.fast)}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return cli.main(lambda: _preflight(argv))
+
+
+def _preflight(argv: list[str]) -> int:
+    options, request = _parse(argv)
+    facts = inspect(request, fast=options.fast)
+    print(report(facts, fast=options.fast), flush=True)
+    if options.find_batch:
+        print(f"\n{_find_batch(request, facts, fast=options.fast)}")
     return 0 if needed(facts) <= facts["available"] else 1
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from evmamba_jax import functional
+from evmamba_jax.arrays import Arrays, merge, split
 from evmamba_jax.errors import UserError
 from evmamba_jax.training import mesh as meshes
 from evmamba_jax.training import optimizer
@@ -52,7 +52,7 @@ class Layout:
         """Return a length of training in steps, at least one."""
         return max(1, length.in_steps(self.steps_per_epoch))
 
-    def init(self, params: functional.Arrays, batch_stats: functional.Arrays) -> State:
+    def init(self, params: Arrays, batch_stats: Arrays) -> State:
         """Return the state before the first step of a model."""
         return init_state(params, batch_stats, self.tx, ema=self.plan.config.optim.ema_decay > 0)
 
@@ -61,18 +61,16 @@ class Layout:
         source = self.plan.config.init_from
         if source:
             return jax.jit(self.init, out_shardings=self.shardings)(**self.plan.load(source)[0])
-        return jax.jit(
-            lambda: self.init(*functional.split(self.plan.build_model())[1:]), out_shardings=self.shardings
-        )()
+        return jax.jit(lambda: self.init(*split(self.plan.build_model())[1:]), out_shardings=self.shardings)()
 
     def step(self) -> tuple[Callable[[State, Batch], State], tuple[State, Batch]]:
         """Return the train step and its abstract arguments, each with its place on the plan's mesh."""
         config = self.plan.config
         graphdef, params, batch_stats = self.plan.abstract
-        model = functional.merge(graphdef, params, batch_stats)
+        model = merge(graphdef, params, batch_stats)
         model.train()
         step = make_train_step(
-            functional.split(model).graphdef,
+            split(model).graphdef,
             self.tx,
             config,
             num_classes=self.plan.num_classes,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from evmamba_jax.checkpoint import storage_errors
+from evmamba_jax.storage import written_whole
 from evmamba_jax.training.mesh import replicated
 
 PER_CLASS = "per_class.csv"
@@ -93,13 +93,10 @@ def write_per_class(folder: Path, counts: Mapping[str, Counts], class_names: Seq
         for row, images, figures in zip(rows, found.confusion.sum(1), _figures(found, class_names), strict=True):
             row["images"] = int(images)  # the same for every variant
             row |= {prefix + name: value for name, value in figures.items()}
-    beside = folder / f"{PER_CLASS}.tmp"
-    with storage_errors(folder):
-        with beside.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        beside.replace(folder / PER_CLASS)
+    with written_whole(folder / PER_CLASS) as beside, beside.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def _figures(counts: Counts, class_names: Sequence[str]) -> Iterator[dict[str, int | str]]:

@@ -10,7 +10,7 @@ from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from evmamba_jax.checkpoint import storage_errors
+from evmamba_jax.storage import written_whole
 from evmamba_jax.training.reporting import METRICS, read_rows
 
 # Two colours that the colour-blind tell apart; a cross or a tick says the same without them.
@@ -305,7 +305,5 @@ def _short(name: str, length: int = 13) -> str:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    beside = path.with_suffix(".tmp")
-    with storage_errors(path.parent):
+    with written_whole(path) as beside:
         figure.savefig(beside, format="png")
-        beside.replace(path)

@@ -16,7 +16,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyrefly: ignore[mi
 from tensorboardX.summary import scalar
 from tqdm import tqdm
 
-from evmamba_jax.checkpoint import storage_errors
+from evmamba_jax.storage import storage_errors
 
 METRICS = "metrics.jsonl"
 SPEED = "speed.jsonl"

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from einops import rearrange
 
-from evmamba_jax import functional
+from evmamba_jax.arrays import Arrays, merge, split
 from evmamba_jax.data import device
 from evmamba_jax.training.config import Config
 
@@ -17,7 +17,7 @@ State = dict[str, Any]
 Batch = dict[str, jax.Array]
 
 
-def init_state(params: functional.Arrays, batch_stats: functional.Arrays, tx, *, ema: bool) -> State:
+def init_state(params: Arrays, batch_stats: Arrays, tx, *, ema: bool) -> State:
     """Return the state before the first step."""
     model = {"params": params, "batch_stats": batch_stats}
     train = {
@@ -76,13 +76,13 @@ def make_train_step(
     mesa = config.optim.mesa
 
     def loss_fn(params, batch_stats, images, targets, key, averaged):
-        model = functional.merge(graphdef, params, batch_stats)
+        model = merge(graphdef, params, batch_stats)
         logits = model(images, key=key)
         loss = cross_entropy(logits, targets).mean()
         if averaged is not None:
             weight, averaged_logits = averaged
             loss += weight * mesa_divergence(logits, averaged_logits)
-        return loss, functional.split(model).batch_stats
+        return loss, split(model).batch_stats
 
     def of_averaged(state, images):
         """Return the weight of MESA's term and what the averaged model makes of the images, or None without MESA."""
@@ -91,7 +91,7 @@ def make_train_step(
         begun = state["train"]["step"] >= mesa_start
 
         def predict():
-            model = functional.merge(graphdef, **state["ema"])
+            model = merge(graphdef, **state["ema"])
             model.eval()
             return model(images)
 
@@ -166,7 +166,7 @@ def make_eval_step(graphdef: Any, config: Config) -> Callable[[dict, Batch], tup
 
     def eval_step(variables: dict, batch: Batch) -> tuple[dict, dict]:
         images = device.normalize(batch["image"], config.data.mean, config.data.std, dtype=config.model.dtype)
-        model = functional.merge(graphdef, variables["params"], variables["batch_stats"])
+        model = merge(graphdef, variables["params"], variables["batch_stats"])
         logits = model(images).astype(jnp.float32)
         labels, weight = batch["label"], batch["weight"]
         own = jnp.take_along_axis(logits, labels[:, None], axis=1)

@@ -13,7 +13,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from evmamba_jax import __version__, create_model, functional
+from evmamba_jax import __version__, create_model
+from evmamba_jax.arrays import Arrays, merge, split
 from evmamba_jax.data import loader
 from evmamba_jax.data.sources import open_source
 from evmamba_jax.errors import UserError
@@ -40,12 +41,12 @@ class Plan:
         self.mesh = mesh
         self.num_classes = num_classes
         self.model = abstract_model(config.model.name, **self._model_options())
-        self.abstract = functional.split(self.model)
+        self.abstract = split(self.model)
         # Traced once for its errors: an image size that the model cannot take is found before anything is compiled.
         side, channels = config.data.image_size, config.data.in_channels
         image = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
         graphdef, *arrays = self.abstract
-        jax.eval_shape(lambda arrays, image: functional.merge(graphdef, *arrays)(image), arrays, image)
+        jax.eval_shape(lambda arrays, image: merge(graphdef, *arrays)(image), arrays, image)
 
     def build_model(self) -> nnx.Module:
         """Return the model with fresh initial values."""
@@ -61,9 +62,7 @@ class Plan:
             **config.model.options,
         }
 
-    def load(
-        self, source: str | os.PathLike[str], *, ema: bool = False
-    ) -> tuple[dict[str, functional.Arrays], dict[str, Any]]:
+    def load(self, source: str | os.PathLike[str], *, ema: bool = False) -> tuple[dict[str, Arrays], dict[str, Any]]:
         """Return ``{"params", "batch_stats"}`` of a folder or file, checked against the model's shapes, and its meta.
 
         Every process of the run reads for itself. Only training goes on from weights of another grid of patches, or for
@@ -74,7 +73,7 @@ class Plan:
         params, batch_stats, meta = load_weights(self.model, source, name, ema=ema, fine_tune=training)
         head = self.abstract.params.keys() - params.keys()
         if head:
-            initial = jax.jit(lambda: functional.split(self.build_model()).params)
+            initial = jax.jit(lambda: split(self.build_model()).params)
             params |= {path: array for path, array in initial().items() if path in head}
         return {"params": params, "batch_stats": batch_stats}, meta
 

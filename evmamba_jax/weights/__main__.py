@@ -9,6 +9,7 @@ import ast
 import sys
 from typing import Any
 
+from evmamba_jax import cli
 from evmamba_jax.errors import UserError
 from evmamba_jax.weights.convert import convert_file, export_file
 
@@ -41,19 +42,17 @@ def main(argv: list[str] | None = None) -> int:
     )
     export.add_argument("--checkpoint", required=True, metavar="DIR", help="converted model, run, or one of its steps")
     export.add_argument("--out", required=True, metavar="FILE", help="the .safetensors file, new")
-    args = parser.parse_args(argv)
-    try:
-        options = dict(map(_option, args.option))
-        if args.command == "convert":
-            convert_file(args.torch, args.model, args.out, key=args.key, **options)
-            print(f"{args.out}: {args.model} with the weights of {args.torch}")
-        else:
-            export_file(args.checkpoint, args.model, args.out, **options)
-            print(f"{args.out}: the weights of {args.checkpoint} under the official names")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return cli.main(lambda: _run(parser.parse_args(argv)))
+
+
+def _run(args: argparse.Namespace) -> None:
+    options = dict(map(_option, args.option))
+    if args.command == "convert":
+        convert_file(args.torch, args.model, args.out, key=args.key, **options)
+        print(f"{args.out}: {args.model} with the weights of {args.torch}")
+    else:
+        export_file(args.checkpoint, args.model, args.out, **options)
+        print(f"{args.out}: the weights of {args.checkpoint} under the official names")
 
 
 def _option(text: str) -> tuple[str, Any]:

@@ -11,7 +11,8 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from evmamba_jax import checkpoint, functional
+from evmamba_jax import checkpoint
+from evmamba_jax.arrays import Arrays, fill, split
 from evmamba_jax.errors import UserError
 from evmamba_jax.models import abstract_model, create_model
 from evmamba_jax.models.efficientvmamba import EfficientVMamba
@@ -61,7 +62,7 @@ def from_torch(model: nnx.Module, state_dict: Mapping[str, np.ndarray], *, resiz
     official = {row.ours: row.official for row in rows}
     ours = {paths.get(name, name): array for name, array in given.items()}
     adopted = cast("Any", model).adopt(ours, resize=resize)
-    fill(model, rows, {official.get(path, path): array for path, array in adopted.items()})
+    fill_rows(model, rows, {official.get(path, path): array for path, array in adopted.items()})
 
 
 def count_classes(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) -> int | None:
@@ -105,14 +106,14 @@ def _with_current_names(model: nnx.Module, state_dict: Mapping[str, np.ndarray])
     return given
 
 
-def _arrays(model: nnx.Module) -> functional.Arrays:
-    _, params, batch_stats = functional.split(model)
+def _arrays(model: nnx.Module) -> Arrays:
+    _, params, batch_stats = split(model)
     return {**params, **batch_stats}
 
 
-def fill(model: nnx.Module, rows: Iterable[Row], state_dict: Mapping[str, np.ndarray]) -> None:
+def fill_rows(model: nnx.Module, rows: Iterable[Row], state_dict: Mapping[str, np.ndarray]) -> None:
     """Fill a model, or a part of one, by rows, one for each of its arrays; otherwise as from_torch."""
-    _, params, batch_stats = functional.split(model)
+    _, params, batch_stats = split(model)
     ours = {**params, **batch_stats}
     by_path = {row.ours: row for row in rows if row.ours in ours}
 
@@ -139,13 +140,13 @@ def fill(model: nnx.Module, rows: Iterable[Row], state_dict: Mapping[str, np.nda
         options = "variant, num_classes and image_size" if "pos_embed" in wanted else "variant and num_classes"
         raise UserError(f"the weights do not fit {type(model).__name__} ({text}); take the {options} they are for")
 
-    def filled(arrays: functional.Arrays) -> functional.Arrays:
+    def filled(arrays: Arrays) -> Arrays:
         return {
             path: _cast(by_path[path].layout.to_ours(given[by_path[path].official]), array.dtype)
             for path, array in arrays.items()
         }
 
-    functional.fill(model, filled(params), filled(batch_stats))
+    fill(model, filled(params), filled(batch_stats))
 
 
 def _as_matrix(array: np.ndarray, wanted: tuple[int, ...] | None) -> np.ndarray:
@@ -189,7 +190,7 @@ def convert_file(
         raise UserError(f"{str(out)!r} exists and is not an empty folder; name a new folder for the checkpoint")
     model = abstract_model(model_name, **options)  # all of its initial values would be replaced
     from_torch(model, load_torch_file(torch_file, key=key))
-    _, params, batch_stats = functional.split(model)
+    _, params, batch_stats = split(model)
     meta = {"model": model_name, "options": options, "converted_from": Path(torch_file).name, "key": key}
     checkpoint.save_model(folder, params=params, batch_stats=batch_stats, meta=meta)
 

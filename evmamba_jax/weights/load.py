@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from evmamba_jax import functional
+from evmamba_jax.arrays import fill, merge, split
 from evmamba_jax.checkpoint import load_meta
 from evmamba_jax.errors import UserError
 from evmamba_jax.models import abstract_model
@@ -54,8 +54,8 @@ def load_weights(
     """
     if is_folder(source):
         return load_pretrained(model, source, name, ema=ema, new_head=fine_tune)
-    filled = _filled_from_file(functional.merge(*functional.split(model)), source, _read(source), name, fine_tune)
-    _, *arrays = functional.split(filled)
+    filled = _filled_from_file(merge(*split(model)), source, _read(source), name, fine_tune)
+    _, *arrays = split(filled)
     params, batch_stats = ({path: np.asarray(array) for path, array in part.items()} for part in arrays)
     return params, batch_stats, {}
 
@@ -90,7 +90,7 @@ def open_model(source: str | PathLike[str], name: str = "") -> tuple[Any, str, d
             options |= run["model"]["options"]
         model = abstract_model(name, **options)
         params, batch_stats, _ = load_pretrained(model, source, name, ema=bool(meta.get("ema")))
-        functional.fill(model, params, batch_stats)
+        fill(model, params, batch_stats)
         return model, name, meta
     official = _read(source)
     classes = count_classes(abstract_model(name), official)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from evmamba_jax import create_model, functional, list_models
+from evmamba_jax import create_model, list_models
+from evmamba_jax.arrays import check_same_shapes, merge, split
 from evmamba_jax.errors import UserError
 from evmamba_jax.models import abstract_model
 
@@ -33,7 +34,7 @@ def images(*shape):
     ("name", "count"), [("evmamba_t", 6_493_660), ("evmamba_s", 11_273_688), ("evmamba_b", 33_717_136)]
 )
 def test_parameter_counts_are_the_official_ones(name, count):
-    params = functional.split(abstract_model(name)).params
+    params = split(abstract_model(name)).params
     assert sum(math.prod(p.shape) for p in params.values()) == count
 
 
@@ -56,7 +57,7 @@ def test_unknown_names_are_refused_with_the_nearest():
 
 @pytest.fixture(scope="module")
 def fresh():
-    _, params, stats = functional.split(create_model("evmamba_t", rngs=nnx.Rngs(3)))
+    _, params, stats = split(create_model("evmamba_t", rngs=nnx.Rngs(3)))
     return {**params, **stats}
 
 
@@ -183,12 +184,12 @@ def test_training_mode_draws_drop_path_and_moves_batch_statistics():
     x = images(8, 32, 32, 3)
     with pytest.raises(ValueError, match="needs a random key"):
         model(x)
-    graphdef, params, before = functional.split(model)
+    graphdef, params, before = split(model)
 
     @jax.jit
     def step(key):
-        trained = functional.merge(graphdef, params, before)
-        return trained(x, key=key), functional.split(trained).batch_stats
+        trained = merge(graphdef, params, before)
+        return trained(x, key=key), split(trained).batch_stats
 
     (one, after), (again, _), (other, _) = (step(jax.random.key(k)) for k in (0, 0, 1))
     assert jnp.abs(one - other).max() > 1e-3
@@ -262,10 +263,10 @@ def test_bfloat16_stays_within_two_per_cent_with_finite_gradients():
     error = jnp.linalg.norm(logits.astype(jnp.float32) - reference) / jnp.linalg.norm(reference)
     assert 1e-5 < error < 0.02  # above zero: it did compute in bfloat16
 
-    graphdef, params, stats = functional.split(create_model("evmamba_t", dtype=jnp.bfloat16, **SMALL))
+    graphdef, params, stats = split(create_model("evmamba_t", dtype=jnp.bfloat16, **SMALL))
 
     def loss(params, x):
-        return jnp.square(functional.merge(graphdef, params, stats)(x).astype(jnp.float32)).sum()
+        return jnp.square(merge(graphdef, params, stats)(x).astype(jnp.float32)).sum()
 
     grads = jax.jit(jax.grad(loss), compiler_options={"xla_backend_optimization_level": 0})(params, x)
     chex.assert_tree_all_finite(grads)
@@ -276,15 +277,15 @@ def test_bfloat16_stays_within_two_per_cent_with_finite_gradients():
 
 
 def test_split_and_merge_are_inverse(small):
-    graphdef, params, stats = functional.split(small)
+    graphdef, params, stats = split(small)
     x = images(1, 16, 16, 3)
-    chex.assert_trees_all_equal(run(functional.merge(graphdef, params, stats), x), run(small, x))
+    chex.assert_trees_all_equal(run(merge(graphdef, params, stats), x), run(small, x))
 
 
 def test_shapes_that_differ_are_listed():
     a = {"x": np.zeros((2, 3)), "y": np.zeros(1)}
-    functional.check_same_shapes(a, dict(a), "this", "that")
+    check_same_shapes(a, dict(a), "this", "that")
     with pytest.raises(
         UserError, match=r"this does not fit that: x: \(3, 2\), expected \(2, 3\); z: \(1,\), expected absent"
     ):
-        functional.check_same_shapes(a, {"x": np.zeros((3, 2)), "y": np.zeros(1), "z": np.zeros(1)}, "this", "that")
+        check_same_shapes(a, {"x": np.zeros((3, 2)), "y": np.zeros(1), "z": np.zeros(1)}, "this", "that")

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from evmamba_jax import create_model, functional
+from evmamba_jax import create_model
+from evmamba_jax.arrays import merge, split
 from evmamba_jax.errors import UserError
 from evmamba_jax.layers.drop_path import DropPath
 from evmamba_jax.models import abstract_model
@@ -60,7 +61,7 @@ def images(*shape):
 )
 def test_sizes_are_the_official_ones(name, count, attention, layer_scale):
     model = abstract_model(name)
-    params = functional.split(model).params
+    params = split(model).params
     assert sum(math.prod(p.shape) for p in params.values()) == count
     for stage, (first, end) in zip(model.stages[2:], attention, strict=True):
         attends = [j for j, block in enumerate(stage.blocks) if isinstance(block.mixer, Attention)]
@@ -92,7 +93,7 @@ def test_published_windows_are_the_maps_of_the_published_size(name, size, window
 @pytest.fixture(scope="module")
 def fresh():
     model = create_model("mambavision_t", width=64, depths=(1, 1, 2, 2), layer_scale=1e-5, rngs=nnx.Rngs(3))
-    _, params, stats = functional.split(model)
+    _, params, stats = split(model)
     return {path: np.asarray(array, np.float64) for path, array in {**params, **stats}.items()}
 
 
@@ -174,10 +175,10 @@ def test_mixer_equals_a_slow_one(double, d_conv):
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):
         mixer = MambaVisionMixer(8, d_conv=d_conv, double_dt_bias=double, rngs=nnx.Rngs(0))
-        graphdef, params, _ = functional.split(mixer)
+        graphdef, params, _ = split(mixer)
         params = {path: rng.normal(size=array.shape) for path, array in params.items()}
         x = rng.normal(size=(2, 7, 8))
-        y = jax.jit(lambda params, x: functional.merge(graphdef, params, {})(x))(params, x)
+        y = jax.jit(lambda params, x: merge(graphdef, params, {})(x))(params, x)
     assert y.dtype == np.float64
     chex.assert_trees_all_close(np.asarray(y), slow_mixer(params, x, 2 if double else 1), rtol=1e-10, atol=1e-10)
 
@@ -286,7 +287,7 @@ def test_official_names_and_back_keep_every_bit(small):
     )
     again = create_model("mambavision_t", **SMALL, rngs=nnx.Rngs(5))
     from_torch(again, official)
-    chex.assert_trees_all_equal(functional.split(again)[1:], functional.split(small)[1:])
+    chex.assert_trees_all_equal(split(again)[1:], split(small)[1:])
 
 
 @pytest.mark.parametrize(
@@ -321,12 +322,12 @@ def test_training_step_in_bfloat16_moves_statistics_and_has_finite_float32_gradi
     options = {**SMALL, "drop_path_rate": 0.5, "dtype": jnp.bfloat16}
     model = create_model("mambavision_t", **options)
     model.train()
-    graphdef, params, before = functional.split(model)
+    graphdef, params, before = split(model)
 
     def loss(params, key):
-        model = functional.merge(graphdef, params, before)
+        model = merge(graphdef, params, before)
         logits = model(images(4, 48, 32, 3), key=key)
-        return jnp.square(logits.astype(jnp.float32)).sum(), (logits, functional.split(model).batch_stats)
+        return jnp.square(logits.astype(jnp.float32)).sum(), (logits, split(model).batch_stats)
 
     step = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options={"xla_backend_optimization_level": 0})
     (_, (one, after)), gradients = step(params, jax.random.key(0))

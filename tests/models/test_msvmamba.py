@@ -14,14 +14,15 @@ from flax import nnx
 from official_weights import weights
 from scipy.special import erf, expit
 
-from evmamba_jax import create_model, functional, list_models
+from evmamba_jax import create_model, list_models
+from evmamba_jax.arrays import merge, split
 from evmamba_jax.errors import UserError
 from evmamba_jax.layers.block import Block
 from evmamba_jax.models import abstract_model
 from evmamba_jax.models.msvmamba import MS2D, ConvFFN
 from evmamba_jax.weights import from_torch
 from evmamba_jax.weights import msvmamba as tables
-from evmamba_jax.weights.convert import fill
+from evmamba_jax.weights.convert import fill_rows
 
 UNOPTIMISED = {"xla_backend_optimization_level": 0}
 
@@ -208,7 +209,7 @@ def wide(shapes):
 
 def filled(build, rows, w):
     module = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
-    fill(module, rows, w)
+    fill_rows(module, rows, w)
     module.eval()
     return module
 
@@ -283,7 +284,7 @@ def test_the_model_of_version_2_equals_slow_loops():
 )
 def test_parameter_counts_are_the_official_ones(name, count):
     assert name in list_models("msvmamba_*")
-    params = functional.split(abstract_model(name)).params
+    params = split(abstract_model(name)).params
     assert sum(math.prod(p.shape) for p in params.values()) == count
 
 
@@ -298,7 +299,7 @@ def test_drop_path_rises_linearly_over_all_blocks():
 
 @pytest.fixture(scope="module")
 def fresh():
-    _, params, _ = functional.split(create_model("msvmamba_n", depths=(1, 1, 0, 0), num_classes=20, rngs=nnx.Rngs(3)))
+    _, params, _ = split(create_model("msvmamba_n", depths=(1, 1, 0, 0), num_classes=20, rngs=nnx.Rngs(3)))
     return {name: np.asarray(array, np.float64) for name, array in params.items()}
 
 
@@ -398,10 +399,10 @@ def test_bfloat16_stays_within_two_per_cent(name):
 
 def test_bfloat16_gradients_are_finite_float32():
     x = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
-    graphdef, params, stats = functional.split(create_model("msvmamba_n", **ONE_BLOCK, dtype=jnp.bfloat16))
+    graphdef, params, stats = split(create_model("msvmamba_n", **ONE_BLOCK, dtype=jnp.bfloat16))
 
     def loss(params):
-        return jnp.square(functional.merge(graphdef, params, stats)(x).astype(jnp.float32)).sum()
+        return jnp.square(merge(graphdef, params, stats)(x).astype(jnp.float32)).sum()
 
     gradients = jax.jit(jax.grad(loss), compiler_options=UNOPTIMISED)(params)
     chex.assert_tree_all_finite(gradients)

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from evmamba_jax import create_model, functional, list_models
+from evmamba_jax import create_model, list_models
+from evmamba_jax.arrays import Arrays, merge, split
 from evmamba_jax.models import registry
 from evmamba_jax.training.command import parse_command
 
@@ -38,7 +39,7 @@ def test_full_size_as_its_config_builds_it(name):
         return create_model(config.model.name, dtype=jnp.bfloat16, **options)
 
     model = nnx.eval_shape(build)
-    _, params, stats = functional.split(model)
+    _, params, stats = split(model)
     assert {p.dtype for p in (params | stats).values()} == {jnp.dtype(jnp.float32)}
 
     images = jax.ShapeDtypeStruct((2, side, side, 3), jnp.float32)
@@ -84,7 +85,7 @@ class Computed(NamedTuple):
     exact: jax.Array  # logits in float32
     again: jax.Array  # those of a second run
     low: jax.Array  # logits in bfloat16, in which models are trained
-    gradients: functional.Arrays  # of these
+    gradients: Arrays  # of these
     backward: jax.stages.Traced  # the program of both
 
 
@@ -119,17 +120,17 @@ def _compute(family, options) -> Computed:
         model.eval()
         return model
 
-    graphdef = functional.split(nnx.eval_shape(build)).graphdef
-    low_graphdef = functional.split(nnx.eval_shape(lambda: build(jnp.bfloat16))).graphdef
-    params, stats = jit(lambda: functional.split(build())[1:])()
+    graphdef = split(nnx.eval_shape(build)).graphdef
+    low_graphdef = split(nnx.eval_shape(lambda: build(jnp.bfloat16))).graphdef
+    params, stats = jit(lambda: split(build())[1:])()
     images = jax.random.normal(jax.random.key(1), (2, 64, 48, 3))
 
-    forward = jit(lambda params, x: functional.merge(graphdef, params, stats)(x))
+    forward = jit(lambda params, x: merge(graphdef, params, stats)(x))
 
     @jit
     @functools.partial(jax.grad, has_aux=True)
     def gradient(params, x):
-        logits = functional.merge(low_graphdef, params, stats)(x)
+        logits = merge(low_graphdef, params, stats)(x)
         return (logits.astype(jnp.float32) * jnp.arange(20.0).reshape(2, 10)).sum(), logits
 
     exact, again = forward(params, images), forward(params, images)

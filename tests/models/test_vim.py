@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from evmamba_jax import checkpoint, create_model, functional
+from evmamba_jax import checkpoint, create_model
+from evmamba_jax.arrays import merge, split
 from evmamba_jax.errors import UserError
 from evmamba_jax.models import abstract_model
 from evmamba_jax.models.vim import resize_pos_embed
@@ -41,7 +42,7 @@ def images(*shape):
     ],
 )
 def test_parameter_counts_are_the_official_ones(name, count):
-    params = functional.split(abstract_model(name)).params
+    params = split(abstract_model(name)).params
     assert sum(math.prod(p.shape) for p in params.values()) == count
 
 
@@ -51,7 +52,7 @@ def test_parameter_counts_are_the_official_ones(name, count):
 @pytest.fixture(scope="module")
 def fresh():
     """Return parameters of a wide model by name, those of its four blocks together."""
-    _, params, _ = functional.split(create_model("vim_t", width=192, depth=4, num_classes=50, rngs=nnx.Rngs(3)))
+    _, params, _ = split(create_model("vim_t", width=192, depth=4, num_classes=50, rngs=nnx.Rngs(3)))
     together = {}
     for path, array in params.items():
         name = path.split(".", 2)[2] if path.startswith("blocks.") else path
@@ -211,7 +212,7 @@ def slow_resize(pos_embed, old, new, class_token):
     ids=["plain", "overlapping", "resized", "resized with the middle", "without class token"],
 )
 def test_model_equals_a_slow_loop(options, size, grid):
-    graphdef, params, stats = functional.split(small(**options))
+    graphdef, params, stats = split(small(**options))
     rng = np.random.default_rng(1)
     # Time steps near 0.7: the state forgets and remembers within a few tokens.
     wide = {
@@ -223,7 +224,7 @@ def test_model_equals_a_slow_loop(options, size, grid):
 
         @jax.jit
         def both(p, x):
-            model = functional.merge(graphdef, p, stats)
+            model = merge(graphdef, p, stats)
             return model(x), model.features(x)
 
         logits, maps = both(wide, x)
@@ -379,10 +380,10 @@ def test_bfloat16_keeps_the_residual_stream_in_float32():
     error = jnp.linalg.norm(logits.astype(jnp.float32) - reference) / jnp.linalg.norm(reference)
     assert 1e-5 < error < 0.02  # above zero: it did compute in bfloat16
 
-    graphdef, params, stats = functional.split(half)
+    graphdef, params, stats = split(half)
 
     def loss(params, x):
-        return jnp.square(functional.merge(graphdef, params, stats)(x).astype(jnp.float32)).sum()
+        return jnp.square(merge(graphdef, params, stats)(x).astype(jnp.float32)).sum()
 
     grads = jax.jit(jax.grad(loss), compiler_options={"xla_backend_optimization_level": 0})(params, x)
     chex.assert_tree_all_finite(grads)
@@ -407,7 +408,7 @@ SMALL_BLOCKS = {"width": 8, "depth": 1, "d_state": 2}
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """Return the parameters of a small model for images of 64x64, and the folder they are saved in."""
-    _, params, stats = functional.split(create_model("vim_t", **SMALL_BLOCKS, image_size=64, num_classes=3))
+    _, params, stats = split(create_model("vim_t", **SMALL_BLOCKS, image_size=64, num_classes=3))
     folder = tmp_path_factory.mktemp("vim") / "saved"
     checkpoint.save_model(folder, params=params, batch_stats=stats, meta={})
     return params, folder

@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 from scipy.special import erf
 
-from evmamba_jax import create_model, functional
+from evmamba_jax import create_model
+from evmamba_jax.arrays import merge, split
 from evmamba_jax.errors import UserError
 from evmamba_jax.layers.initializers import SCAN_INITS
 from evmamba_jax.layers.ss2d import SS2D
@@ -32,9 +33,7 @@ def small(name="vmamba_t", **options):
     def build():
         return create_model(name, **SMALL, **options)
 
-    return functional.merge(
-        functional.split(nnx.eval_shape(build)).graphdef, *jit(lambda: functional.split(build())[1:])()
-    )
+    return merge(split(nnx.eval_shape(build)).graphdef, *jit(lambda: split(build())[1:])())
 
 
 # Initial values: the three choices of the paper's table 11, each against its distribution.
@@ -180,13 +179,13 @@ def test_scan_patterns_equal_a_slow_loop(scan, walks, options):
     # Step sizes of "zero" are near 0.7, so that the state forgets and remembers within a few pixels.
     orders = SCANS[scan] if isinstance(scan, str) else scan
     module = SS2D(4, orders, d_state=3, **options, init=SCAN_INITS["zero"], rngs=nnx.Rngs(0))
-    graphdef, params, stats = functional.split(module)
+    graphdef, params, stats = split(module)
     assert params["scan.A_log"].shape == (4 if isinstance(walks, int) else len(walks), 8, 3)
     rng = np.random.default_rng(1)
     wide = {n: np.asarray(a, np.float64) + 0.3 * rng.normal(size=a.shape) for n, a in params.items()}
     images = rng.normal(size=(2, *GRID, 4))
     with jax.enable_x64(True):
-        actual = jit(lambda p, x: functional.merge(graphdef, p, stats)(x))(wide, images)
+        actual = jit(lambda p, x: merge(graphdef, p, stats)(x))(wide, images)
         assert actual.dtype == jnp.float64
     wanted = slow_ss2d(
         wide,
@@ -225,7 +224,7 @@ def test_a_backbone_gives_normalised_maps_and_has_no_head():
         chex.assert_shape(stage, (2, 8 // 2**i, 16 // 2**i, 8 * 2**i))
         np.testing.assert_allclose(stage.mean(-1), 0, atol=1e-5)
         np.testing.assert_allclose(stage.var(-1), 1, atol=1e-2)  # less than 1 by epsilon
-    names = functional.split(model).params
+    names = split(model).params
     assert not [name for name in names if name.startswith(("norm.", "head."))]
     assert [n for n in names if n.startswith("out_norms.") and n.endswith("scale")] == [
         f"out_norms.{i}.scale" for i in range(4)
@@ -236,14 +235,14 @@ def test_a_backbone_gives_normalised_maps_and_has_no_head():
 
 def test_the_norms_are_the_only_difference_of_a_backbone():
     plain, backbone = small(), small(out_norms=True)
-    graphdef, params, stats = functional.split(backbone)
-    shared = {name: a for name, a in functional.split(plain).params.items() if name in params}
+    graphdef, params, stats = split(backbone)
+    shared = {name: a for name, a in split(plain).params.items() if name in params}
     assert set(params) - set(shared) == {f"out_norms.{i}.{kind}" for i in range(4) for kind in ("scale", "bias")}
     x = jax.random.normal(jax.random.key(0), (1, 32, 32, 3))
     features = jit(lambda model, x: model.features(x))
     raw = features(plain, x)
     wanted = [normalised(np.asarray(stage, np.float64)) for stage in raw]
-    actual = features(functional.merge(graphdef, {**params, **shared}, stats), x)
+    actual = features(merge(graphdef, {**params, **shared}, stats), x)
     chex.assert_trees_all_close(actual, jax.tree.map(np.float32, wanted), atol=1e-4)
 
 

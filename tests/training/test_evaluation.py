@@ -19,7 +19,7 @@ from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 from tiny import get_config
 
-from evmamba_jax import functional
+from evmamba_jax.arrays import split
 from evmamba_jax.data.builders import Digits
 from evmamba_jax.data.sources import Source, prepare
 from evmamba_jax.errors import UserError
@@ -112,7 +112,7 @@ def test_padding_and_unreadable_images_do_not_count(monkeypatch, tmp_path, fsdp)
     config.data.on_corrupt, config.mesh.fsdp = "skip", fsdp
     task = tasks.Task(config)
     model = filled()
-    _, params, batch_stats = functional.split(model)
+    _, params, batch_stats = split(model)
     state = jax.device_put({"model": {"params": params, "batch_stats": batch_stats}}, meshes.replicated(task.mesh))
     tally = Tally(task.mesh, 10)
     figures = task.evaluate(state, tally=tally)
@@ -140,7 +140,7 @@ def test_an_evaluation_without_a_readable_image_says_so(monkeypatch):
     config = get_config("convolutions")
     config.data.on_corrupt = "skip"
     task = tasks.Task(config)
-    _, params, batch_stats = functional.split(filled())
+    _, params, batch_stats = split(filled())
     state = jax.device_put({"model": {"params": params, "batch_stats": batch_stats}}, meshes.replicated(task.mesh))
     with pytest.raises(UserError, match=r"not one of the 3 images of numbers, split all, can be read"):
         task.evaluate(state)
@@ -226,7 +226,7 @@ def test_training_starts_from_an_official_file(data_dir, pth):
     config = get_config("convolutions")
     config.data.data_dir, config.init_from, config.mesh.fsdp = str(data_dir), str(pth), 2
     state = Layout(tasks.Task(config), 1437).fresh()
-    _, params, batch_stats = functional.split(filled())
+    _, params, batch_stats = split(filled())
     for part in ("model", "ema"):
         chex.assert_trees_all_equal(jax.device_get(state[part]), {"params": params, "batch_stats": batch_stats})
     np.testing.assert_array_equal(params["head.kernel"], weights_of(abstract())["classifier.head.weight"].T)
@@ -244,7 +244,7 @@ def test_training_for_other_classes_starts_with_a_new_head(data_dir, tmp_path, c
         params = jax.device_get(state[part]["params"])
         assert params.keys() == task.abstract.params.keys()
         np.testing.assert_array_equal(params["norm.scale"], expected["classifier.norm.weight"])
-        initial = functional.split(task.build_model()).params
+        initial = split(task.build_model()).params
         for path in ("head.kernel", "head.bias"):
             np.testing.assert_allclose(params[path], initial[path], rtol=1e-6)
     assert "weights.pth has 1000 classes: the head of model evmamba_t for digits, with 10, starts anew" in caplog.text

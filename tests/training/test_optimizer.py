@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from evmamba_jax import functional
+from evmamba_jax.arrays import split
 from evmamba_jax.errors import UserError
 from evmamba_jax.models import abstract_model
 from evmamba_jax.training.config import Duration, OptimConfig
@@ -95,7 +95,7 @@ def test_a_warm_up_as_long_as_the_run_is_refused():
 
 
 def test_decay_touches_what_the_official_trainers_decay():
-    params = functional.split(abstract_model("evmamba_t")).params
+    params = split(abstract_model("evmamba_t")).params
     mask = decay_mask(params)
     block = "stages.0.blocks.0."
     decayed = (

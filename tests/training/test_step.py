@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh
 
-from evmamba_jax import create_model, functional
+from evmamba_jax import create_model
+from evmamba_jax.arrays import merge, split
 from evmamba_jax.data import device
 from evmamba_jax.data.config import DataConfig
 from evmamba_jax.errors import UserError
@@ -42,7 +43,7 @@ def configured(**changes) -> Config:
 def start():
     model = create_model("evmamba_t", drop_path_rate=0.2, rngs=nnx.Rngs(0), **OPTIONS)
     model.train()
-    return functional.split(model)
+    return split(model)
 
 
 def batches(count):
@@ -139,9 +140,9 @@ def test_accumulation_averages_gradients_of_the_rounds(start):
     @jit
     def gradient(stats, images, targets, key):
         def loss(params):
-            model = functional.merge(start.graphdef, params, stats)
+            model = merge(start.graphdef, params, stats)
             value = -(targets * jax.nn.log_softmax(model(images, key=key))).sum(1).mean()
-            return value, functional.split(model).batch_stats
+            return value, split(model).batch_stats
 
         return jax.grad(loss, has_aux=True)(start.params)
 
@@ -163,7 +164,7 @@ def test_mesa_learns_from_the_averaged_model_once_it_begins(start):
     batch = next(batches(1))
     augment_key, drop_key = jax.random.split(jax.random.fold_in(jax.random.key(3), 1))
     images, targets = device.train_augment(augment_key, batch["image"], batch["label"], config.data, CLASSES)
-    teacher = functional.merge(start.graphdef, averaged, start.batch_stats)
+    teacher = merge(start.graphdef, averaged, start.batch_stats)
     teacher.eval()
     scores = np.asarray(jit(teacher.__call__)(images), np.float64) / 3
     q = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
@@ -171,9 +172,7 @@ def test_mesa_learns_from_the_averaged_model_once_it_begins(start):
     @jit
     @jax.value_and_grad
     def expected(params, weight):
-        logits = functional.merge(start.graphdef, params, start.batch_stats)(
-            images, key=jax.random.fold_in(drop_key, 0)
-        )
+        logits = merge(start.graphdef, params, start.batch_stats)(images, key=jax.random.fold_in(drop_key, 0))
         loss = -(targets * jax.nn.log_softmax(logits)).sum(1).mean()
         return loss + weight * 50 * (q * (np.log(q) - jax.nn.log_softmax(logits / 3))).sum(1).mean()
 
@@ -225,12 +224,12 @@ def test_the_window_sums_since_the_last_log_line(on_one_device):
 
 def test_evaluation_counts_by_weight(start):
     config = configured()
-    graphdef, params, stats = functional.split(create_model("evmamba_t", rngs=nnx.Rngs(0), **OPTIONS))
+    graphdef, params, stats = split(create_model("evmamba_t", rngs=nnx.Rngs(0), **OPTIONS))
     batch = next(batches(1)) | {"weight": np.float32([1] * 11 + [0] * 5)}
     evaluate = jit(make_eval_step(graphdef, config))
     sums, answers = evaluate({"params": params, "batch_stats": stats}, batch)
     images = (batch["image"] / 255.0 - np.array(config.data.mean)) / np.array(config.data.std)
-    logits = np.asarray(jit(functional.merge(graphdef, params, stats).__call__)(jnp.float32(images)), np.float64)
+    logits = np.asarray(jit(merge(graphdef, params, stats).__call__)(jnp.float32(images)), np.float64)
     order = np.argsort(-logits, axis=1, kind="stable")
     labels, real = batch["label"], slice(0, 11)
     assert float(sums["weight"]) == 11

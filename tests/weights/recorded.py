@@ -15,11 +15,11 @@ import numpy as np
 from flax import nnx
 from official_weights import image, weights
 
-from evmamba_jax import functional
+from evmamba_jax.arrays import merge, split
 from evmamba_jax.models import abstract_model
 from evmamba_jax.models.mambavision import WindowStage, from_windows, to_windows
 from evmamba_jax.weights import from_torch
-from evmamba_jax.weights.convert import fill, table
+from evmamba_jax.weights.convert import fill_rows, table
 from evmamba_jax.weights.layers import Row
 
 FOLDER = Path(__file__).parents[1] / "golden"
@@ -142,11 +142,11 @@ def assert_float64(name: str, small: str | None = None, **options) -> None:
     about, golden = facts(small or MODELS[name])["gradients"], arrays(small or MODELS[name])
     with jax.enable_x64(True):
         model, images = official(name, np.float64, small, **options)
-        graphdef, params, batch_stats = functional.split(model)
+        graphdef, params, batch_stats = split(model)
         labels = jnp.asarray(about["labels"])
 
         def loss(params):
-            model = functional.merge(graphdef, params, batch_stats)
+            model = merge(graphdef, params, batch_stats)
             logits, maps = model(images), model.features(images) if small else ()
             return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1).mean(), (logits, maps)
 
@@ -195,12 +195,12 @@ def assert_part(
     about, golden = facts(doc)["cases"][case], arrays(doc)
     part = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
     rows = list(rows)
-    fill(part, rows, {k.removeprefix(about["prefix"]): v for k, v in weights(about["state_dict"]).items()})
+    fill_rows(part, rows, {k.removeprefix(about["prefix"]): v for k, v in weights(about["state_dict"]).items()})
     part.eval()
-    graphdef, params, batch_stats = functional.split(part)
+    graphdef, params, batch_stats = split(part)
 
     def run(params, x, cot):
-        y, vjp = jax.vjp(lambda params, x: functional.merge(graphdef, params, batch_stats)(x), params, x)
+        y, vjp = jax.vjp(lambda params, x: merge(graphdef, params, batch_stats)(x), params, x)
         return y, *vjp(cot)
 
     run = jax.jit(run, compiler_options=UNOPTIMISED)

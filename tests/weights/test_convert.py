@@ -13,7 +13,8 @@ from official_weights import manifest, weights, weights_of
 from recorded import MODELS, abstract, facts
 from safetensors.numpy import load_file, save_file
 
-from evmamba_jax import checkpoint, create_model, functional, list_models
+from evmamba_jax import checkpoint, create_model, list_models
+from evmamba_jax.arrays import split
 from evmamba_jax.errors import UserError
 from evmamba_jax.models import abstract_model
 from evmamba_jax.models.efficientvmamba import EfficientVMamba
@@ -30,7 +31,7 @@ def small(**options):
 
 
 def arrays_of(model):
-    _, params, batch_stats = functional.split(model)
+    _, params, batch_stats = split(model)
     return {**params, **batch_stats}
 
 
@@ -82,7 +83,7 @@ def test_a_backbone_takes_its_own_weights_and_those_of_a_classifier():
 
 
 def test_a_backbone_reads_the_checkpoint_of_a_classifier(tmp_path):
-    _, params, batch_stats = functional.split(create_model("evmamba_t", **SMALL))
+    _, params, batch_stats = split(create_model("evmamba_t", **SMALL))
     checkpoint.save_model(tmp_path / "saved", params=params, batch_stats=batch_stats, meta={})
     backbone = create_model("evmamba_t", **SMALL, out_norms=True, pretrained=tmp_path / "saved")
     arrays = arrays_of(backbone)

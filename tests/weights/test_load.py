@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from official_weights import save_pth, weights_of
 
-from evmamba_jax import checkpoint, functional
+from evmamba_jax import checkpoint
+from evmamba_jax.arrays import split
 from evmamba_jax.errors import UserError
 from evmamba_jax.models import abstract_model
 from evmamba_jax.weights import from_torch, load_weights, open_model
@@ -29,7 +30,7 @@ def test_a_file_and_a_folder_give_the_same(name, tmp_path):
 
     converted = abstract_model(name, **SMALL[name], num_classes=5)
     from_torch(converted, official)
-    _, params, batch_stats = functional.split(converted)
+    _, params, batch_stats = split(converted)
     meta = {"model": name, "options": {**SMALL[name], "num_classes": 5}}
     checkpoint.save_model(tmp_path / "folder", params=params, batch_stats=batch_stats, meta=meta)
 
@@ -37,11 +38,11 @@ def test_a_file_and_a_folder_give_the_same(name, tmp_path):
     chex.assert_trees_all_equal(from_file[:2], from_folder[:2], (params, batch_stats))
     assert all(isinstance(array, np.ndarray) for array in from_file[0].values())
     assert from_file[2] == {}
-    assert functional.split(model).params.keys() == params.keys()  # and the model stays abstract
-    assert not any(isinstance(array, np.ndarray) for array in functional.split(model).params.values())
+    assert split(model).params.keys() == params.keys()  # and the model stays abstract
+    assert not any(isinstance(array, np.ndarray) for array in split(model).params.values())
 
     opened, found, described = open_model(tmp_path / "folder")
-    chex.assert_trees_all_equal(functional.split(opened)[1:], functional.split(converted)[1:])
+    chex.assert_trees_all_equal(split(opened)[1:], split(converted)[1:])
     assert found == name
     assert described["model"] == name
 
@@ -52,7 +53,7 @@ def test_weights_for_other_classes_come_without_their_head_on_request_only(name,
     official = weights_of(model)
     save_pth(tmp_path / "file.pth", official)
     from_torch(model, official)
-    _, params, batch_stats = functional.split(model)
+    _, params, batch_stats = split(model)
     meta = {"model": name, "options": {**SMALL[name], "num_classes": 5}}
     checkpoint.save_model(tmp_path / "folder", params=params, batch_stats=batch_stats, meta=meta)
     rest = {path: array for path, array in params.items() if not path.startswith("head.")}
@@ -81,7 +82,7 @@ def test_vims_position_embedding_is_resized_on_request_only(tmp_path):
 def test_a_folder_that_names_no_model_needs_a_name(tmp_path):
     model = abstract_model("evmamba_t", **SMALL["evmamba_t"], num_classes=5)
     from_torch(model, weights_of(model))
-    _, params, batch_stats = functional.split(model)
+    _, params, batch_stats = split(model)
     checkpoint.save_model(tmp_path / "folder", params=params, batch_stats=batch_stats, meta={})
     with pytest.raises(UserError, match="folder does not say which model it is of; name it, e.g. --model evmamba_t"):
         open_model(tmp_path / "folder")

@@ -7,7 +7,7 @@ from flax import nnx
 from official_weights import weights
 from recorded import arrays, assert_float32, assert_float64, assert_near, assert_part, facts, official
 
-from evmamba_jax import functional
+from evmamba_jax.arrays import merge, split
 from evmamba_jax.layers.block import Block
 from evmamba_jax.layers.initializers import ScanInit
 from evmamba_jax.layers.norm import RMSNorm
@@ -63,8 +63,8 @@ def test_mixer_and_all_its_gradients(case):
 
 def part(build, rows, given):
     """Return our module with official arrays, which may be traced: gradients then come in the official layout."""
-    graphdef, params, batch_stats = functional.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
-    return functional.merge(
+    graphdef, params, batch_stats = split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+    return merge(
         graphdef, {row.ours: row.layout.to_ours(given[row.official]) for row in rows if row.ours in params}, batch_stats
     )
 

@@ -1,0 +1,64 @@
+"""Every command ends alike."""
+
+import importlib
+
+import pytest
+
+import train_tpu
+from evmamba_jax import cli
+from evmamba_jax.errors import UserError
+
+# Each command with what makes it begin, and the function of its module that this calls.
+COMMANDS = {
+    "train_tpu": (["train_tpu.py", "--config", "configs/digits.py"], "evmamba_jax.training.parse_command"),
+    "evmamba_jax.weights.__main__": (["export", "--model", "a", "--checkpoint", "b", "--out", "c"], "export_file"),
+    "evmamba_jax.models.__main__": (["vmamba_t"], "model_card"),
+    "evmamba_jax.analysis.__main__": (["vmamba_t"], "model_card"),
+    "evmamba_jax.data.__main__": (["prepare", "digits"], "find_folder"),
+    "evmamba_jax.preflight.__main__": (["--topology", "v5e-8"], "parse_command"),
+    "evmamba_jax.predict": (["--weights", "x", __file__], "Predictor"),
+}
+
+
+def ends(exception):
+    def command():
+        raise exception
+
+    return cli.main(command)
+
+
+def test_what_a_command_returns_is_its_exit_code(capsys):
+    assert [cli.main(lambda: None), cli.main(lambda: 0), cli.main(lambda: 1)] == [0, 0, 1]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_mistake_is_one_line(capsys):
+    assert ends(UserError("there is no x; name a y")) == 2
+    assert capsys.readouterr() == ("", "error: there is no x; name a y\n")
+
+
+def test_ctrl_c_is_one_word(capsys):
+    assert ends(KeyboardInterrupt()) == 130
+    assert capsys.readouterr() == ("", "interrupted\n")
+
+
+@pytest.mark.parametrize("exception", [SystemExit(143), ZeroDivisionError("a fault of ours")])
+def test_other_ends_pass(exception):
+    with pytest.raises(type(exception)) as caught:
+        ends(exception)
+    assert caught.value is exception
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_ends_that_way(name, monkeypatch, capsys):
+    module = train_tpu if name == "train_tpu" else importlib.import_module(name)
+    argv, called = COMMANDS[name]
+    at = called if "." in called else f"{name}.{called}"
+    for exception, code, told in ((KeyboardInterrupt(), 130, "interrupted"), (UserError("no x"), 2, "error: no x")):
+
+        def end(*args, exception=exception, **kwargs):
+            raise exception
+
+        monkeypatch.setattr(at, end)
+        assert module.main(argv) == code
+        assert capsys.readouterr().err == f"{told}\n"
