@@ -310,8 +310,8 @@ def check(clone: Path, config: Config, workdir: Path, steps: int = 20) -> None:
     for step, batch in enumerate(rows):
         state = train_step(state, task.global_batch(batch))
         theirs = update(peer, adamw, config, float(layout.schedule(step)), *augment(step, batch))
-        losses.append((float(state["train"]["last"]["loss"]), theirs[0]))
-        norms.append((float(state["train"]["last"]["grad_norm"]), theirs[1]))
+        losses.append((float(state.last["loss"]), theirs[0]))
+        norms.append((float(state.last["grad_norm"]), theirs[1]))
     figures["steps"] = steps
     figures["loss"] = max(abs(a - b) for a, b in losses)
     figures["grad_norm"] = max(abs(a - b) / b for a, b in norms)
@@ -349,7 +349,7 @@ def as_double(array: jax.Array) -> jax.Array:
 
 def official_weights(state, ours) -> dict[str, torch.Tensor]:
     """Put the weights of a train state into our model and return them by their official names."""
-    fill(ours, **{name: state["model"][name] for name in ("params", "batch_stats")})
+    fill(ours, **state.model.asdict())
     return {name: torch.tensor(array) for name, array in to_torch(ours).items()}
 
 

@@ -95,10 +95,10 @@ def ours(scans, batch, runs):
 
     def value(path, array):
         """Return something like an initial value: to draw the real ones would take as long to compile as the step."""
-        kind, name = path[0].key, jax.tree_util.keystr(path, simple=True)
-        if kind != "train" and array.ndim > 1:
+        kind, name = path[0].name, jax.tree_util.keystr(path, simple=True)
+        if kind in ("model", "ema") and array.ndim > 1:
             return rng.standard_normal(array.shape, np.float32) * (array.shape[-1] / array.size) ** 0.5
-        return np.full(array.shape, kind != "train" and name.endswith(("scale", "var")), array.dtype)
+        return np.full(array.shape, kind in ("model", "ema") and name.endswith(("scale", "var")), array.dtype)
 
     state = jax.device_put(jax.tree_util.tree_map_with_path(value, layout.abstract_state), layout.shardings)
     arrays = {
@@ -116,8 +116,8 @@ def ours(scans, batch, runs):
     return {
         "times": times,
         "peak": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0),
-        "loss": float(state["train"]["last"]["loss"]),
-        "parameters": sum(x.size for x in state["model"]["params"].values()),
+        "loss": float(state.last["loss"]),
+        "parameters": sum(x.size for x in state.model.params.values()),
         "device": jax.devices()[0].device_kind,
         "scans": ", ".join(sorted(chosen)),
     }

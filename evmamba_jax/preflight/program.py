@@ -254,10 +254,11 @@ def compiled_facts(compiled: jax.stages.Compiled, facts: dict[str, Any]) -> dict
 def _part(name: str) -> str:
     """Return which part of the memory an argument belongs to."""
     for start, part in (
-        ("state['model']['params']", "parameters"),
-        ("state['model']['batch_stats']", "batch statistics"),
-        ("state['ema']", "moving average"),
-        ("state['train']", "optimizer"),
+        ("state.model.params", "parameters"),
+        ("state.model.batch_stats", "batch statistics"),
+        ("state.ema", "moving average"),
+        ("state.extra", "other"),
+        ("state.", "optimizer"),  # and a few counters
         ("batch", "input batch"),
     ):
         if name.startswith(start):

@@ -11,7 +11,8 @@ from evmamba_jax.errors import UserError
 from evmamba_jax.training import mesh as meshes
 from evmamba_jax.training import optimizer
 from evmamba_jax.training.config import Duration
-from evmamba_jax.training.step import Batch, State, init_state, make_train_step
+from evmamba_jax.training.state import TrainState, Variables, init_state
+from evmamba_jax.training.step import Batch, make_train_step
 from evmamba_jax.training.task import Plan
 
 
@@ -44,7 +45,7 @@ class Layout:
         _, *arrays = plan.abstract
         shapes = jax.eval_shape(self.init, *arrays)
         self.shardings = meshes.state_shardings(plan.mesh, shapes)
-        self.abstract_state: State = jax.tree.map(
+        self.abstract_state: TrainState = jax.tree.map(
             lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), shapes, self.shardings
         )
 
@@ -52,18 +53,18 @@ class Layout:
         """Return a length of training in steps, at least one."""
         return max(1, length.in_steps(self.steps_per_epoch))
 
-    def init(self, params: Arrays, batch_stats: Arrays) -> State:
+    def init(self, params: Arrays, batch_stats: Arrays) -> TrainState:
         """Return the state before the first step of a model."""
-        return init_state(params, batch_stats, self.tx, ema=self.plan.config.optim.ema_decay > 0)
+        return init_state(Variables(params, batch_stats), self.tx, ema=self.plan.config.optim.ema_decay > 0)
 
-    def fresh(self) -> State:
+    def fresh(self) -> TrainState:
         """Return the state of step 0: initial values, or those of ``init_from``."""
         source = self.plan.config.init_from
         if source:
-            return jax.jit(self.init, out_shardings=self.shardings)(**self.plan.load(source)[0])
+            return jax.jit(self.init, out_shardings=self.shardings)(**self.plan.load(source)[0].asdict())
         return jax.jit(lambda: self.init(*split(self.plan.build_model())[1:]), out_shardings=self.shardings)()
 
-    def step(self) -> tuple[Callable[[State, Batch], State], tuple[State, Batch]]:
+    def step(self) -> tuple[Callable[[TrainState, Batch], TrainState], tuple[TrainState, Batch]]:
         """Return the train step and its abstract arguments, each with its place on the plan's mesh."""
         config = self.plan.config
         graphdef, params, batch_stats = self.plan.abstract

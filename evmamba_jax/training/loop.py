@@ -1,6 +1,7 @@
 """The training loop: evaluate, save, fetch, step, log, in this order, until the last step."""
 
 import contextlib
+import dataclasses
 import os
 import signal
 import time
@@ -24,7 +25,7 @@ from evmamba_jax.training.config import Config
 from evmamba_jax.training.layout import Layout
 from evmamba_jax.training.per_class import PER_CLASS, Tally, write_per_class
 from evmamba_jax.training.reporting import Reporter
-from evmamba_jax.training.step import State
+from evmamba_jax.training.state import TrainState
 from evmamba_jax.training.task import Task, told
 
 
@@ -57,14 +58,12 @@ def _evaluate_only(task: Task, workdir: Path) -> dict[str, float]:
             "weights or a folder of ours"
         )
     model, meta = task.load(source)
-    state = {"model": model}
-    if meta.get("ema"):
-        state["ema"], _ = task.load(source, ema=True)
+    ema = task.load(source, ema=True)[0] if meta.get("ema") else None
     if task.is_main:
         with storage_errors(workdir):  # found out now, not after the evaluation
             workdir.mkdir(parents=True, exist_ok=True)
     tally = Tally(task.mesh, task.num_classes)
-    figures = task.evaluate(jax.device_put(state, meshes.replicated(task.mesh)), tally=tally)
+    figures = task.evaluate(*jax.device_put((model, ema), meshes.replicated(task.mesh)), tally=tally)
     if task.is_main:
         counts, class_names = tally.fetch(), task.eval_source.class_names
         write_per_class(workdir, counts, class_names)
@@ -125,13 +124,13 @@ def _train(task: Task, workdir: Path) -> dict[str, float]:
                 _check_finite(task, state, checkpoints, report)
 
             if evaluate:
-                figures = task.evaluate(state, pictures_in=workdir if step == total else None)
+                figures = task.evaluate(state.model, state.ema, pictures_in=workdir if step == total else None)
                 evaluated = step
                 report.log_eval(step, figures)
             if save:
                 report.flush()
                 metrics = {"top1": max(figures["top1"], figures.get("ema_top1", 0.0))} if evaluated == step else None
-                checkpoints.save(step, state, meta=task.meta(step, figures, evaluated), metrics=metrics)
+                checkpoints.save(step, state.items(), meta=task.meta(step, figures, evaluated), metrics=metrics)
                 clock.restart()
             if stop:
                 checkpoints.wait()
@@ -147,7 +146,7 @@ def _train(task: Task, workdir: Path) -> dict[str, float]:
 
             if (step + 1) % log_every == 0 or step + 1 == total:
                 _check_finite(task, state, checkpoints, report)
-                window = {name: float(value) for name, value in jax.device_get(state["train"]["window"]).items()}
+                window = {name: float(value) for name, value in jax.device_get(state.window).items()}
                 metrics = {
                     "loss": window["loss"] / window["steps"],
                     "lr": float(np.asarray(layout.schedule(step))),
@@ -165,7 +164,7 @@ def _train(task: Task, workdir: Path) -> dict[str, float]:
     return figures
 
 
-def _compile(layout: Layout, report: Reporter) -> Callable[[State, dict[str, jax.Array]], State]:
+def _compile(layout: Layout, report: Reporter) -> Callable[[TrainState, dict[str, jax.Array]], TrainState]:
     """Return the compiled train step and report the time it took."""
     started = time.perf_counter()
     compiled = layout.lower().compile()
@@ -175,7 +174,7 @@ def _compile(layout: Layout, report: Reporter) -> Callable[[State, dict[str, jax
     return compiled
 
 
-def _restore_or_init(layout: Layout, checkpoints: Checkpoints, workdir: Path) -> tuple[int, State, dict[str, Any]]:
+def _restore_or_init(layout: Layout, checkpoints: Checkpoints, workdir: Path) -> tuple[int, TrainState, dict[str, Any]]:
     """Return step, state and meta: of the newest whole checkpoint, of ``init_from``, or of a fresh model."""
     stored = checkpoints.restore_meta()
     if stored is not None:
@@ -186,20 +185,23 @@ def _restore_or_init(layout: Layout, checkpoints: Checkpoints, workdir: Path) ->
                     f"config.{name} is {here}, but the run in {workdir} was started with {there}, on which the order "
                     f"of its data depends: set --config.{name}={there}, or choose another --workdir"
                 )
-    restored = checkpoints.restore(layout.abstract_state)
-    return restored or (0, layout.fresh(), {"figures": {}, "evaluated": None})
+    restored = checkpoints.restore(layout.abstract_state.items())
+    if restored is None:
+        return 0, layout.fresh(), {"figures": {}, "evaluated": None}
+    step, items, meta = restored
+    return step, TrainState.of_items(items), meta
 
 
-def _check_finite(task: Task, state: State, checkpoints: Checkpoints, report: Reporter) -> None:
+def _check_finite(task: Task, state: TrainState, checkpoints: Checkpoints, report: Reporter) -> None:
     """Stop the run at a loss or gradient that is not finite, with the state before it on disk."""
-    last = {name: float(value) for name, value in jax.device_get(state["train"]["last"]).items()}
+    last = {name: float(value) for name, value in jax.device_get(state.last).items()}
     bad = next((name for name, value in last.items() if not np.isfinite(value)), None)
     if bad is None:
         return
-    step = int(state["train"]["step"])
-    train = {**state["train"], "last": jax.tree.map(jnp.zeros_like, state["train"]["last"])}
+    step = int(state.step)
+    before = dataclasses.replace(state, last=jax.tree.map(jnp.zeros_like, state.last))
     report.flush()
-    checkpoints.save(step, {**state, "train": train}, meta=task.meta(step, {}, None))
+    checkpoints.save(step, before.items(), meta=task.meta(step, {}, None))
     checkpoints.wait()
     raise UserError(
         f"{bad} is {last[bad]} at step {step + 1}; the state before it, step {step}, is saved: "

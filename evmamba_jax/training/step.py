@@ -1,5 +1,6 @@
-"""The train state, and the two functions that are compiled: one optimizer step and one evaluation batch."""
+"""The two functions that are compiled: one optimizer step and one evaluation batch."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -8,25 +9,12 @@ import jax.numpy as jnp
 import optax
 from einops import rearrange
 
-from evmamba_jax.arrays import Arrays, merge, split
+from evmamba_jax.arrays import merge, split
 from evmamba_jax.data import device
 from evmamba_jax.training.config import Config
+from evmamba_jax.training.state import TrainState, Variables
 
-# {"model": {"params", "batch_stats"}, "ema": the same (only with a moving average), "train": optimizer and counters}
-State = dict[str, Any]
 Batch = dict[str, jax.Array]
-
-
-def init_state(params: Arrays, batch_stats: Arrays, tx, *, ema: bool) -> State:
-    """Return the state before the first step."""
-    model = {"params": params, "batch_stats": batch_stats}
-    train = {
-        "step": jnp.zeros((), jnp.int32),
-        "opt_state": tx.init(params),
-        "window": {name: jnp.zeros(()) for name in ("loss", "grad_norm", "corrupt", "steps")},
-        "last": {"loss": jnp.zeros(()), "grad_norm": jnp.zeros(())},
-    }
-    return {"model": model, "train": train} | ({"ema": jax.tree.map(jnp.copy, model)} if ema else {})
 
 
 def is_finite(numbers: dict[str, jax.Array]) -> jax.Array:
@@ -58,10 +46,10 @@ def make_train_step(
     num_classes: int,
     log_every: int,
     mesa_start: int = 0,
-) -> Callable[[State, Batch], State]:
+) -> Callable[[TrainState, Batch], TrainState]:
     """Return ``train_step(state, batch) -> state``.
 
-    ``state["train"]["window"]`` sums loss, gradient norm and passed-over records since the last log line; it belongs
+    ``state.window`` sums loss, gradient norm and passed-over records since the last log line; it belongs
     to the state so that a resumed run logs the same numbers. A step whose loss or gradient is not finite leaves its
     two numbers in ``last`` and changes nothing else, nor does any step after it: the state before it is kept exactly.
 
@@ -88,10 +76,10 @@ def make_train_step(
         """Return the weight of MESA's term and what the averaged model makes of the images, or None without MESA."""
         if not mesa:
             return None
-        begun = state["train"]["step"] >= mesa_start
+        begun = state.step >= mesa_start
 
         def predict():
-            model = merge(graphdef, **state["ema"])
+            model = merge(graphdef, **state.ema.asdict())
             model.eval()
             return model(images)
 
@@ -102,7 +90,7 @@ def make_train_step(
 
     def accumulated(state, images, targets, key):
         """Mean loss and gradient over the rounds of accumulation; batch statistics follow round by round."""
-        model, rounds = state["model"], config.accumulation
+        model, rounds = state.model, config.accumulation
         # Every device splits its own rows, so no image moves.
         rows = rearrange(images, "(b r) ... -> r b ...", r=rounds), rearrange(targets, "(b r) c -> r b c", r=rounds)
 
@@ -110,7 +98,7 @@ def make_train_step(
             loss_sum, grad_sum, batch_stats = carry
             index, images, targets = inputs
             (loss, batch_stats), grads = grad_fn(
-                model["params"],
+                model.params,
                 batch_stats,
                 images,
                 targets,
@@ -119,54 +107,48 @@ def make_train_step(
             )
             return (loss_sum + loss, jax.tree.map(jnp.add, grad_sum, grads), batch_stats), None
 
-        zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, model["params"]), model["batch_stats"]
+        zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, model.params), model.batch_stats
         (loss, grads, batch_stats), _ = jax.lax.scan(one_round, zeros, (jnp.arange(rounds), *rows))
         return loss / rounds, jax.tree.map(lambda g: g / rounds, grads), batch_stats
 
-    def train_step(state: State, batch: Batch) -> State:
-        model, train = state["model"], state["train"]
-        step = train["step"]
-        augment_key, drop_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), step))
+    def train_step(state: TrainState, batch: Batch) -> TrainState:
+        augment_key, drop_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))
         images, targets = device.train_augment(
             augment_key, batch["image"], batch["label"], config.data, num_classes=num_classes
         )
         images = images.astype(config.model.dtype)
         loss, grads, batch_stats = accumulated(state, images, targets, drop_key)
         grad_norm = optax.tree.norm(grads)
-        updates, opt_state = tx.update(grads, train["opt_state"], model["params"])
+        updates, opt_state = tx.update(grads, state.opt_state, state.model.params)
 
-        new = {"model": {"params": optax.apply_updates(model["params"], updates), "batch_stats": batch_stats}}
-        if "ema" in state:
+        params: Any = optax.apply_updates(state.model.params, updates)
+        model, ema = Variables(params, batch_stats), state.ema
+        if ema is not None:
             decay = config.optim.ema_decay
-            new["ema"] = jax.tree.map(lambda old, now: decay * old + (1 - decay) * now, state["ema"], new["model"])
-        new["train"] = {"step": step + 1, "opt_state": opt_state}
+            ema = jax.tree.map(lambda old, now: decay * old + (1 - decay) * now, ema, model)
         seen = {"loss": loss, "grad_norm": grad_norm}
         total = seen | {"corrupt": batch["corrupt"].sum(), "steps": 1}
-        opening = step % log_every == 0
-        new["train"]["window"] = {
-            name: jnp.where(opening, 0, train["window"][name]) + jnp.float32(value) for name, value in total.items()
-        }
+        opening = state.step % log_every == 0
+        window = {name: jnp.where(opening, 0, state.window[name]) + jnp.float32(value) for name, value in total.items()}
+        new = TrainState(model, ema, opt_state, state.step + 1, window, state.last, state.extra)
 
-        going = is_finite(train["last"])
+        going = is_finite(state.last)
         select = lambda condition, a, b: jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)  # noqa: E731
-        new["train"]["last"] = train["last"]
-        new = select(going & is_finite(seen), new, state)
-        new["train"]["last"] = select(going, seen, train["last"])
-        return new
+        return dataclasses.replace(select(going & is_finite(seen), new, state), last=select(going, seen, state.last))
 
     return train_step
 
 
-def make_eval_step(graphdef: Any, config: Config) -> Callable[[dict, Batch], tuple[dict, dict]]:
+def make_eval_step(graphdef: Any, config: Config) -> Callable[[Variables, Batch], tuple[dict, dict]]:
     """Return ``eval_step(variables, batch) -> (sums, answers)`` for a model in evaluation mode.
 
     ``sums``: loss, top1, top5 (weighted), weight and corrupt, each a scalar; ``answers``: the predicted class, its
     probability and the true class's rank (0 is the first), each (B,).
     """
 
-    def eval_step(variables: dict, batch: Batch) -> tuple[dict, dict]:
+    def eval_step(variables: Variables, batch: Batch) -> tuple[dict, dict]:
         images = device.normalize(batch["image"], config.data.mean, config.data.std, dtype=config.model.dtype)
-        model = merge(graphdef, variables["params"], variables["batch_stats"])
+        model = merge(graphdef, **variables.asdict())
         logits = model(images).astype(jnp.float32)
         labels, weight = batch["label"], batch["weight"]
         own = jnp.take_along_axis(logits, labels[:, None], axis=1)

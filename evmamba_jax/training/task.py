@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from evmamba_jax import __version__, create_model
-from evmamba_jax.arrays import Arrays, merge, split
+from evmamba_jax.arrays import merge, split
 from evmamba_jax.data import loader
 from evmamba_jax.data.sources import open_source
 from evmamba_jax.errors import UserError
@@ -23,6 +23,7 @@ from evmamba_jax.training import mesh as meshes
 from evmamba_jax.training import pictures
 from evmamba_jax.training.config import Config
 from evmamba_jax.training.per_class import Tally
+from evmamba_jax.training.state import Variables
 from evmamba_jax.training.step import make_eval_step
 from evmamba_jax.weights import load_weights
 
@@ -62,8 +63,8 @@ class Plan:
             **config.model.options,
         }
 
-    def load(self, source: str | os.PathLike[str], *, ema: bool = False) -> tuple[dict[str, Arrays], dict[str, Any]]:
-        """Return ``{"params", "batch_stats"}`` of a folder or file, checked against the model's shapes, and its meta.
+    def load(self, source: str | os.PathLike[str], *, ema: bool = False) -> tuple[Variables, dict[str, Any]]:
+        """Return the arrays of a folder or file, checked against the model's shapes, and its meta.
 
         Every process of the run reads for itself. Only training goes on from weights of another grid of patches, or for
         another number of classes, in place of whose head it takes the initial one.
@@ -75,7 +76,7 @@ class Plan:
         if head:
             initial = jax.jit(lambda: split(self.build_model()).params)
             params |= {path: array for path, array in initial().items() if path in head}
-        return {"params": params, "batch_stats": batch_stats}, meta
+        return Variables(params, batch_stats), meta
 
 
 class Task(Plan):
@@ -113,12 +114,18 @@ class Task(Plan):
         }
 
     def evaluate(
-        self, state: Mapping[str, Any], *, pictures_in: Path | None = None, tally: Tally | None = None
+        self,
+        model: Variables,
+        ema: Variables | None,
+        *,
+        pictures_in: Path | None = None,
+        tally: Tally | None = None,
     ) -> dict[str, float]:
-        """Evaluate ``state["model"]`` and, where there is one, ``state["ema"]`` on every example exactly once.
+        """Evaluate a model and, where there is one, its moving average on every example exactly once.
 
         Args:
-            state: ``{"params", "batch_stats"}`` under each of the two names.
+            model: its arrays.
+            ema: the same of the average.
             pictures_in: folder for predictions.png (of the moving average where there is one).
             tally: counts the answers by class.
 
@@ -126,7 +133,7 @@ class Task(Plan):
             ``top1``, ``top5`` (per cent) and ``eval_loss``, the same with ``ema_``, and ``examples``.
         """
         config = self.config
-        variants = [name for name in ("model", "ema") if name in state]
+        variants = {"model": model} | ({} if ema is None else {"ema": ema})
         totals: dict[str, dict[str, jax.Array]] = {}
         gallery = _Gallery() if pictures_in and self.is_main else None
         batches = loader.eval_batches(
@@ -140,9 +147,9 @@ class Task(Plan):
             for rows in batches:
                 batch = self.global_batch({k: rows[k] for k in ("image", "label", "weight", "corrupt")})
                 answers = {}
-                for name in variants:
+                for name, variables in variants.items():
                     with jax.set_mesh(self.mesh):  # kernels find their shards by it
-                        sums, answers = self.eval_step(state[name], batch)
+                        sums, answers = self.eval_step(variables, batch)
                     totals[name] = jax.tree.map(jnp.add, totals[name], sums) if name in totals else sums
                     if tally:
                         tally.add(name, batch, answers)

@@ -29,6 +29,7 @@ from evmamba_jax.training import mesh as meshes
 from evmamba_jax.training import task as tasks
 from evmamba_jax.training.layout import Layout
 from evmamba_jax.training.per_class import Counts, Tally, write_per_class
+from evmamba_jax.training.state import Variables
 from evmamba_jax.weights import from_torch
 from train_tpu import main
 
@@ -113,9 +114,9 @@ def test_padding_and_unreadable_images_do_not_count(monkeypatch, tmp_path, fsdp)
     task = tasks.Task(config)
     model = filled()
     _, params, batch_stats = split(model)
-    state = jax.device_put({"model": {"params": params, "batch_stats": batch_stats}}, meshes.replicated(task.mesh))
+    variables = jax.device_put(Variables(params, batch_stats), meshes.replicated(task.mesh))
     tally = Tally(task.mesh, 10)
-    figures = task.evaluate(state, tally=tally)
+    figures = task.evaluate(variables, None, tally=tally)
     assert (figures["examples"], figures["eval_corrupt"]) == (42, 3)
 
     (counts,) = tally.fetch().values()
@@ -141,9 +142,9 @@ def test_an_evaluation_without_a_readable_image_says_so(monkeypatch):
     config.data.on_corrupt = "skip"
     task = tasks.Task(config)
     _, params, batch_stats = split(filled())
-    state = jax.device_put({"model": {"params": params, "batch_stats": batch_stats}}, meshes.replicated(task.mesh))
+    variables = jax.device_put(Variables(params, batch_stats), meshes.replicated(task.mesh))
     with pytest.raises(UserError, match=r"not one of the 3 images of numbers, split all, can be read"):
-        task.evaluate(state)
+        task.evaluate(variables, None)
 
 
 def test_per_class_lines(tmp_path):
@@ -227,10 +228,10 @@ def test_training_starts_from_an_official_file(data_dir, pth):
     config.data.data_dir, config.init_from, config.mesh.fsdp = str(data_dir), str(pth), 2
     state = Layout(tasks.Task(config), 1437).fresh()
     _, params, batch_stats = split(filled())
-    for part in ("model", "ema"):
-        chex.assert_trees_all_equal(jax.device_get(state[part]), {"params": params, "batch_stats": batch_stats})
+    for part in (state.model, state.ema):
+        chex.assert_trees_all_equal(jax.device_get(part), Variables(params, batch_stats))
     np.testing.assert_array_equal(params["head.kernel"], weights_of(abstract())["classifier.head.weight"].T)
-    assert int(state["train"]["step"]) == 0
+    assert int(state.step) == 0
 
 
 def test_training_for_other_classes_starts_with_a_new_head(data_dir, tmp_path, caplog):
@@ -240,8 +241,8 @@ def test_training_for_other_classes_starts_with_a_new_head(data_dir, tmp_path, c
     task = tasks.Task(config)
     state = Layout(task, 1437).fresh()
     expected = weights_of(abstract(num_classes=1000))
-    for part in ("model", "ema"):
-        params = jax.device_get(state[part]["params"])
+    for part in (state.model, state.ema):
+        params = jax.device_get(part.params)
         assert params.keys() == task.abstract.params.keys()
         np.testing.assert_array_equal(params["norm.scale"], expected["classifier.norm.weight"])
         initial = split(task.build_model()).params
@@ -261,7 +262,7 @@ def test_training_goes_on_from_vims_file_of_another_grid_but_no_evaluation_does(
     config.data.data_dir, config.data.image_size = str(data_dir), 32
     task = tasks.Task(config)
     arrays, meta = task.load(tmp_path / "vim.pth")
-    assert arrays["params"]["pos_embed"].shape == (1, 2 * 2 + 1, 8)
+    assert arrays.params["pos_embed"].shape == (1, 2 * 2 + 1, 8)
     assert "position embedding resized from 4x4 to 2x2 patches" in caplog.text
     assert meta == {}
     config.eval_only = True

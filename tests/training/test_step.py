@@ -1,5 +1,6 @@
 """The compiled step: the same on every mesh, accumulation, moving average, refusal of what is not finite."""
 
+import dataclasses
 import functools
 
 import chex
@@ -18,7 +19,8 @@ from evmamba_jax.data.config import DataConfig
 from evmamba_jax.errors import UserError
 from evmamba_jax.training import mesh as meshes
 from evmamba_jax.training.config import Config, MeshConfig, ModelConfig, OptimConfig
-from evmamba_jax.training.step import init_state, make_eval_step, make_train_step
+from evmamba_jax.training.state import Variables, init_state
+from evmamba_jax.training.step import make_eval_step, make_train_step
 
 # Compiling takes far longer than the few steps of these tests.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -68,7 +70,7 @@ def observing():
 def compiled(config, start, mesh, tx=None, **options):
     """Return the step on a mesh and its first state."""
     tx = tx or optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, eps=1e-4))
-    make = lambda p, s: init_state(p, s, tx, ema=True)  # noqa: E731
+    make = lambda p, s: init_state(Variables(p, s), tx, ema=True)  # noqa: E731
     shardings = meshes.state_shardings(mesh, jax.eval_shape(make, *start[1:]))
     step = make_train_step(start.graphdef, tx, config, num_classes=CLASSES, log_every=2, **options)
     state = jax.device_put(make(*start[1:]), shardings)
@@ -85,8 +87,8 @@ def trained(step, state, mesh):
     losses = []
     for batch in batches(4):
         state = step(state, jax.device_put(batch, meshes.batch_sharding(mesh)))
-        losses.append(float(state["train"]["last"]["loss"]))
-    return losses, jax.device_get({name: state[name] for name in ("model", "ema")}), state
+        losses.append(float(state.last["loss"]))
+    return losses, jax.device_get((state.model, state.ema)), state
 
 
 def mesh_of(data, fsdp):
@@ -103,27 +105,27 @@ def test_every_mesh_gives_the_single_device_run(start, alone, shape):
     losses, final, state = trained(*compiled(configured(), start, mesh_of(*shape)), mesh_of(*shape))
     chex.assert_trees_all_close(losses, alone[0], rtol=1e-5)
     chex.assert_trees_all_close(final, alone[1], rtol=1e-4, atol=2e-5)
-    kernel = state["model"]["params"]["stages.2.blocks.0.pw1.kernel"]  # (64, 256)
+    kernel = state.model.params["stages.2.blocks.0.pw1.kernel"]  # (64, 256)
     expected = (64, 256 // shape[1])
     assert kernel.addressable_shards[0].data.shape == expected
-    moment = state["train"]["opt_state"][1][0].mu["stages.2.blocks.0.pw1.kernel"]
+    moment = state.opt_state[1][0].mu["stages.2.blocks.0.pw1.kernel"]
     assert moment.addressable_shards[0].data.shape == expected
 
 
 def test_the_run_did_change_the_model(start, alone):
-    moved = {name: float(jnp.abs(p - start.params[name]).max()) for name, p in alone[1]["model"]["params"].items()}
+    moved = {name: float(jnp.abs(p - start.params[name]).max()) for name, p in alone[1][0].params.items()}
     assert sum(distance > 1e-3 for distance in moved.values()) > 0.7 * len(moved)
     assert min(moved.values()) > 0
 
 
 def test_moving_average_follows_parameters_and_statistics(on_one_device):
     step, state = on_one_device
-    expected = jax.device_get(state["ema"])
+    expected = jax.device_get(state.ema)
     for batch in batches(3):
         state = step(state, batch)
-        now = jax.device_get(state["model"])
+        now = jax.device_get(state.model)
         expected = jax.tree.map(lambda e, n: 0.9 * e + 0.1 * n, expected, now)
-    chex.assert_trees_all_close(jax.device_get(state["ema"]), expected, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(jax.device_get(state.ema), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_accumulation_averages_gradients_of_the_rounds(start):
@@ -132,7 +134,7 @@ def test_accumulation_averages_gradients_of_the_rounds(start):
     step, state = compiled(config, start, mesh_of(1, 1), observing())
     batch = next(batches(1))
     state = step(state, batch)
-    kept = state["train"]["opt_state"]["seen"]
+    kept = state.opt_state["seen"]
 
     augment_key, drop_key = jax.random.split(jax.random.fold_in(jax.random.key(3), 0))
     images, targets = device.train_augment(augment_key, batch["image"], batch["label"], config.data, CLASSES)
@@ -151,7 +153,7 @@ def test_accumulation_averages_gradients_of_the_rounds(start):
         grads, stats = gradient(stats, images[i::2], targets[i::2], jax.random.fold_in(drop_key, i))
         total = jax.tree.map(lambda t, g: t + g / 2, total, grads)
     chex.assert_trees_all_close(kept, total, rtol=2e-3, atol=1e-5)
-    chex.assert_trees_all_close(state["model"]["batch_stats"], stats, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(state.model.batch_stats, stats, rtol=1e-4, atol=1e-5)
 
 
 def test_mesa_learns_from_the_averaged_model_once_it_begins(start):
@@ -160,7 +162,8 @@ def test_mesa_learns_from_the_averaged_model_once_it_begins(start):
     step, state = compiled(config, start, mesh_of(2, 1), observing(), mesa_start=1)
     rng = np.random.default_rng(1)
     averaged = {name: p + 0.05 * rng.normal(size=p.shape).astype(np.float32) for name, p in start.params.items()}
-    state["ema"] = jax.device_put({**state["ema"], "params": averaged}, meshes.replicated(mesh_of(2, 1)))
+    ema = jax.device_put(Variables(averaged, state.ema.batch_stats), meshes.replicated(mesh_of(2, 1)))
+    state = dataclasses.replace(state, ema=ema)
     batch = next(batches(1))
     augment_key, drop_key = jax.random.split(jax.random.fold_in(jax.random.key(3), 1))
     images, targets = device.train_augment(augment_key, batch["image"], batch["label"], config.data, CLASSES)
@@ -176,17 +179,15 @@ def test_mesa_learns_from_the_averaged_model_once_it_begins(start):
         loss = -(targets * jax.nn.log_softmax(logits)).sum(1).mean()
         return loss + weight * 50 * (q * (np.log(q) - jax.nn.log_softmax(logits / 3))).sum(1).mean()
 
-    state["train"]["step"] = state["train"]["step"] + 1
-    after = step(state, batch)
+    after = step(dataclasses.replace(state, step=state.step + 1), batch)
     loss, gradient = expected(start.params, 0.7)
-    np.testing.assert_allclose(after["train"]["last"]["loss"], loss, rtol=1e-5)
+    np.testing.assert_allclose(after.last["loss"], loss, rtol=1e-5)
     assert loss > 1.05 * expected(start.params, 0.0)[0]
-    chex.assert_trees_all_close(after["train"]["opt_state"]["seen"], gradient, rtol=2e-3, atol=2e-5)
+    chex.assert_trees_all_close(after.opt_state["seen"], gradient, rtol=2e-3, atol=2e-5)
 
-    state["train"]["step"] = state["train"]["step"] - 1
-    first = float(step(state, batch)["train"]["last"]["loss"])
-    state["ema"] = jax.tree.map(jnp.zeros_like, state["ema"])
-    assert float(step(state, batch)["train"]["last"]["loss"]) == first  # before it begins the average does not matter
+    first = float(step(state, batch).last["loss"])
+    state = dataclasses.replace(state, ema=jax.tree.map(jnp.zeros_like, state.ema))
+    assert float(step(state, batch).last["loss"]) == first  # before it begins the average does not matter
 
 
 def test_a_step_that_is_not_finite_changes_nothing(on_one_device):
@@ -194,21 +195,22 @@ def test_a_step_that_is_not_finite_changes_nothing(on_one_device):
     good, bad, after = batches(3)
     state = step(state, good)
     before = jax.device_get(state)
-    poisoned = {**state, "model": {**state["model"], "params": dict(state["model"]["params"])}}
-    poisoned["model"]["params"]["head.bias"] = state["model"]["params"]["head.bias"].at[0].set(jnp.inf)
+    bias = state.model.params["head.bias"]
+    poisoned = with_bias(state, bias.at[0].set(jnp.inf))
     broken = step(poisoned, bad)
-    assert not np.isfinite(broken["train"]["last"]["loss"])
-    assert int(broken["train"]["step"]) == 1
+    assert not np.isfinite(broken.last["loss"])
+    assert int(broken.step) == 1
     later = step(broken, after)  # nor do the steps after it
     for state in (broken, later):
-        state = jax.device_get(state)
-        state["model"]["params"]["head.bias"] = before["model"]["params"]["head.bias"]
-        last, old_last = state["train"].pop("last"), dict(before["train"])["last"]
-        assert not np.isfinite(last["loss"])
-        assert np.isfinite(old_last["loss"])
-        chex.assert_trees_all_equal(
-            state, {**before, "train": {k: v for k, v in before["train"].items() if k != "last"}}
-        )
+        state = with_bias(jax.device_get(state), before.model.params["head.bias"])
+        assert not np.isfinite(state.last["loss"])
+        assert np.isfinite(before.last["loss"])
+        chex.assert_trees_all_equal(dataclasses.replace(state, last=before.last), before)
+
+
+def with_bias(state, bias):
+    params = {**state.model.params, "head.bias": bias}
+    return dataclasses.replace(state, model=dataclasses.replace(state.model, params=params))
 
 
 def test_the_window_sums_since_the_last_log_line(on_one_device):
@@ -216,10 +218,10 @@ def test_the_window_sums_since_the_last_log_line(on_one_device):
     losses = []
     for index, batch in enumerate(batches(5)):
         state = step(state, batch)
-        losses.append(float(state["train"]["last"]["loss"]))
+        losses.append(float(state.last["loss"]))
         since = losses[index - index % 2 :]
-        np.testing.assert_allclose(state["train"]["window"]["loss"], sum(since), rtol=1e-6)
-        assert int(state["train"]["window"]["steps"]) == len(since)
+        np.testing.assert_allclose(state.window["loss"], sum(since), rtol=1e-6)
+        assert int(state.window["steps"]) == len(since)
 
 
 def test_evaluation_counts_by_weight(start):
@@ -227,7 +229,7 @@ def test_evaluation_counts_by_weight(start):
     graphdef, params, stats = split(create_model("evmamba_t", rngs=nnx.Rngs(0), **OPTIONS))
     batch = next(batches(1)) | {"weight": np.float32([1] * 11 + [0] * 5)}
     evaluate = jit(make_eval_step(graphdef, config))
-    sums, answers = evaluate({"params": params, "batch_stats": stats}, batch)
+    sums, answers = evaluate(Variables(params, stats), batch)
     images = (batch["image"] / 255.0 - np.array(config.data.mean)) / np.array(config.data.std)
     logits = np.asarray(jit(merge(graphdef, params, stats).__call__)(jnp.float32(images)), np.float64)
     order = np.argsort(-logits, axis=1, kind="stable")
@@ -241,9 +243,8 @@ def test_evaluation_counts_by_weight(start):
     np.testing.assert_array_equal(answers["prediction"], order[:, 0])
     np.testing.assert_array_equal(answers["rank"], (order == labels[:, None]).argmax(1))
 
-    broken = {"params": {**params, "head.bias": params["head.bias"].at[0].set(jnp.nan)}, "batch_stats": stats}
-    broken["params"]["head.kernel"] = params["head.kernel"] * jnp.nan
-    sums, _ = evaluate(broken, batch)
+    broken = {name: params[name] * jnp.nan for name in ("head.kernel", "head.bias")}
+    sums, _ = evaluate(Variables({**params, **broken}, stats), batch)
     assert (float(sums["top1"]), float(sums["top5"])) == (0, 0)  # not every one, though nothing scores higher than NaN
 
 
