@@ -18,21 +18,21 @@ ROWS = {
     "storage": "errors",
     "arrays": "errors",
     "ops": "pallas_kernels",
-    "checkpoint": "errors storage",
+    "checkpoints": "errors storage",
     "layers": "errors ops pallas_kernels",
     "data": "cli errors",
-    "models": "arrays checkpoint cli errors layers pallas_kernels",
+    "models": "arrays checkpoints cli errors layers pallas_kernels",
     "evmamba_jax": "models",
     "analysis": "arrays cli errors layers models pallas_kernels",
-    "weights": "arrays checkpoint cli errors layers models",
-    "training": "arrays checkpoint data errors evmamba_jax models storage weights",
-    "predict": "arrays checkpoint cli data errors models storage training weights",
+    "weights": "arrays checkpoints cli errors layers models",
+    "training": "arrays checkpoints data errors evmamba_jax models storage weights",
+    "predict": "arrays checkpoints cli data errors models storage training weights",
     "preflight": "cli data errors pallas_kernels training",
     "configs": "data errors training",
     "train_tpu": "cli training",
     "benchmarks": """analysis arrays configs data errors evmamba_jax layers models pallas_kernels pallas_kernels.gpu
                      pallas_kernels.tpu preflight training weights""",
-    "tests": """analysis arrays benchmarks checkpoint cli configs data errors evmamba_jax layers models ops
+    "tests": """analysis arrays benchmarks checkpoints cli configs data errors evmamba_jax layers models ops
                 pallas_kernels pallas_kernels.gpu pallas_kernels.tpu predict preflight storage train_tpu training
                 weights""",
 }

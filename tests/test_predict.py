@@ -19,7 +19,7 @@ from PIL import Image
 
 from evmamba_jax import predict
 from evmamba_jax.arrays import fill, split
-from evmamba_jax.checkpoint import Checkpoints, save_model
+from evmamba_jax.checkpoints import Checkpoints, save_model
 from evmamba_jax.data.config import DataConfig
 from evmamba_jax.data.imagenet import imagenet_classes
 from evmamba_jax.data.transforms import eval_image

@@ -101,9 +101,9 @@ def load_pretrained(
         UserError: a checkpoint that is missing, or of another model, other shapes or, without ``new_head``, another
             number of classes.
     """
-    from evmamba_jax import checkpoint
+    from evmamba_jax import checkpoints
 
-    params, batch_stats, meta = checkpoint.load_model(directory, ema=ema)
+    params, batch_stats, meta = checkpoints.load_model(directory, ema=ema)
     given_name, model_name = f"checkpoint {directory}", f"model {name}"
     classes = params["head.bias"].size if "head.bias" in params else None
     model = for_classes(model, classes, given_name, model_name, new_head=new_head)

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from evmamba_jax import checkpoint
+from evmamba_jax import checkpoints
 from evmamba_jax.arrays import Arrays, fill, split
 from evmamba_jax.errors import UserError
 from evmamba_jax.models import abstract_model, create_model
@@ -192,7 +192,7 @@ def convert_file(
     from_torch(model, load_torch_file(torch_file, key=key))
     _, params, batch_stats = split(model)
     meta = {"model": model_name, "options": options, "converted_from": Path(torch_file).name, "key": key}
-    checkpoint.save_model(folder, params=params, batch_stats=batch_stats, meta=meta)
+    checkpoints.save_model(folder, params=params, batch_stats=batch_stats, meta=meta)
 
 
 def export_file(directory: str | PathLike[str], model_name: str, out: str | PathLike[str], **options: Any) -> None:

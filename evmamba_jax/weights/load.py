@@ -7,7 +7,7 @@ import numpy as np
 from etils import epath
 
 from evmamba_jax.arrays import fill, merge, split
-from evmamba_jax.checkpoint import load_meta
+from evmamba_jax.checkpoints import load_meta
 from evmamba_jax.errors import UserError
 from evmamba_jax.models import abstract_model
 from evmamba_jax.models.registry import for_classes, load_pretrained

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from evmamba_jax import checkpoint, create_model
+from evmamba_jax import checkpoints, create_model
 from evmamba_jax.arrays import merge, split
 from evmamba_jax.errors import UserError
 from evmamba_jax.models import abstract_model
@@ -410,7 +410,7 @@ def saved(tmp_path_factory):
     """Return the parameters of a small model for images of 64x64, and the folder they are saved in."""
     _, params, stats = split(create_model("vim_t", **SMALL_BLOCKS, image_size=64, num_classes=3))
     folder = tmp_path_factory.mktemp("vim") / "saved"
-    checkpoint.save_model(folder, params=params, batch_stats=stats, meta={})
+    checkpoints.save_model(folder, params=params, batch_stats=stats, meta={})
     return params, folder
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from command import TINY, environment
 
-from evmamba_jax.checkpoint import Checkpoints, load_model
+from evmamba_jax.checkpoints import Checkpoints, load_model
 
 # What a run restores knows of no layer, and these tests start some thirty: the model that starts fastest will do.
 # test_end_to_end.py kills and resumes one with a scan.

@@ -11,7 +11,7 @@ import optax
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from evmamba_jax.checkpoint import Checkpoints
+from evmamba_jax.checkpoints import Checkpoints
 from evmamba_jax.training.mesh import state_shardings
 from evmamba_jax.training.state import TrainState, Variables, init_state
 

@@ -13,7 +13,7 @@ from official_weights import manifest, weights, weights_of
 from recorded import MODELS, abstract, facts
 from safetensors.numpy import load_file, save_file
 
-from evmamba_jax import checkpoint, create_model, list_models
+from evmamba_jax import checkpoints, create_model, list_models
 from evmamba_jax.arrays import split
 from evmamba_jax.errors import UserError
 from evmamba_jax.models import abstract_model
@@ -84,7 +84,7 @@ def test_a_backbone_takes_its_own_weights_and_those_of_a_classifier():
 
 def test_a_backbone_reads_the_checkpoint_of_a_classifier(tmp_path):
     _, params, batch_stats = split(create_model("evmamba_t", **SMALL))
-    checkpoint.save_model(tmp_path / "saved", params=params, batch_stats=batch_stats, meta={})
+    checkpoints.save_model(tmp_path / "saved", params=params, batch_stats=batch_stats, meta={})
     backbone = create_model("evmamba_t", **SMALL, out_norms=True, pretrained=tmp_path / "saved")
     arrays = arrays_of(backbone)
     shared = {path for path in params if not path.startswith(("norm.", "head."))}
@@ -245,7 +245,7 @@ def test_the_command_makes_a_checkpoint_that_create_model_reads(tiny_file, tmp_p
     from_torch(direct, weights(facts(MODELS["evmamba_t"])["state_dict"]))
     restored = create_model("evmamba_t", pretrained=out)
     chex.assert_trees_all_equal(arrays_of(restored), arrays_of(direct))
-    assert checkpoint.load_model(out)[2] == {
+    assert checkpoints.load_model(out)[2] == {
         "model": "evmamba_t",
         "options": {},
         "converted_from": tiny_file.name,

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from official_weights import save_pth, weights_of
 
-from evmamba_jax import checkpoint
+from evmamba_jax import checkpoints
 from evmamba_jax.arrays import split
 from evmamba_jax.errors import UserError
 from evmamba_jax.models import abstract_model
@@ -32,7 +32,7 @@ def test_a_file_and_a_folder_give_the_same(name, tmp_path):
     from_torch(converted, official)
     _, params, batch_stats = split(converted)
     meta = {"model": name, "options": {**SMALL[name], "num_classes": 5}}
-    checkpoint.save_model(tmp_path / "folder", params=params, batch_stats=batch_stats, meta=meta)
+    checkpoints.save_model(tmp_path / "folder", params=params, batch_stats=batch_stats, meta=meta)
 
     from_file, from_folder = (load_weights(model, tmp_path / place, name) for place in ("file.pth", "folder"))
     chex.assert_trees_all_equal(from_file[:2], from_folder[:2], (params, batch_stats))
@@ -55,7 +55,7 @@ def test_weights_for_other_classes_come_without_their_head_on_request_only(name,
     from_torch(model, official)
     _, params, batch_stats = split(model)
     meta = {"model": name, "options": {**SMALL[name], "num_classes": 5}}
-    checkpoint.save_model(tmp_path / "folder", params=params, batch_stats=batch_stats, meta=meta)
+    checkpoints.save_model(tmp_path / "folder", params=params, batch_stats=batch_stats, meta=meta)
     rest = {path: array for path, array in params.items() if not path.startswith("head.")}
     assert params.keys() - rest.keys() == {"head.kernel", "head.bias"}
 
@@ -83,7 +83,7 @@ def test_a_folder_that_names_no_model_needs_a_name(tmp_path):
     model = abstract_model("evmamba_t", **SMALL["evmamba_t"], num_classes=5)
     from_torch(model, weights_of(model))
     _, params, batch_stats = split(model)
-    checkpoint.save_model(tmp_path / "folder", params=params, batch_stats=batch_stats, meta={})
+    checkpoints.save_model(tmp_path / "folder", params=params, batch_stats=batch_stats, meta={})
     with pytest.raises(UserError, match="folder does not say which model it is of; name it, e.g. --model evmamba_t"):
         open_model(tmp_path / "folder")
     with pytest.raises(UserError, match="folder has 5 classes and model evmamba_t has 1000; the two must be the same"):

@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from evmamba_jax.checkpoint import Checkpoints, load_model, save_model
+from evmamba_jax.checkpoints import Checkpoints, load_model, save_model
 from evmamba_jax.errors import UserError
 
 TX = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, mask={"head.kernel": True, "norm.scale": False}))
@@ -122,6 +122,19 @@ def test_keeps_the_last_and_the_best(tmp_path):
         checkpoints.save(7, make_items(7), meta={}, metrics={"top1": 95.0})
         assert checkpoints.steps() == [2, 7]
         assert checkpoints.best_step() == 7
+
+
+def test_the_best_by_another_metric_of_which_less_is_better(tmp_path):
+    chosen = {"keep_last": 1, "keep_best": 1, "best_metric": "loss", "higher": False}
+    with Checkpoints(tmp_path, **chosen) as checkpoints:
+        for step, loss in enumerate([3.0, 2.0, float("nan"), 2.0], start=1):
+            checkpoints.save(step, {"masks": {"x": jnp.ones(2)}}, meta={}, metrics={"loss": loss, "top1": step})
+        assert checkpoints.steps() == [2, 4]
+        assert checkpoints.best_step() == 2
+    with Checkpoints(tmp_path, **chosen) as checkpoints:  # read back from disk
+        assert checkpoints.best_step() == 2
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.best_step() == 4
 
 
 def test_no_metrics_no_best(tmp_path):
@@ -268,7 +281,7 @@ def test_another_model_is_an_error_and_not_damage(tmp_path):
 CHILD = """
 import sys
 import jax.numpy as jnp
-from evmamba_jax.checkpoint import Checkpoints
+from evmamba_jax.checkpoints import Checkpoints
 items = {"model": {"params": {f"w{i}": jnp.arange(20_000.0) + i for i in range(20)}, "batch_stats": {}}}
 with Checkpoints(sys.argv[1], keep_last=1, keep_best=1) as checkpoints:
     start = max(checkpoints.steps(), default=0)
@@ -324,7 +337,7 @@ def test_a_disk_that_fills_up_is_one_line_and_loses_nothing(tmp_path):
     code = """
 import resource, sys
 import jax
-from evmamba_jax.checkpoint import Checkpoints
+from evmamba_jax.checkpoints import Checkpoints
 from evmamba_jax.errors import UserError
 small, large = ({"model": {"x": jax.random.normal(jax.random.key(0), (n,))}} for n in (10, 200_000))
 try:
@@ -349,7 +362,7 @@ def test_nothing_of_orbax_reaches_the_terminal(tmp_path):
 import sys
 from absl import app
 import jax.numpy as jnp
-from evmamba_jax.checkpoint import Checkpoints, load_model
+from evmamba_jax.checkpoints import Checkpoints, load_model
 def main(argv):
     with Checkpoints(argv[1]) as checkpoints:
         checkpoints.save(1, {"model": {"params": {"x": jnp.ones(3)}, "batch_stats": {}}}, meta={})
