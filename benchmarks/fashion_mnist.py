@@ -24,9 +24,9 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from evmamba_jax.data.sources import open_source
+from evmamba_jax.reports.drawing import BLUE, GREY, ORANGE
+from evmamba_jax.reports.writer import METRICS, read_rows
 from evmamba_jax.training import Config, parse_command
-from evmamba_jax.training.pictures import BLUE, GREY, ORANGE
-from evmamba_jax.training.reporting import METRICS, read_rows
 
 ROOT = Path(__file__).parent.parent
 CONFIG = str(ROOT / "configs/fashion_mnist.py")

@@ -33,10 +33,10 @@ from torch.nn import functional as F
 from evmamba_jax.arrays import fill, merge, split
 from evmamba_jax.data import device, loader
 from evmamba_jax.data.sources import open_source
+from evmamba_jax.reports.writer import Reporter
 from evmamba_jax.training import parse_command
 from evmamba_jax.training.config import Config
 from evmamba_jax.training.layout import Layout
-from evmamba_jax.training.reporting import Reporter
 from evmamba_jax.training.task import Task
 from evmamba_jax.weights import to_torch
 from pallas_kernels import selective_scan

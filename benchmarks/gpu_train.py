@@ -40,7 +40,7 @@ SIDE, CLASSES, EXAMPLES = 224, 1000, 1_281_167
 WARM_UP, GROUP = 3, 5
 DEVICE = "cuda"  # of PyTorch
 # Modules of ours for what nothing here does, with stand-ins in their place: so their libraries need not be installed.
-UNUSED = ("data.loader", "data.sources", "training.command", "training.loop", "training.pictures")
+UNUSED = ("data.loader", "data.sources", "training.command", "training.loop", "reports.predictions")
 LEARNING_RATE, DECAY, DROP_PATH, CLIP, AVERAGE = 1e-7, 0.04, 0.1, 1.0, 0.9999  # the first step's, as the config has it
 MODULE = "classification/models/vmamba_efficient.py"
 

@@ -26,8 +26,8 @@ from evmamba_jax.data.imagenet import imagenet_classes
 from evmamba_jax.data.transforms import eval_crop
 from evmamba_jax.errors import UserError
 from evmamba_jax.models import model_card
+from evmamba_jax.reports.predictions import guesses
 from evmamba_jax.storage import storage_errors
-from evmamba_jax.training import pictures
 from evmamba_jax.weights import open_model
 
 BATCH = 32  # images that the model sees at a time
@@ -193,7 +193,7 @@ def _predict(args: argparse.Namespace) -> None:
             print(f"  {shares[k]:7.2%}  {k:>4}" + (f"  {names[k]}" if names[k] != str(k) else ""))
     drawn = slice(DRAWN)
     titles = [Path(path).name for path in args.images]
-    pictures.guesses(args.out, images[drawn], titles[drawn], probabilities[drawn], names, args.top)
+    guesses(args.out, images[drawn], titles[drawn], probabilities[drawn], names, args.top)
     print(f"{args.out} shows " + ("them" if len(images) <= DRAWN else f"the first {DRAWN}"))
 
 

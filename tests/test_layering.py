@@ -25,16 +25,17 @@ ROWS = {
     "evmamba_jax": "models",
     "analysis": "arrays cli errors layers models pallas_kernels",
     "weights": "arrays checkpoints cli errors layers models",
-    "training": "arrays checkpoints data errors evmamba_jax models storage weights",
-    "predict": "arrays checkpoints cli data errors models storage training weights",
+    "reports": "storage",
+    "training": "arrays checkpoints data errors evmamba_jax models reports storage weights",
+    "predict": "arrays checkpoints cli data errors models reports storage training weights",
     "preflight": "cli data errors pallas_kernels training",
     "configs": "data errors training",
     "train_tpu": "cli training",
     "benchmarks": """analysis arrays configs data errors evmamba_jax layers models pallas_kernels pallas_kernels.gpu
-                     pallas_kernels.tpu preflight training weights""",
+                     pallas_kernels.tpu preflight reports training weights""",
     "tests": """analysis arrays benchmarks checkpoints cli configs data errors evmamba_jax layers models ops
-                pallas_kernels pallas_kernels.gpu pallas_kernels.tpu predict preflight storage train_tpu training
-                weights""",
+                pallas_kernels pallas_kernels.gpu pallas_kernels.tpu predict preflight reports storage train_tpu
+                training weights""",
 }
 TREES = ("pallas_kernels", "evmamba_jax", "configs", "benchmarks", "tests")
 

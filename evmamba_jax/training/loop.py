@@ -18,14 +18,16 @@ from evmamba_jax.checkpoints import Checkpoints
 from evmamba_jax.data import loader
 from evmamba_jax.data.sources import open_source
 from evmamba_jax.errors import UserError
+from evmamba_jax.reports.confusion import CONFUSION, confusion
+from evmamba_jax.reports.curves import curves
+from evmamba_jax.reports.per_class import PER_CLASS, write_per_class
+from evmamba_jax.reports.writer import Reporter
 from evmamba_jax.storage import storage_errors
 from evmamba_jax.training import mesh as meshes
-from evmamba_jax.training import pictures
 from evmamba_jax.training.config import Config
 from evmamba_jax.training.layout import Layout
-from evmamba_jax.training.per_class import PER_CLASS, Tally, write_per_class
-from evmamba_jax.training.reporting import Reporter
 from evmamba_jax.training.state import TrainState
+from evmamba_jax.training.tally import Tally
 from evmamba_jax.training.task import Task, told
 
 
@@ -71,8 +73,8 @@ def _evaluate_only(task: Task, workdir: Path) -> dict[str, float]:
         if task.config.confusion:
             best = "ema" if "ema" in counts else "model"
             whose = f"{task.config.model.name} of {source}" + (", moving average" if best == "ema" else "")
-            pictures.confusion(workdir, counts[best].confusion, class_names, whose)
-            written += f" and {pictures.CONFUSION}"
+            confusion(workdir, counts[best].confusion, class_names, whose)
+            written += f" and {CONFUSION}"
         print(f"{task.config.model.name} of {source} on {task.config.data.name}: {told(figures)}; see {written}")
     return figures
 
@@ -159,7 +161,7 @@ def _train(task: Task, workdir: Path) -> dict[str, float]:
 
         checkpoints.wait()
         if task.is_main:
-            pictures.curves(workdir)
+            curves(workdir, "top1", "top-1 on the test images (%)")
         report.summary(f"{config.model.name} on {config.data.name}, step {total}: {told(figures)}; see {workdir}")
     return figures
 

@@ -19,12 +19,12 @@ from evmamba_jax.data import loader
 from evmamba_jax.data.sources import open_source
 from evmamba_jax.errors import UserError
 from evmamba_jax.models import abstract_model
+from evmamba_jax.reports.predictions import predictions
 from evmamba_jax.training import mesh as meshes
-from evmamba_jax.training import pictures
 from evmamba_jax.training.config import Config
-from evmamba_jax.training.per_class import Tally
 from evmamba_jax.training.state import Variables
 from evmamba_jax.training.step import make_eval_step
+from evmamba_jax.training.tally import Tally
 from evmamba_jax.weights import load_weights
 
 PICTURED = 64  # examples in predictions.png
@@ -197,8 +197,8 @@ class _Gallery:
     def draw(self, folder: Path, class_names: tuple[str, ...]) -> None:
         """Draw the picture."""
         chosen = (self.wrong + self.right)[:PICTURED]
-        images, labels, predictions, probabilities = (np.stack(column) for column in zip(*chosen, strict=True))
-        pictures.predictions(folder, images, labels, predictions, probabilities, class_names)
+        images, labels, predicted, probabilities = (np.stack(column) for column in zip(*chosen, strict=True))
+        predictions(folder, images, labels, predicted, probabilities, class_names)
 
 
 def told(figures: Mapping[str, float]) -> str:

@@ -24,12 +24,13 @@ from evmamba_jax.data.builders import Digits
 from evmamba_jax.data.sources import Source, prepare
 from evmamba_jax.errors import UserError
 from evmamba_jax.models import abstract_model
+from evmamba_jax.reports.per_class import Counts, write_per_class
 from evmamba_jax.training import loop
 from evmamba_jax.training import mesh as meshes
 from evmamba_jax.training import task as tasks
 from evmamba_jax.training.layout import Layout
-from evmamba_jax.training.per_class import Counts, Tally, write_per_class
 from evmamba_jax.training.state import Variables
+from evmamba_jax.training.tally import Tally
 from evmamba_jax.weights import from_torch
 from train_tpu import main
 
