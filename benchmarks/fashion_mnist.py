@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from lib.report import Report
 from matplotlib.figure import Figure
 from scipy import stats
 
@@ -68,14 +69,12 @@ def draw(runs: dict[str, list[Rows]], path: Path) -> None:
     figure.savefig(path, format="png")
 
 
-def spread(values: np.ndarray) -> str:
+def spread(values: np.ndarray) -> float | list[float]:
     """Return mean and, where there are several, standard deviation."""
-    if len(values) == 1:
-        return f"{values[0]:.2f}"
-    return f"{values.mean():.2f} ± {values.std(ddof=1):.2f}"
+    return float(values[0]) if len(values) == 1 else [float(values.mean()), float(values.std(ddof=1))]
 
 
-def verdict(ours: np.ndarray, official: np.ndarray) -> list[str]:
+def verdict(ours: np.ndarray, official: np.ndarray) -> str:
     """Return what the last accuracies (seeds,) of both sides say."""
     n = len(ours)
     difference = ours.mean() - official.mean()
@@ -83,18 +82,17 @@ def verdict(ours: np.ndarray, official: np.ndarray) -> list[str]:
     test = stats.ttest_ind(ours, official, equal_var=False)
     low, high = test.confidence_interval(0.95)
     beyond = "beyond" if low > 0 or high < 0 else "within"
-    return [
+    return (
         f"Ours minus official: {difference:+.2f} points with a standard error of {error:.2f}, that is "
         f"{difference / error:+.1f} standard errors; Welch's test gives p = {test.pvalue:.2f} and a 95 % interval of "
-        f"{low:+.2f} to {high:+.2f}. The difference is {beyond} the noise of the seeds.",
-        "",
+        f"{low:+.2f} to {high:+.2f}. The difference is {beyond} the noise of the seeds.\n\n"
         f"{n} seeds a side are few: a true difference smaller than about {(high - low) / 2:.1f} points, half of that "
-        "interval, would not have been told from none.",
-    ]
+        "interval, would not have been told from none."
+    )
 
 
-def report(check: dict, runs: dict[str, list[Rows]], config: Config, examples: int, flags: list[str]) -> str:
-    """Return the results of the seeds that both sides have ended, as markdown."""
+def write(check: dict, runs: dict[str, list[Rows]], config: Config, examples: int, flags: list[str], out: Path) -> None:
+    """Write the results of the seeds that both sides have ended."""
     batch = config.batch_size
     seeds = len(runs["ours"])
     curves = {side: series(rows, "top1") for side, rows in runs.items()}
@@ -102,63 +100,47 @@ def report(check: dict, runs: dict[str, list[Rows]], config: Config, examples: i
     last = {side: values[:, -1] for side, (_, values) in curves.items()}
     losses = {side: series(rows, "eval_loss")[1][:, -1] for side, rows in runs.items()}
     names = [label for label, _ in SIDES.values()]
-    lines = [
-        "# Fashion-MNIST, ours and the official code",
-        "",
-        f"{check['machine']}.",
-        "",
+    mean = "{:.2f}" if seeds == 1 else "{:.2f} ± {:.2f}"
+    report = Report("Fashion-MNIST, ours and the official code", out, **check["environment"])
+    report.text(
         f"`{' '.join(['python benchmarks/fashion_mnist.py --official EfficientVMamba', *flags])}`, with "
-        "TerryPei/EfficientVMamba at the commit that `evmamba_jax/models/efficientvmamba.py` names.",
-        "",
+        "TerryPei/EfficientVMamba at the commit that `evmamba_jax/models/efficientvmamba.py` names."
+    )
+    report.text(
         f"One recipe, `configs/fashion_mnist.py`: EfficientVMamba of width {config.model.options['width']}, one block "
         f"a stage, {check['parameters']} parameters, float32; {config.duration.epochs:g} epochs of the {examples} "
         f"training images in batches of {batch}. Both sides see the same arrays in the same order and the same "
         "learning rate at every step; each has its own initial values and drop path, and its own framework's AdamW "
         "and clipping. The official modules run unchanged but for the CUDA kernel of the scan, in whose place "
-        "`benchmarks/fashion_mnist_official.py` puts its formulas.",
-        "",
-        "## The same model and recipe",
-        "",
-        "| from equal weights | largest difference |",
-        "| --- | ---: |",
-        f"| the scan in PyTorch against `pallas_kernels`, output and gradients, relative | {check['scan']:.1e} |",
-        f"| logits of {batch} test images after {check['steps']} steps, weights through `to_torch` | "
-        f"{check['logits']:.1e} |",
-        f"| loss in each of {check['steps']} steps of training, both sides on their own | {check['loss']:.1e} |",
-        f"| norm of the gradient in them, relative | {check['grad_norm']:.1e} |",
-        f"| weights and running statistics after them, of all tensors the worst, relative | {check['weights']:.1e} |",
-        "",
+        "`benchmarks/fashion_mnist_official.py` puts its formulas."
+    )
+    report.heading("The same model and recipe")
+    report.table("from equal weights", ("largest difference", "{:.1e}"))
+    report.row("the scan in PyTorch against `pallas_kernels`, output and gradients, relative", check["scan"])
+    after = f"logits of {batch} test images after {check['steps']} steps, weights through `to_torch`"
+    report.row(after, check["logits"])
+    report.row(f"loss in each of {check['steps']} steps of training, both sides on their own", check["loss"])
+    report.row("norm of the gradient in them, relative", check["grad_norm"])
+    report.row("weights and running statistics after them, of all tensors the worst, relative", check["weights"])
+    report.text(
         "In float64 and without drop path; all else is the recipe's, and a weight in the wrong group would end 6e-5 "
         "apart. What differs is that our rates and our AdamW's correction of bias are float32. Relative: over the "
-        "largest value of the tensor.",
-        "",
-        "## Accuracy",
-        "",
-        "![Both curves](fashion_mnist.png)",
-        "",
-        f"Top-1 on the 10000 test images, per cent: mean and standard deviation over {seeds} seeds.",
-        "",
-        f"| epoch | {' | '.join(names)} |",
-        "| ---: | ---: | ---: |",
-        *(
-            f"| {epoch:.3f} | {' | '.join(spread(curves[side][1][:, i]) for side in SIDES)} |"
-            for i, epoch in enumerate(epochs)
-        ),
-        "",
-        "| at the end | " + " | ".join(f"seed {seed}" for seed in range(seeds)) + " | mean |",
-        "| --- |" + " ---: |" * (seeds + 1),
-        *(
-            f"| {label}, top-1 | {' | '.join(f'{x:.2f}' for x in last[side])} | {spread(last[side])} |"
-            for side, (label, _) in SIDES.items()
-        ),
-        *(
-            f"| {label}, loss | {' | '.join(f'{x:.4f}' for x in losses[side])} | {losses[side].mean():.4f} |"
-            for side, (label, _) in SIDES.items()
-        ),
-        "",
-        *(verdict(last["ours"], last["official"]) if seeds > 1 else []),
-    ]
-    return "\n".join(lines) + "\n"
+        "largest value of the tensor."
+    )
+    report.heading("Accuracy")
+    report.text(f"![Both curves]({out.with_suffix('.png').name})")
+    report.text(f"Top-1 on the 10000 test images, per cent: mean and standard deviation over {seeds} seeds.")
+    report.table(("epoch", "{:.3f}"), *((name, mean) for name in names))
+    for i, epoch in enumerate(epochs):
+        report.row(float(epoch), *(spread(curves[side][1][:, i]) for side in SIDES))
+    report.table("top-1 at the end", *((f"seed {seed}", "{:.2f}") for seed in range(seeds)), ("mean", mean))
+    for side, (label, _) in SIDES.items():
+        report.row(label, *map(float, last[side]), spread(last[side]))
+    report.table("loss at the end", *((f"seed {seed}", "{:.4f}") for seed in range(seeds)), ("mean", "{:.4f}"))
+    for side, (label, _) in SIDES.items():
+        report.row(label, *map(float, losses[side]), float(losses[side].mean()))
+    if seeds > 1:
+        report.text(verdict(last["ours"], last["official"]))
 
 
 def main() -> None:
@@ -166,7 +148,7 @@ def main() -> None:
     parser.add_argument("--official", type=Path, required=True, help="a clone of TerryPei/EfficientVMamba")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each side (default 3)")
     parser.add_argument("--work", type=Path, default=Path("runs/fashion_mnist"), help="folder of the runs")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/fashion_mnist.md", help="markdown file")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/fashion_mnist.json", help="JSON file")
     options, extra = parser.parse_known_args()
     recipe = [f"--config={CONFIG}", *extra]
     config, _ = parse_command([sys.argv[0], *recipe])
@@ -187,7 +169,7 @@ def main() -> None:
                 start(*command, *recipe, f"--config.seed={seed}", f"--workdir={folder}")
                 rows = read_rows(folder / METRICS)
             runs[side].append(rows)
-        options.out.write_text(report(check, runs, config, examples, extra))
+        write(check, runs, config, examples, extra, options.out)
         draw(runs, options.out.with_suffix(".png"))
 
 

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from scan_cpu import machine
+from lib import machine
 from torch import nn
 from torch.nn import functional as F
 
@@ -291,7 +291,9 @@ def check(clone: Path, config: Config, workdir: Path, steps: int = 20) -> None:
     """
     jax.config.update("jax_enable_x64", True)
     torch.set_default_dtype(torch.float64)
-    figures: dict[str, Any] = {"machine": f"{machine()}; torch {torch.__version__}", "scan": scan_error()}
+    versions = machine.versions("Python", "jax", "jaxlib", "torch")
+    environment = {"machine": machine.cpu(), "versions": versions, "date": machine.today()}
+    figures: dict[str, Any] = {"environment": environment, "scan": scan_error()}
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, drop_path_rate=0.0, dtype="float64"))
     task = Task(config)
     source = open_source(config.data, config.data.train_split)

@@ -8,7 +8,6 @@ the kernels too, but does not write down their PTX when asked in the same way.
 """
 
 import argparse
-import datetime
 import functools
 import os
 import re
@@ -21,8 +20,9 @@ os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # before the plugin looks for a GPU
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 from gpu_scan import BATCH, SHAPES
+from lib import machine
+from lib.report import Report
 
 from evmamba_jax.preflight.gpu import GPUS, kernel_ptx
 from pallas_kernels import gpu
@@ -55,23 +55,18 @@ def assembled(text):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="also write the table to this markdown file")
+    parser.add_argument("--out", type=Path, help="also write the results to this JSON file, and Markdown beside it")
     options = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
-    lines = [
-        "# GPU kernels: compiled, not run",
-        "",
+    versions = machine.versions("jax", "jaxlib")
+    report = Report("GPU kernels: compiled, not run", options.out, versions=versions, date=machine.today())
+    report.text(
         f"What ptxas says of `scan2d`, batch {BATCH}, bfloat16, as XLA compiles it for GPUs that are not there: the "
         "registers of a thread (255 at most), and the bytes that it writes to and reads from memory for want of more, "
-        "counted once for each place in the program.",
-        "",
-        f"jax {jax.__version__}, jaxlib {jaxlib.__version__}; {datetime.date.today().isoformat()}; written by "
-        "`benchmarks/gpu_compile.py`.",
-        "",
-        "| GPU | shape | pass | registers | spilled, bytes | read back, bytes |",
-        "| --- | --- | --- | ---: | ---: | ---: |",
-    ]
-    print("\n".join(lines), flush=True)
+        "counted once for each place in the program. Written by `benchmarks/gpu_compile.py`."
+    )
+    numbers = [("registers", "{}"), ("spilled, bytes", "{}"), ("read back, bytes", "{}")]
+    report.table("GPU", "shape", "pass", *numbers)
     for kind, (name, *_) in GPUS.items():
         for shape, (orders, *sizes) in SHAPES.items():
             own = arguments(orders, *sizes)
@@ -80,10 +75,7 @@ def main():
                 ("backward", gpu.scan2d_backward, (*own, own[0])),
             ):
                 figures = assembled(kernel_ptx(functools.partial(function, orders=orders), kind, inputs))
-                lines.append(f"| {name} | {shape} | {direction} | {' | '.join(map(str, figures))} |")
-                print(lines[-1], flush=True)
-    if options.out:
-        options.out.write_text("\n".join(lines) + "\n")
+                report.row(name, shape, direction, *figures)
 
 
 if __name__ == "__main__":

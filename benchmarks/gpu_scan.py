@@ -10,17 +10,17 @@ the bandwidth. Those called "alone" get step sizes, B and C ready, and write wha
 """
 
 import argparse
-import datetime
 import functools
 import importlib.util
 import statistics
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from lib import machine
+from lib.report import Report
 
 from pallas_kernels import ATROUS, CROSS, Order, gpu
 
@@ -174,28 +174,27 @@ def torch_peers(orders, full, alone):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=20, help="timed runs of each program (default 20)")
-    parser.add_argument("--out", type=Path, help="also write the table to this markdown file")
+    parser.add_argument("--out", type=Path, help="also write the results to this JSON file, and Markdown beside it")
     options = parser.parse_args()
-    installed = [name for name in ("torch", "mamba-ssm", "jax-linear-attention") if _installed(name)]
-    names = ", ".join(f"{name} {version(name)}" for name in ("jax", "jaxlib", *installed))
     large = jnp.zeros((2**28,), jnp.float32)
     [copy] = compiled([(lambda x: x + 1, (large,))])
     bandwidth = 2 * large.nbytes / jax_time(copy, (large,), options.runs)  # bytes a ms
-    lines = [
-        "# Scans on a GPU",
-        "",
-        f"{jax.devices()[0].device_kind}; {names}; {datetime.date.today().isoformat()}; written by "
-        f"`benchmarks/gpu_scan.py`. A copy of 1 GiB moves {bandwidth / 1e9:.2f} TB/s, read and written.",
-        "",
-        f"Batch {BATCH}, bfloat16, TF32 for float32 products. Median device time of {options.runs} runs in ms, on "
+    report = Report(
+        "Scans on a GPU",
+        options.out,
+        machine=jax.devices()[0].device_kind,
+        versions=machine.versions("Python", "jax", "jaxlib", "torch", "mamba-ssm", "jax-linear-attention"),
+        date=machine.today(),
+    )
+    report.text(
+        f"Batch {BATCH}, bfloat16, TF32 for float32 products; written by `benchmarks/gpu_scan.py`. A copy of 1 GiB "
+        f"moves {bandwidth / 1e9:.2f} TB/s, read and written. Median device time of {options.runs} runs in ms, on "
         "the same inputs. Ratios are to `scan2d`, of scans alone to `selective_scan` alone; above 1, ours is faster. "
         "Bandwidth: the bytes that a scan alone must move (u, step size and y; backward these two, dy, and their "
-        "gradients; y, dy and the gradient of u in float32) over its time, as a share of the copy's.",
-        "",
-        "| shape | what | forward | ratio | bandwidth | backward | ratio | bandwidth |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    print("\n".join(lines), flush=True)
+        "gradients; y, dy and the gradient of u in float32) over its time, as a share of the copy's."
+    )
+    numbers = [[(way, "{:.3f}"), ("ratio", "{:.2f}"), ("bandwidth", "{:.0%}")] for way in ("forward", "backward")]
+    report.table("shape", "what", *numbers[0], *numbers[1])
     given = {shape: arrays(*sizes) for shape, sizes in SHAPES.items()}
     peers = {shape: list(jax_peers(SHAPES[shape][0], *both)) for shape, both in given.items()}
     programs = [program for of in peers.values() for _, *both in of for program in (both[:2], both[2:])]
@@ -213,16 +212,9 @@ def main():
         for name, *both in rows:
             cells = []
             for time, base, moved in zip(both, ours["alone" in name], (2 + 2 + 4, 2 + 2 + 4 + 4 + 2), strict=True):
-                share = f"{moved * visits / time / bandwidth:.0%}" if "selective_scan" in name else ""
-                cells.append(f"{time:.3f} | {time / base:.2f} | {share}")
-            lines.append(f"| {shape} | {name} | {' | '.join(cells)} |")
-            print(lines[-1], flush=True)
-        if options.out:
-            options.out.write_text("\n".join(lines) + "\n")
-
-
-def _installed(name):
-    return importlib.util.find_spec({"jax-linear-attention": "jla"}.get(name, name.replace("-", "_"))) is not None
+                share = moved * visits / time / bandwidth if "selective_scan" in name else None
+                cells += [time, time / base, share]
+            report.row(shape, name, *cells)
 
 
 if __name__ == "__main__":

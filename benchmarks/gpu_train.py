@@ -19,7 +19,6 @@ back, whatever its kernel could take; what LayerNorm gives and the loss are floa
 """
 
 import argparse
-import datetime
 import importlib.util
 import json
 import logging
@@ -28,12 +27,14 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 import types
 import warnings
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from unittest import mock
+
+from lib import machine
+from lib.report import Report
+from lib.timing import groups
 
 ROOT = Path(__file__).parents[1]
 SIDE, CLASSES, EXAMPLES = 224, 1000, 1_281_167
@@ -43,22 +44,6 @@ DEVICE = "cuda"  # of PyTorch
 UNUSED = ("data.loader", "data.sources", "training.command", "training.loop", "reports.predictions")
 LEARNING_RATE, DECAY, DROP_PATH, CLIP, AVERAGE = 1e-7, 0.04, 0.1, 1.0, 0.9999  # the first step's, as the config has it
 MODULE = "classification/models/vmamba_efficient.py"
-
-
-def measure(step, wait, runs, reset=lambda: None):
-    """Return the time of a step in ms, the mean of each group of five, after a few steps to warm up."""
-    for _ in range(WARM_UP):
-        step()
-    wait()
-    reset()
-    times = []
-    for _ in range(max(1, runs // GROUP)):
-        began = time.perf_counter()
-        for _ in range(GROUP):
-            step()
-        wait()
-        times.append((time.perf_counter() - began) / GROUP * 1e3)
-    return times
 
 
 def ours(scans, batch, runs):
@@ -112,7 +97,7 @@ def ours(scans, batch, runs):
         nonlocal state
         state = compiled(state, rows)
 
-    times = measure(step, lambda: jax.block_until_ready(state), runs)
+    times = groups(step, lambda: jax.block_until_ready(state), warm_up=WARM_UP, size=GROUP, runs=runs)
     return {
         "times": times,
         "peak": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0),
@@ -182,7 +167,14 @@ def official(clone, how, batch, runs):
 
     model.train()
     return {
-        "times": measure(step, torch.cuda.synchronize, runs, torch.cuda.reset_peak_memory_stats),
+        "times": groups(
+            step,
+            torch.cuda.synchronize,
+            warm_up=WARM_UP,
+            size=GROUP,
+            runs=runs,
+            reset=torch.cuda.reset_peak_memory_stats,
+        ),
         "peak": torch.cuda.max_memory_allocated(),
         "loss": loss.item(),
         "parameters": sum(x.numel() for x in parameters),
@@ -205,24 +197,31 @@ def in_process(limit, *row):
     return facts if math.isfinite(facts["loss"]) else {"failure": f"the loss is {facts['loss']}"}
 
 
-def heading(device, runs):
-    names = []
-    for name in ("jax", "jaxlib", "flax", "torch", "timm", "mamba-ssm"):
-        try:
-            names.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            continue
-    return [
-        "# Training EfficientVMamba-T on a GPU",
-        "",
-        f"{device}; {', '.join(names)}; {datetime.date.today().isoformat()}; written by `benchmarks/gpu_train.py`.",
-        "",
+def begin(device, runs, out):
+    """Return the report with the head of its table; the first row to work knows the device."""
+    report = Report(
+        "Training EfficientVMamba-T on a GPU",
+        out,
+        machine=device,
+        versions=machine.versions("jax", "jaxlib", "flax", "torch", "timm", "mamba-ssm"),
+        date=machine.today(),
+    )
+    report.text(
         f"{SIDE} px, bfloat16, whole optimizer steps, images on the GPU already. {runs} steps after {WARM_UP}, in "
-        f"groups of {GROUP}: median, fastest and slowest group. Ratio: images/s over the first row's of the batch.",
-        "",
-        "| batch | what | scans | step, ms | fastest to slowest | images/s | peak memory, GiB | ratio |",
-        "| ---: | --- | --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
+        f"groups of {GROUP}: median, fastest and slowest group. Ratio: images/s over the first row's of the batch. "
+        "Written by `benchmarks/gpu_train.py`."
+    )
+    report.table(
+        ("batch", "{}"),
+        "what",
+        "scans",
+        ("step, ms", "{:.2f}"),
+        ("fastest to slowest", "{:.2f} to {:.2f}"),
+        ("images/s", "{:,.0f}"),
+        ("peak memory, GiB", "{:.2f}"),
+        ("ratio", "{:.2f}"),
+    )
+    return report
 
 
 def main():
@@ -233,7 +232,7 @@ def main():
     parser.add_argument("--batch", nargs="+", type=int, default=[128], help="images a step (default 128)")
     parser.add_argument("--runs", type=int, default=20, help="timed steps, in groups of five (default 20)")
     parser.add_argument("--limit", type=float, default=600, help="seconds a row may take (default 600)")
-    parser.add_argument("--out", type=Path, help="also write the table to this markdown file")
+    parser.add_argument("--out", type=Path, help="also write the results to this JSON file, and Markdown beside it")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -250,31 +249,26 @@ def main():
             peers = ["eager", "torch.compile"] if options.compile else ["eager"]
         else:
             print(f"the official code is left out: it needs {', '.join(needed)} and {' or '.join(scans)}")
-    rows, device, failed = [], "", False
+    kinds = [("official", str(options.official.resolve()), how) for how in peers]
+    kinds += [("ours", scans) for scans in options.scans]
+    report, failed = None, False
     for batch in options.batch:
         base = math.nan
-        kinds = [("official", str(options.official.resolve()), how) for how in peers]
-        kinds += [("ours", scans) for scans in options.scans]
         for kind in kinds:
             facts = in_process(options.limit, *kind, batch, options.runs)
             name = f"{kind[0]}, {kind[-1]}"
+            report = report or begin(facts.get("device"), options.runs, options.out)
             if "failure" in facts:
-                rows.append(f"| {batch} | {name} | {facts['failure']} | | | | | |")
+                report.row(batch, name, facts["failure"])
                 failed = True
-            else:
-                device, times = facts["device"], facts["times"]
-                median = statistics.median(times)
-                base = median if kind == kinds[0] else base
-                rows.append(
-                    f"| {batch} | {name} | {facts['scans'] or kind[-1]} | {median:.2f} "
-                    f"| {min(times):.2f} to {max(times):.2f} | {batch / median * 1e3:,.0f} "
-                    f"| {facts['peak'] / 2**30:.2f} | {base / median:.2f} |"
-                )
-                print(f"{name}: {facts['parameters']:,} parameters, loss {facts['loss']:.3f}", file=sys.stderr)
-            print(rows[-1], flush=True)
-            if options.out:
-                options.out.write_text("\n".join([*heading(device, options.runs), *rows]) + "\n")
-    print("\n".join(["", *heading(device, options.runs), *rows]))
+                continue
+            times = [1e3 * seconds for seconds in facts["times"]]
+            median = statistics.median(times)
+            base = median if kind == kinds[0] else base
+            rate, peak = batch / median * 1e3, facts["peak"] / 2**30
+            spread = [min(times), max(times)]
+            report.row(batch, name, facts["scans"] or kind[-1], median, spread, rate, peak, base / median)
+            print(f"{name}: {facts['parameters']:,} parameters, loss {facts['loss']:.3f}", file=sys.stderr)
     if failed:
         sys.exit(1)
 

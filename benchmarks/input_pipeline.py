@@ -18,12 +18,10 @@ PYTHON is the interpreter of an environment, made with
 import argparse
 import base64
 import contextlib
-import datetime
 import importlib
 import io
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -370,43 +368,25 @@ class Server:
         self.process.wait()
 
 
-def machine() -> str:
-    """Return one line that says what this runs on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    load = os.getloadavg()[0]
-    noise = " (other work was running)" if load > 0.5 else ""
-    return (
-        f"{models[0] if models else platform.processor()}, {os.cpu_count()} logical cores, load {load:.1f} at the start"
-        f"{noise}; Python {platform.python_version()}; {datetime.date.today().isoformat()}"
-    )
-
-
-def measure(pythons: dict[str, str], folder: Path, rounds: int) -> str:
-    """Return the report, which is also printed as it grows."""
-    report = []
-
-    def line(text=""):
-        report.append(text)
-        print(text, flush=True)
+def measure(pythons: dict[str, str], folder: Path, rounds: int, out: Path | None) -> None:
+    """Fill the report."""
+    from lib import machine
+    from lib.report import Report
 
     total = make_images(folder)
-    line("# Images from file to batch: CPU time")
-    line()
-    line(f"{machine()}.")
-    line()
-    line(
+    versions = machine.versions("Python")
+    report = Report(
+        "Images from file to batch: CPU time", out, machine=machine.cpu(), versions=versions, date=machine.today()
+    )
+    report.text(
         f"{IMAGES} JPEGs of 500 x 375, {total / IMAGES / 1e3:.0f} kB on average; crops of {SIDE} x {SIDE}, bicubic; "
         f"batches of {BATCH}. CPU time, user and system, of the process and its workers: median of {rounds} rounds, in "
         "which the pipelines take turns. Ratio: the row's time over that of the first row, median of the rounds: how "
         "many times as many images the first does. Memory: of the process and its workers with all their libraries; "
         "what they share is counted once. Written by `benchmarks/input_pipeline.py`."
     )
-    line()
     direct = {name: Server(python, name, folder) for name, python in pythons.items()}
-    for name, server in direct.items():
-        line(f"- {name}: {server.ask(what='versions')['versions']}")
-    line()
+    report.text("\n".join(f"- {name}: {server.ask(what='versions')['versions']}" for name, server in direct.items()))
     pixels = {
         name: [base64.b64decode(array) for array in server.ask(what="pixels")["pixels"]]
         for name, server in direct.items()
@@ -416,11 +396,10 @@ def measure(pythons: dict[str, str], folder: Path, rounds: int) -> str:
             max(abs(a - b) for a, b in zip(mine, theirs, strict=True))
             for mine, theirs in zip(pixels["ours"], pixels[name], strict=True)
         ]
-        line(
+        report.text(
             f"Pixels of one image, ours against {name}: decoded, they differ by at most {differences[0]}; "
             f"cut and resized, by at most {differences[1]}."
         )
-        line()
     for heading, images, everyone in WORK:
         pipelines = {name: call for name, call in everyone.items() if call[0] in pythons}
         loads = any(what.startswith("load") for _, what in pipelines.values())
@@ -440,17 +419,15 @@ def measure(pythons: dict[str, str], folder: Path, rounds: int) -> str:
         if loads:
             for server in servers.values():
                 server.close()
-        line(f"| {heading} | CPU ms an image | images per CPU-second | ratio |" + " memory, MiB |" * loads)
-        line("| --- | ---: | ---: | ---: |" + " ---: |" * loads)
+        numbers = [("CPU ms an image", "{:.2f}"), ("images per CPU-second", "{:.0f}"), ("ratio", "{:.2f}")]
+        report.table(heading, *numbers, *[("memory, MiB", "{:.0f}")] * loads)
         base = times[next(iter(pipelines))]
         for name, mine in times.items():
             ratio = statistics.median(theirs / own for theirs, own in zip(mine, base, strict=True))
             median = statistics.median(mine)
-            line(f"| {name} | {median:.2f} | {1e3 / median:.0f} | {ratio:.2f} |" + f" {held[name]:.0f} |" * loads)
-        line()
+            report.row(name, median, 1e3 / median, ratio, *[held[name]] * loads)
     for server in direct.values():
         server.close()
-    return "\n".join(report) + "\n"
 
 
 def main():
@@ -458,7 +435,7 @@ def main():
     parser.add_argument("--timm", help="interpreter of an environment with timm and torch")
     parser.add_argument("--tf", help="interpreter of an environment with TensorFlow")
     parser.add_argument("--rounds", type=int, default=15, help="turns of each pipeline (default 15)")
-    parser.add_argument("--out", type=Path, help="also write the tables to this markdown file")
+    parser.add_argument("--out", type=Path, help="also write the results to this JSON file, and Markdown beside it")
     parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
@@ -466,9 +443,7 @@ def main():
     pythons = {"ours": sys.executable, "timm": options.timm, "tf": options.tf}
     pythons = {name: python for name, python in pythons.items() if python}
     with tempfile.TemporaryDirectory() as folder:
-        report = measure(pythons, Path(folder), options.rounds)
-    if options.out:
-        options.out.write_text(report)
+        measure(pythons, Path(folder), options.rounds, options.out)
 
 
 if __name__ == "__main__":

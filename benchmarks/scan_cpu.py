@@ -8,21 +8,19 @@ as the papers' formulas. Ratios say how many times slower, or larger, a peer is 
 """
 
 import argparse
-import datetime
 import functools
 import os
-import platform
-import statistics
-import time
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
 from jax import lax
+from lib import machine
+from lib.report import Report
+from lib.timing import interleaved
 
 from pallas_kernels import selective_scan
 
@@ -86,68 +84,45 @@ def programs(scan, args):
 
 
 def measure(length, share, runs):
-    """Return {(implementation, pass): (median milliseconds, temporary MiB)}; runs are interleaved.
-
-    Each timed run follows an untimed one of the same program, so that none pays for the caches and pages of another.
-    """
+    """Return {(implementation, pass): (median milliseconds, temporary MiB)}; runs are interleaved."""
     args = arguments(length, share)
     compiled = {(name, what): p for name, scan in SCANS.items() for what, p in programs(scan, args).items()}
-    times = {key: [] for key in compiled}
-    for _ in range(runs):
-        for key, (program, inputs) in compiled.items():
-            jax.block_until_ready(program(*inputs))
-            start = time.perf_counter()
-            jax.block_until_ready(program(*inputs))
-            times[key].append(time.perf_counter() - start)
+
+    def run(program, inputs):
+        return lambda: jax.block_until_ready(program(*inputs))
+
+    times = interleaved({key: run(*pair) for key, pair in compiled.items()}, runs)
     return {
-        key: (1e3 * statistics.median(times[key]), program.memory_analysis().temp_size_in_bytes / 2**20)
+        key: (1e3 * times[key], program.memory_analysis().temp_size_in_bytes / 2**20)
         for key, (program, _) in compiled.items()
     }
-
-
-def machine():
-    """Return one line that says what this ran on."""
-    names = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    load = os.getloadavg()[0]
-    noise = " (other work was running: the times are noisy)" if load > 0.5 else ""
-    return (
-        f"{names[0] if names else platform.processor()}, {os.cpu_count()} logical cores, "
-        f"load {load:.1f} at the start{noise}; Python {platform.python_version()}, "
-        f"jax {jax.__version__}, jaxlib {jaxlib.__version__}; {datetime.date.today().isoformat()}"
-    )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=9, help="timed runs of each program (default 9)")
-    parser.add_argument("--out", type=Path, help="also write the table to this markdown file")
+    parser.add_argument("--out", type=Path, help="also write the results to this JSON file, and Markdown beside it")
     options = parser.parse_args()
-    lines = [
-        "# Selective scan on a CPU",
-        "",
-        machine() + ".",
-        "",
+    report = Report(
+        "Selective scan on a CPU",
+        options.out,
+        machine=machine.cpu(),
+        versions=machine.versions("Python", "jax", "jaxlib"),
+        date=machine.today(),
+    )
+    report.text(
         f"Batch {BATCH}, {DIRECTIONS} directions (groups), N = {STATE}, float32, softplus, bias and D. Median of "
-        f"{options.runs} interleaved runs; temporary bytes as the compiler reports them. Ratios: row over default.",
-        "",
-        "| shape (tokens x channels) | pass | implementation | ms | ratio | temporaries, MiB | ratio |",
-        "| --- | --- | --- | ---: | ---: | ---: | ---: |",
-    ]
-    print("\n".join(lines), flush=True)
+        f"{options.runs} interleaved runs; temporary bytes as the compiler reports them. Ratios: row over default."
+    )
+    numbers = [("ms", "{:.1f}"), ("ratio", "{:.1f}"), ("temporaries, MiB", "{:.1f}"), ("ratio", "{:.1f}")]
+    report.table("shape (tokens x channels)", "pass", "implementation", *numbers)
     for shape, length, share in SHAPES:
         results = measure(length, share, options.runs)
         for what in ("forward", "forward + backward"):
             for name in SCANS:
                 (ms, mib), (base_ms, base_mib) = results[name, what], results["sequential (default)", what]
-                lines.append(
-                    f"| {shape} ({length} x {DIRECTIONS}x{share}) | {what} | {name} | {ms:.1f} | {ms / base_ms:.1f} "
-                    f"| {mib:.1f} | {mib / base_mib:.1f} |"
-                )
-                print(lines[-1], flush=True)
-    if options.out:
-        options.out.write_text("\n".join(lines) + "\n")
+                sizes = f"{shape} ({length} x {DIRECTIONS}x{share})"
+                report.row(sizes, what, name, ms, ms / base_ms, mib, mib / base_mib)
 
 
 if __name__ == "__main__":

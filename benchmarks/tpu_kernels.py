@@ -9,8 +9,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +21,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.sharding import Mesh
 
 from evmamba_jax import list_models
+from evmamba_jax.analysis.program import equations
 from evmamba_jax.models.cards import CARDS
 from evmamba_jax.models.registry import abstract_model
 from evmamba_jax.preflight import aot, schedules
@@ -103,18 +103,6 @@ def _scan(equation: Any) -> Scan:
     return Scan(*x.shape, rank=dt_weight.shape[1], state=A.shape[2], orders=dict(options)["orders"])
 
 
-def equations(jaxpr: Jaxpr) -> Iterator[Any]:
-    """Yield the equations of a program and of the programs inside it, kernels left closed."""
-    for equation in jaxpr.eqns:
-        yield equation
-        if equation.primitive.name != "pallas_call":
-            for given in equation.params.values():
-                for value in given if isinstance(given, list | tuple) else [given]:
-                    part = value.jaxpr if isinstance(value, ClosedJaxpr) else value
-                    if isinstance(part, Jaxpr):
-                        yield from equations(part)
-
-
 # One of each family, small enough to be compiled for every generation at each change.
 HANDFUL = (
     Scan(BATCH, 28, 28, 192, rank=6, state=16, orders=ATROUS),  # EfficientVMamba-T, stage 2
@@ -160,16 +148,6 @@ class Kernel:
     def key(self) -> str:
         """What no other kernel is called."""
         return f"{self.generation} {self.scan} {self.direction} {self.name}"
-
-
-def show(report: Iterable[str], out: Path | None) -> None:
-    """Print the lines of a report as they come, and write the whole to a file if there is one."""
-    lines = []
-    for line in report:
-        print(line, flush=True)
-        lines.append(line)
-    if out:
-        out.write_text("\n".join(lines) + "\n")
 
 
 def table_head() -> list[str]:

@@ -12,13 +12,10 @@ of the kernels or of libtpu the file is to be deleted.
 
 import argparse
 import dataclasses
-import datetime
 import functools
-import importlib.metadata
 import json
 import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -27,6 +24,8 @@ import jax
 import jax.numpy as jnp
 import tpu_kernels
 from jax.experimental.layout import Format, Layout
+from lib import machine
+from lib.report import Cell, Report
 from tpu_kernels import BATCH, Kernel, Scan
 
 from evmamba_jax.preflight import aot, hlo
@@ -87,7 +86,7 @@ the time step, and sums of the results of several calls, are XLA's and are not i
 """
 
 XLA = f"""\
-Against XLA's scans: `selective_scan` with {PEER[0]} images of {PEER[1]} tokens, {PEER[2]} channels, {PEER[3]} states,
+`selective_scan` with {PEER[0]} images of {PEER[1]} tokens, {PEER[2]} channels, {PEER[3]} states,
 bfloat16 streams, whole programs, each with the layouts of arguments and results that the compiler likes best for it: a
 program around it would choose them so. What is not a kernel counts with XLA's own `estimated_cycles`, loops by their
 trips: an estimate of low trust, good for factors well above 2.
@@ -133,26 +132,35 @@ def hbm_seconds(moved: float, generation: aot.Generation) -> float:
     return moved / (ATTAINABLE * generation.hbm_bandwidth * share)
 
 
-def figures(dump_folder: str) -> Iterator[str]:
-    """Yield the lines of the table of three models."""
-    yield (
-        "| scan | TPU | pass | calls | ms by cycles | HBM moved, MB | ms by HBM | floor, ms | set by | ratio "
-        "| fused ideal, MB | busiest unit | spills in inner loops |"
+def figures(report: Report, dump_folder: str) -> None:
+    """Add the table of three models."""
+    report.table(
+        "scan",
+        "TPU",
+        "pass",
+        ("calls", "{}"),
+        ("ms by cycles", "{:.3f}"),
+        ("HBM moved, MB", "{:.0f}"),
+        ("ms by HBM", "{:.3f}"),
+        ("floor, ms", "{:.3f}"),
+        "set by",
+        ("ratio", "{:.2f}"),
+        ("fused ideal, MB", "{:.0f}"),
+        ("busiest unit", "{} {:.0%}"),
+        ("spills in inner loops", "{}"),
     )
-    yield "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | --- | ---: | ---: | --- | ---: |"
     for name in GENERATIONS:
         generation = aot.GENERATIONS[name]
         for title, scans in FIGURES.items():
             kernels = [k for scan in scans for k in tpu_kernels.compile_scan(scan, name, dump_folder)]
             for direction in OPERATIONS:
-                yield _figure(title, generation, direction, scans, kernels)
+                report.row(title, name, direction, *_figure(generation, direction, scans, kernels))
 
 
-def _figure(title: str, generation: aot.Generation, direction: str, scans: list[Scan], kernels: list[Kernel]) -> str:
-    start = f"| {title} | {generation.name} | {direction} |"
+def _figure(generation: aot.Generation, direction: str, scans: list[Scan], kernels: list[Kernel]) -> list[Cell]:
     problems = [kernel.problem for kernel in kernels if kernel.problem]
     if problems:
-        return f"{start} {problems[0]} | | | | | | | | | |"
+        return [problems[0]]
     calls = [kernel for kernel in kernels if kernel.direction == direction]
     compute = sum(call.cycles for call in calls) / generation.clock
     moved = sum(call.hbm_bytes for call in calls)
@@ -160,17 +168,15 @@ def _figure(title: str, generation: aot.Generation, direction: str, scans: list[
     floor = Floor.of(scans, generation, direction)
     limit, least = floor.binding
     slowest = max(calls, key=lambda call: call.cycles)
-    return (
-        f"{start} {len(calls)} | {1e3 * compute:.3f} | {moved / 1e6:.0f} | {1e3 * waiting:.3f} | {1e3 * least:.3f} "
-        f"| {limit} | {max(compute, waiting) / least:.2f} | {floor.bytes / 1e6:.0f} "
-        f"| {slowest.unit} {slowest.load:.0%} | {sum(call.spills for call in calls)} |"
-    )
+    times = [1e3 * compute, moved / 1e6, 1e3 * waiting, 1e3 * least]
+    ratio, spills = max(compute, waiting) / least, sum(call.spills for call in calls)
+    return [len(calls), *times, limit, ratio, floor.bytes / 1e6, [slowest.unit, slowest.load], spills]
 
 
-def peers(dump_folder: str) -> Iterator[str]:
-    """Yield the lines of the table against XLA's implementations."""
-    yield "| TPU | program | implementation | ms, estimate | of it kernels | temporaries, GiB | over ours |"
-    yield "| --- | --- | --- | ---: | ---: | ---: | ---: |"
+def peers(report: Report, dump_folder: str) -> None:
+    """Add the table against XLA's implementations."""
+    numbers = [("ms, estimate", "{:.2f}"), ("of it kernels", "{:.2f}"), ("temporaries, GiB", "{:.2f}")]
+    report.table("TPU", "program", "implementation", *numbers, ("over ours", "{:.1f}"))
     batch, length, channels, state = PEER
     stream = jax.ShapeDtypeStruct((batch, length, channels), jnp.bfloat16)
     projected = jax.ShapeDtypeStruct((batch, length, 1, state), jnp.bfloat16)
@@ -194,22 +200,19 @@ def peers(dump_folder: str) -> Iterator[str]:
         for title, (program, shapes, implementations) in programs.items():
             ours = None
             for implementation in implementations:
-                start = f"| {name} | {title} | {implementation} |"
+                what = name, title, implementation
                 try:
                     compiled = aot.compile_for(
                         name, functools.partial(program, implementation), *shapes, in_shardings=FREE, out_shardings=FREE
                     )
                 except jax.errors.JaxRuntimeError as error:
-                    yield f"{start} {str(error).splitlines()[0]} | | | |"
+                    report.row(*what, str(error).splitlines()[0])
                     continue
                 total, of_kernels = program_cycles(compiled.as_text(), name, dump_folder)
                 ours = ours or total
                 clock = aot.GENERATIONS[name].clock
                 temporaries = compiled.memory_analysis().temp_size_in_bytes / 2**30
-                yield (
-                    f"{start} {1e3 * total / clock:.2f} | {1e3 * of_kernels / clock:.2f} | {temporaries:.2f} "
-                    f"| {total / ours:.1f} |"
-                )
+                report.row(*what, 1e3 * total / clock, 1e3 * of_kernels / clock, temporaries, total / ours)
 
 
 def program_cycles(text: str, generation: str, dump_folder: str) -> tuple[float, float]:
@@ -227,16 +230,15 @@ def program_cycles(text: str, generation: str, dump_folder: str) -> tuple[float,
     return rest + kernels, kernels
 
 
-def every_scan(dump_folder: str, size: str, generations: list[str], work: Path) -> Iterator[str]:
-    """Yield a table of all scans of all registered models, a column a generation, and what was found in all of them."""
+def every_scan(report: Report, dump_folder: str, size: str, generations: list[str], work: Path) -> None:
+    """Add a table of all scans of all registered models, a column a generation, and what was found in all of them."""
     scans = tpu_kernels.model_scans(detector=size == "detector")
     work.parent.mkdir(parents=True, exist_ok=True)
     known: dict[tuple[str, str], list[Kernel]] = {}
     for line in work.read_text().splitlines() if work.exists() else []:
         kernel = Kernel(**json.loads(line))
         known.setdefault((kernel.generation, kernel.scan), []).append(kernel)
-    yield f"| scan | {' | '.join(generations)} |"
-    yield f"| --- |{' ---: |' * len(generations)}"
+    report.table("scan", *((generation, "{:.3f} / {:.3f}") for generation in generations))
     for scan in scans:
         cells = []
         for generation in generations:
@@ -246,23 +248,28 @@ def every_scan(dump_folder: str, size: str, generations: list[str], work: Path) 
                 with work.open("a") as file:
                     file.write("".join(f"{json.dumps(dataclasses.asdict(kernel))}\n" for kernel in kernels))
             cells.append(_times(kernels))
-        yield f"| {scan} | {' | '.join(cells)} |"
-    yield from ("", "## All kernels", "")
-    yield "| TPU | scans | left to XLA | kernels | refused | most VMEM, MiB | spill in inner loops | most spills |"
-    yield f"| --- |{' ---: |' * 7}"
+        report.row(str(scan), *cells)
+    report.heading("All kernels")
+    counts = [(name, "{}") for name in ("scans", "left to XLA", "kernels", "refused")]
+    spills = [(name, "{}") for name in ("spill in inner loops", "most spills")]
+    report.table("TPU", *counts, ("most VMEM, MiB", "{:.1f}"), *spills)
     for generation in generations:
         own = [kernel for scan in scans for kernel in known[generation, str(scan)]]
         portable = [kernel for kernel in own if kernel.name == "portable"]
         kernels = [kernel for kernel in own if kernel.name != "portable"]
-        yield (
-            f"| {generation} | {len({kernel.scan for kernel in own})} | {len(portable)} | {len(kernels)} "
-            f"| {sum(bool(kernel.problem) for kernel in kernels)} "
-            f"| {max(kernel.vmem_bytes for kernel in kernels) / 2**20:.1f} "
-            f"| {sum(kernel.spills > 0 for kernel in kernels)} | {max(kernel.spills for kernel in kernels)} |"
+        report.row(
+            generation,
+            len({kernel.scan for kernel in own}),
+            len(portable),
+            len(kernels),
+            sum(bool(kernel.problem) for kernel in kernels),
+            max(kernel.vmem_bytes for kernel in kernels) / 2**20,
+            sum(kernel.spills > 0 for kernel in kernels),
+            max(kernel.spills for kernel in kernels),
         )
 
 
-def _times(kernels: list[Kernel]) -> str:
+def _times(kernels: list[Kernel]) -> Cell:
     """Return milliseconds of a scan's kernels, forward and backward, or why there are none."""
     if kernels[0].name == "portable":
         return "XLA"
@@ -270,28 +277,23 @@ def _times(kernels: list[Kernel]) -> str:
     if problems:
         return f"refused: {problems[0]}"
     clock = aot.GENERATIONS[kernels[0].generation].clock
-    return " / ".join(
-        f"{1e3 * sum(kernel.cycles for kernel in kernels if kernel.direction == direction) / clock:.3f}"
+    return [
+        1e3 * sum(kernel.cycles for kernel in kernels if kernel.direction == direction) / clock
         for direction in OPERATIONS
-    )
+    ]
 
 
-def report(dump_folder: str, options: argparse.Namespace) -> Iterator[str]:
-    """Yield the lines of the whole text."""
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib", "libtpu"))
-    yield "# Scans on TPUs: static estimates, nothing ran on a TPU"
-    yield ""
-    yield f"{datetime.date.today().isoformat()}; {versions}."
-    yield ""
+def fill(report: Report, dump_folder: str, options: argparse.Namespace) -> None:
+    """Add everything."""
     if options.all:
-        yield from (*EVERY_SCAN[options.all].splitlines(), "")
-        yield from every_scan(dump_folder, options.all, options.generations, options.work)
+        report.text(EVERY_SCAN[options.all])
+        every_scan(report, dump_folder, options.all, options.generations, options.work)
         return
-    yield from (*THREE_MODELS.splitlines(), "")
-    yield from figures(dump_folder)
-    yield ""
-    yield from (*XLA.splitlines(), "")
-    yield from peers(dump_folder)
+    report.text(THREE_MODELS)
+    figures(report, dump_folder)
+    report.heading("Against XLA's scans")
+    report.text(XLA)
+    peers(report, dump_folder)
 
 
 def main():
@@ -300,11 +302,13 @@ def main():
     every = list(aot.GENERATIONS)
     parser.add_argument("--generations", nargs="+", choices=every, default=every, metavar="TPU", help="those of --all")
     parser.add_argument("--work", type=Path, default=Path("runs/every_scan.jsonl"), help="what --all has done")
-    parser.add_argument("--out", type=Path, help="also write the tables to this markdown file")
+    parser.add_argument("--out", type=Path, help="also write the results to this JSON file, and Markdown beside it")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as dump_folder:
         aot.prepare(dump_folder)
-        tpu_kernels.show(report(dump_folder, options), options.out)
+        title = "Scans on TPUs: static estimates, nothing ran on a TPU"
+        versions = machine.versions("jax", "jaxlib", "libtpu")
+        fill(Report(title, options.out, versions=versions, date=machine.today()), dump_folder, options)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@ compiler, once with the Pallas kernels and once with the portable ``sequential``
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import os
 import re
@@ -17,7 +15,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import tpu_kernels
+from lib import machine
+from lib.report import Report
 
 ROOT = Path(__file__).parents[1]
 TOPOLOGY, BATCH = "v5e-1", 128
@@ -91,34 +90,31 @@ def copies(program, found) -> Iterator[tuple[str, int, str]]:
                 yield "before" if is_kernel else "after", size, mover.result[0].text
 
 
-def table(models: list[str]) -> Iterator[str]:
-    """Yield the lines of the report, one step after another."""
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib", "libtpu"))
-    yield "# Whole train steps on one v5e chip: the compiler's figures, nothing ran on a TPU"
-    yield ""
-    yield f"{datetime.date.today().isoformat()}; {versions}. `configs/MODEL.py`, {BATCH} images, bfloat16, no"
-    yield "rematerialisation. Temporaries are all activations, gradients and scratch at their peak; `over`, the share"
-    yield "of those with portable `sequential` scans. A copy is an instruction beside a kernel that only moves numbers."
-    yield ""
-    yield "| model | scans | arguments, GiB | temporaries, GiB | over | kernels | copies | their MiB |"
-    yield "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |"
+def fill(report: Report, models: list[str]) -> None:
+    """Add one step after another."""
+    report.text(
+        f"`configs/MODEL.py`, {BATCH} images, bfloat16, no rematerialisation. Temporaries are all activations, "
+        "gradients and scratch at their peak; `over`, the share of those with portable `sequential` scans. A copy is "
+        "an instruction beside a kernel that only moves numbers, 1 MiB or more. Written by `benchmarks/tpu_step.py`."
+    )
+    sizes = [("arguments, GiB", "{:.2f}"), ("temporaries, GiB", "{:.2f}"), ("over", "{:.0%}")]
+    report.table("model", "scans", *sizes, ("kernels", "{}"), ("copies", "{}"), ("their MiB", "{:,.0f}"))
     details = []
     for model in models:
         facts = {implementation: run(model, implementation) for implementation in IMPLEMENTATIONS}
         for implementation, f in facts.items():
             if "refusal" in f:
-                yield f"| {model} | {implementation} | {f['refusal']} | | | | | |"
+                report.row(model, implementation, f["refusal"])
                 continue
             peak = f["temporaries"]
-            share = f"{peak / facts['sequential'].get('temporaries', float('nan')):.0%}"
-            yield (
-                f"| {model} | {implementation} | {f['arguments'] / 2**30:.2f} | {peak / 2**30:.2f} | {share} "
-                f"| {f['kernels']} | {len(f['copies'])} | {sum(size for _, size, _ in f['copies']) / MEBIBYTE:,.0f} |"
-            )
+            share = peak / facts["sequential"].get("temporaries", float("nan"))
+            copied = sum(size for _, size, _ in f["copies"]) / MEBIBYTE
+            given = f["arguments"] / 2**30
+            report.row(model, implementation, given, peak / 2**30, share, f["kernels"], len(f["copies"]), copied)
             if f["copies"]:
-                details += ["", f"{model}, copies next to its kernels:", ""]
-                details += grouped(f["copies"])
-    yield from details
+                details.append("\n".join([f"{model}, copies beside its kernels:", "", *grouped(f["copies"])]))
+    for text in details:
+        report.text(text)
 
 
 def grouped(copies: list) -> Iterator[str]:
@@ -147,13 +143,15 @@ def run(model: str, implementation: str) -> dict:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["evmamba_t", "vmamba_t"])
-    parser.add_argument("--out", type=Path, help="also write the report to this markdown file")
+    parser.add_argument("--out", type=Path, help="also write the results to this JSON file, and Markdown beside it")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         compile_step(*options.one)
         return
-    tpu_kernels.show(table(options.models), options.out)
+    title = "Whole train steps on one v5e chip: the compiler's figures, nothing ran on a TPU"
+    versions = machine.versions("jax", "jaxlib", "libtpu")
+    fill(Report(title, options.out, versions=versions, date=machine.today()), options.models)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,8 @@ def head(columns: Sequence[dict[str, str]]) -> Iterator[str]:
 
 def row_markdown(columns: Sequence[dict[str, str]], row: Sequence[Cell]) -> str:
     """Render one row of a table."""
-    return line(written(cell, column.get("format", "{}")) for column, cell in zip(columns, row, strict=False))
+    cells = [*row, *[None] * (len(columns) - len(row))]
+    return line(written(cell, column.get("format", "{}")) for column, cell in zip(columns, cells, strict=True))
 
 
 def written(cell: Cell, form: str) -> str:
@@ -81,6 +82,13 @@ def parts_json(parts: Sequence[dict[str, Any]]) -> str:
     return "[\n" + ",\n".join(texts) + "]"
 
 
+def to_digits(cell: Cell) -> Cell:
+    """Return a number of six digits, which is more than any measurement has."""
+    if isinstance(cell, list):
+        return [to_digits(one) for one in cell]
+    return float(f"{cell:.6g}") if isinstance(cell, float) else cell
+
+
 class Report:
     """A document that grows: printed as it comes and, if there is a place, written after each addition.
 
@@ -92,10 +100,11 @@ class Report:
 
     def __init__(self, title: str, out: Path | None = None, **environment: Any):
         self.document: dict[str, Any] = {"title": title, "environment": environment, "parts": []}
-        if out and out.exists():
-            self.document["notes"] = json.loads(out.read_text()).get("notes", [])
+        notes = json.loads(out.read_text()).get("notes") if out and out.exists() else None
+        if notes:
+            self.document["notes"] = notes
         self.out = out
-        print(markdown(self.document), flush=True)
+        print(markdown(self.document), end="", flush=True)
 
     def heading(self, text: str) -> None:
         """Begin a section."""
@@ -105,16 +114,15 @@ class Report:
         """Add Markdown."""
         self._add({"text": text.splitlines()})
 
-    def table(self, **columns: str) -> None:
-        """Begin a table: names of columns with the format of their numbers, empty for text."""
-        self._add(
-            {"columns": [{"name": n} | ({"format": form} if form else {}) for n, form in columns.items()], "rows": []}
-        )
+    def table(self, *columns: str | tuple[str, str]) -> None:
+        """Begin a table: a column is its name, or its name and the format of its numbers."""
+        named = [{"name": c} if isinstance(c, str) else {"name": c[0], "format": c[1]} for c in columns]
+        self._add({"columns": named, "rows": []})
 
     def row(self, *cells: Cell) -> None:
-        """Add a row to the table that was begun last."""
+        """Add a row to the table that was begun last; the rest of a short one is empty."""
         table = self.document["parts"][-1]
-        table["rows"].append(list(cells))
+        table["rows"].append([to_digits(cell) for cell in cells])
         print(row_markdown(table["columns"], cells), flush=True)
         self._write()
 

@@ -23,8 +23,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.extend.core import ClosedJaxpr, Jaxpr, Var
+from jax.extend.core import Jaxpr, JaxprEqn, Var
 
+from evmamba_jax.analysis.program import inner_programs
 from evmamba_jax.layers.s6 import S6
 from evmamba_jax.models.cards import CARDS
 from evmamba_jax.models.registry import abstract_model
@@ -132,18 +133,16 @@ def _count(jaxpr: Jaxpr, sources: Sequence[int]) -> Counter[str]:
             (batch, length, groups, channels), states = shapes[0], shapes[2][1]
             total["scans"] += (9 * states + 1) * batch * length * groups * channels
         else:
-            for part, times in _parts(operation, params):
+            for part, times in _parts(equation):
                 # Some operations have operands of their own before those that they hand on.
                 inside = _count(part, given[len(given) - len(part.invars) :])
                 total.update({kind: times * n for kind, n in inside.items()})
     return total
 
 
-def _parts(operation: str, params: dict[str, Any]) -> list[tuple[Jaxpr, int]]:
-    """Return the programs inside an operation, and how often each runs."""
-    values = [value for given in params.values() for value in (given if isinstance(given, list | tuple) else [given])]
-    parts = [value.jaxpr if isinstance(value, ClosedJaxpr) else value for value in values]
-    parts = [part for part in parts if isinstance(part, Jaxpr)]
+def _parts(equation: JaxprEqn) -> list[tuple[Jaxpr, int]]:
+    """Return the programs inside an equation, and how often each runs."""
+    operation, params, parts = equation.primitive.name, equation.params, inner_programs(equation)
     if operation == "cond":
         # Of branches written for one platform each, the one for all others.
         return [(parts[params["branches_platforms"].index(None)], 1)]

@@ -1,0 +1,39 @@
+"""Times of programs that take turns, so that whatever else the machine does meets all alike."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def interleaved(programs: Mapping[Any, Callable[[], None]], runs: int) -> dict[Any, float]:
+    """Return the median seconds of programs that return when they are done; rounds of all of them, ``runs`` times.
+
+    Each timed run follows an untimed one of the same program, so that none pays for the caches and pages of another.
+    """
+    times: dict[Any, list[float]] = {key: [] for key in programs}
+    for _ in range(runs):
+        for key, run in programs.items():
+            run()
+            start = time.perf_counter()
+            run()
+            times[key].append(time.perf_counter() - start)
+    return {key: statistics.median(values) for key, values in times.items()}
+
+
+def groups(
+    step: Callable[[], None], wait: Callable[[], None], *, warm_up: int, size: int, runs: int, reset=lambda: None
+) -> list[float]:
+    """Return the mean seconds of a step in each group of so many, none of which waits before its group ends."""
+    for _ in range(warm_up):
+        step()
+    wait()
+    reset()
+    times = []
+    for _ in range(max(1, runs // size)):
+        began = time.perf_counter()
+        for _ in range(size):
+            step()
+        wait()
+        times.append((time.perf_counter() - began) / size)
+    return times
