@@ -6,10 +6,10 @@ Published top-1: 78.7 (arXiv:2403.09977, table 2; the released log says 78.67 ra
 with hardware (docs/preflight.md).
 
 The recipe is the one the released log shows. Variants of the same file: ``:paper`` and ``:readme``, the recipes of the
-paper's text and of the official README's command, which differ (see configs/_efficientvmamba.py).
+paper's text and of the official README's command, which differ (see evmamba_jax/recipes/efficientvmamba.py).
 """
 
-from configs._efficientvmamba import recipe
+from evmamba_jax.recipes.efficientvmamba import recipe
 
 
 def get_config(variant: str = "released"):

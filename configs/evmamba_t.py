@@ -7,10 +7,10 @@ estimate is 90 ms a step, 4.7 hours in all, on a v6e-8 108 ms and 5.6 hours; suc
 hardware (docs/preflight.md).
 
 The recipe is the one the released log shows. Variants of the same file: ``:paper`` and ``:readme``, the recipes of the
-paper's text and of the official README's command, which differ (see configs/_efficientvmamba.py).
+paper's text and of the official README's command, which differ (see evmamba_jax/recipes/efficientvmamba.py).
 """
 
-from configs._efficientvmamba import recipe
+from evmamba_jax.recipes.efficientvmamba import recipe
 
 
 def get_config(variant: str = "released"):

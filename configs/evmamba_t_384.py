@@ -9,7 +9,7 @@ EfficientVMamba's released weights. It starts from official weights, a converted
     python train_tpu.py --config configs/evmamba_t_384.py --config.init_from=FILE_OR_FOLDER
 """
 
-from configs._efficientvmamba import recipe
+from evmamba_jax.recipes.efficientvmamba import recipe
 from evmamba_jax.training.config import Config, Duration, OptimConfig
 
 

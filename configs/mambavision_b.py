@@ -6,7 +6,7 @@ Published top-1: 84.2 (arXiv:2407.08083, table 1). Not yet run here.
 The weights pre-trained on ImageNet-21K (84.9) have the same shapes.
 """
 
-from configs._mambavision import recipe
+from evmamba_jax.recipes.mambavision import recipe
 from evmamba_jax.training.config import Config
 
 

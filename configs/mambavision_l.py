@@ -6,7 +6,7 @@ Published top-1: 85.0 (arXiv:2407.08083, table 1). Not yet run here.
 The weights pre-trained on ImageNet-21K (86.1) have the same shapes.
 """
 
-from configs._mambavision import recipe
+from evmamba_jax.recipes.mambavision import recipe
 from evmamba_jax.training.config import Config
 
 

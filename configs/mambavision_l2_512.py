@@ -7,7 +7,7 @@ Published after pre-training on ImageNet-21K, which is not this run; neither tha
 released, so this is L2's with the model's own drop path.
 """
 
-from configs._mambavision import recipe
+from evmamba_jax.recipes.mambavision import recipe
 from evmamba_jax.training.config import Config
 
 

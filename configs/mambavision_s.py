@@ -6,7 +6,7 @@ Published top-1: 83.3 (arXiv:2407.08083, table 1). Not yet run here.
 The official training file evaluates at crop 0.875, the model card at 0.93 as here.
 """
 
-from configs._mambavision import recipe
+from evmamba_jax.recipes.mambavision import recipe
 from evmamba_jax.training.config import Config
 
 

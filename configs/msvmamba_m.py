@@ -4,7 +4,7 @@ Published top-1: 79.8 (README of YuHengsss/MSVMamba, branch master: ImageNet-1K 
 300 epochs: 375,300 steps of 1,024 images, 384,307,200 in all.
 """
 
-from configs._msvmamba import recipe
+from evmamba_jax.recipes.msvmamba import recipe
 from evmamba_jax.training.config import Config
 
 

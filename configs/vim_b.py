@@ -6,7 +6,7 @@ Published top-1: 81.9 (arXiv:2401.09417v3, table 1). Not yet run here.
 Weights were released, a recipe was not: this is the one of S.
 """
 
-from configs._vim import recipe
+from evmamba_jax.recipes.vim import recipe
 from evmamba_jax.training.config import Config
 
 

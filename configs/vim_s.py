@@ -5,7 +5,7 @@ steps of 512 images, 384,307,200 in all. The official code, which trains 232 ima
 authors' measurement (VMamba's table 6), takes 58 hours on 8.
 """
 
-from configs._vim import recipe
+from evmamba_jax.recipes.vim import recipe
 from evmamba_jax.training.config import Config
 
 

@@ -4,7 +4,7 @@ Published top-1: 76.1 (arXiv:2401.09417v3, table 1). Not yet run here.
 300 epochs: 375,300 steps of 1,024 images, 384,307,200 in all.
 """
 
-from configs._vim import recipe
+from evmamba_jax.recipes.vim import recipe
 from evmamba_jax.training.config import Config
 
 

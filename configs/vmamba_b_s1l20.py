@@ -5,7 +5,7 @@ Published top-1: 83.8 (arXiv:2401.10166, table 6). Not yet run here. 300 epochs:
 on 8.
 """
 
-from configs._vmamba import recipe
+from evmamba_jax.recipes.vmamba import recipe
 from evmamba_jax.training.config import Config
 
 

@@ -7,7 +7,7 @@ on 8.
 The released weights were trained with drop path 0.6 (their file name), the official yaml says 0.5.
 """
 
-from configs._vmamba import recipe
+from evmamba_jax.recipes.vmamba import recipe
 from evmamba_jax.training.config import Config
 
 

@@ -6,7 +6,7 @@ on 8. On a v5e-8 the compiler's estimate is 137 ms a step, 14.3 hours in all; su
 hardware (docs/preflight.md).
 """
 
-from configs._vmamba import recipe
+from evmamba_jax.recipes.vmamba import recipe
 from evmamba_jax.training.config import Config
 
 

@@ -8,7 +8,7 @@ The released weights were trained with drop path 0.1 and without averaging (thei
 the official yaml says 0.2.
 """
 
-from configs._vmamba import recipe
+from evmamba_jax.recipes.vmamba import recipe
 from evmamba_jax.training.config import Config
 
 

@@ -29,7 +29,8 @@ ROWS = {
     "training": "arrays checkpoints data errors evmamba_jax models reports storage weights",
     "predict": "arrays checkpoints cli data errors models reports storage training weights",
     "preflight": "cli data errors pallas_kernels training",
-    "configs": "data errors training",
+    "recipes": "data errors training",
+    "configs": "data recipes training",
     "train_tpu": "cli training",
     "benchmarks": """analysis arrays configs data errors evmamba_jax layers models pallas_kernels pallas_kernels.gpu
                      pallas_kernels.tpu preflight reports training weights""",

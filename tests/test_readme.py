@@ -1,12 +1,13 @@
 """What the README and the docs show is what there is."""
 
 import re
-import shlex
 from pathlib import Path
 
 import pytest
 
 from evmamba_jax import list_models
+from evmamba_jax.models.__main__ import main
+from evmamba_jax.models.cards import CARDS
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [
@@ -62,11 +63,14 @@ def test_files_and_modules_that_are_named_exist(document):
             assert path.is_dir() or path.with_suffix(".py").is_file(), module
 
 
-def test_every_model_has_a_config_and_a_row():
+def test_the_table_of_models_is_what_the_command_prints(capsys):
+    """``python -m evmamba_jax.models --markdown`` writes it again."""
+    assert main(["--markdown"]) == 0
+    table = capsys.readouterr().out
+    assert [line.split("`")[1] for line in table.splitlines()[2:]] == list(CARDS)
     text = (ROOT / "README.md").read_text()
-    for name in list_models():
-        assert (ROOT / "configs" / f"{name}.py").exists()
-        assert f"`{name}`" in text
+    assert f"\n\n{table}\n" in text
+    assert f"{len(list_models())} in all" in text
 
 
 def test_flags_that_are_shown_are_known():
@@ -77,4 +81,3 @@ def test_flags_that_are_shown_are_known():
     for document in ["README.md", "docs/training.md", "CONTRIBUTING.md"]:
         for name in re.findall(r"--config\.([a-z_.]+)=", (ROOT / document).read_text()):
             assert name in known, f"{document}: {name}"
-    assert shlex.split(blocks("README.md")[0][1])

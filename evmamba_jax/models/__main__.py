@@ -6,7 +6,7 @@ import sys
 import textwrap
 
 from evmamba_jax import cli
-from evmamba_jax.models.cards import ModelCard, model_card
+from evmamba_jax.models.cards import CARDS, ModelCard, model_card
 from evmamba_jax.models.registry import list_models
 
 _TITLES = ("model", "parameters", "FLOPs", "published", "top-1", "input", "crop", "licence", "source of the weights")
@@ -20,12 +20,17 @@ def main(argv: list[str] | None = None) -> int:
         description="Parameters, multiply-adds, published accuracy, and source and licence of the official weights.",
     )
     parser.add_argument("models", nargs="*", metavar="NAME|PATTERN", help="e.g. vmamba_t, or 'vmamba*' (default: all)")
-    return cli.main(lambda: _print_cards(parser.parse_args(argv).models))
+    parser.add_argument("--markdown", action="store_true", help="the README's table, in the order of the families")
+    return cli.main(lambda: _print_cards(parser.parse_args(argv)))
 
 
-def _print_cards(models: list[str]) -> None:
+def _print_cards(options: argparse.Namespace) -> None:
+    models = options.models
     # What matches nothing is taken for a name, and refused as one.
     cards = [model_card(name) for given in models or ["*"] for name in list_models(given) or [given]]
+    if options.markdown:
+        print(markdown([card for card in CARDS.values() if card in cards]))
+        return
     print(card_text(cards[0]) if models == [cards[0].name] else table(list(dict.fromkeys(cards))))
 
 
@@ -42,6 +47,17 @@ def table(cards: list[ModelCard]) -> str:
     ]
     ways = dict.fromkeys((card.mean, card.std, card.interpolation) for card in cards)
     return "\n".join([*lines, "", *(f"normalisation: mean {m}, std {s}; {i} resizing" for m, s, i in ways)])
+
+
+def markdown(cards: list[ModelCard]) -> str:
+    """Return the table of the README."""
+    head = ["| model | parameters | FLOPs | published top-1, ImageNet-1K | input |", "|---|---|---|---|---|"]
+    rows = [
+        f"| `{card.name}` | {card.parameters:,} | {card.flops / 1e9:.2f} G | {card.top1} "
+        f"| {card.input_size[0]}x{card.input_size[1]} |"
+        for card in cards
+    ]
+    return "\n".join([*head, *rows])
 
 
 def card_text(card: ModelCard) -> str:

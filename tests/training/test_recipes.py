@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from evmamba_jax.models import list_models
+from evmamba_jax.models import list_models, model_card
 from evmamba_jax.training.layout import Layout
 from evmamba_jax.training.mesh import make_mesh
 from evmamba_jax.training.task import Plan
@@ -24,15 +24,16 @@ def told(config) -> str:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_docstrings_give_the_length_of_the_run(name):
+def test_docstrings_say_what_the_card_and_the_recipe_say(name):
     module = importlib.import_module(f"configs.{name}")
     config = module.get_config()
     config.validate()
     text = " ".join(module.__doc__.split())
     assert told(config) in text
-    if config.data.name == "imagenet2012":
-        assert re.search(r"not yet run here", text, re.IGNORECASE)
-        assert text.startswith("EfficientVMamba-T, fine-tuned") or re.search(r"Published top-1: \d\d\.\d \(", text)
+    if name in list_models():
+        card = model_card(name)
+        assert f"{card.input_size[0]} px. Published top-1: {card.top1} (" in text
+        assert set(re.findall(r"arXiv:(\d{4}\.\d{5})", text)) <= {card.paper}
     if name in ("evmamba_t", "evmamba_s"):
         for variant in ("paper", "readme"):
             other = module.get_config(variant)
