@@ -28,7 +28,7 @@ from evmamba_jax.errors import UserError
 from evmamba_jax.models import model_card
 from evmamba_jax.reports.predictions import guesses
 from evmamba_jax.storage import storage_errors
-from evmamba_jax.weights import open_model
+from evmamba_jax.weights.load import EMA_WORDS, Ema, open_place
 
 BATCH = 32  # images that the model sees at a time
 DRAWN = 24  # images in the picture
@@ -39,13 +39,16 @@ class Predictor:
 
     Args:
         weights: a file of official weights, or the folder of a converted model, of a training run (of which the newest
-            checkpoint is taken, and in it the moving average where there is one) or of one of its checkpoints.
+            checkpoint is taken) or of one of its checkpoints.
         name: of the model; a folder of ours may be without.
+        ema: False takes the parameters of a run, True their moving average, "better" whichever the checkpoint's own
+            evaluation found better.
         image_size: side of the images that the model sees, in pixels, where it is not that of the card or the run.
         class_names: one a class, where they are not those of the run or ImageNet's.
 
     Attributes:
         name: of the model.
+        taken: the weights, in words.
         data: how images are prepared.
         class_names: one a class: as given, else as the run's data set has them, else ImageNet's where there are 1000,
             else numbers.
@@ -59,10 +62,12 @@ class Predictor:
         weights: str | PathLike[str],
         name: str = "",
         *,
+        ema: Ema = "better",
         image_size: int | None = None,
         class_names: Sequence[str] | None = None,
     ):
-        model, self.name, meta = open_model(weights, name)
+        model, self.name, _, found = open_place(weights, name, ema=ema)
+        meta, self.taken = found.meta, found.taken
         if model.head is None:
             raise UserError(f"{weights} holds a model without a head, which tells no classes")
         classes = model.head.bias.get_value().size
@@ -164,6 +169,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--weights", required=True, metavar="FILE_OR_DIR", help="official weights, a converted model, or a training run"
     )
+    parser.add_argument(
+        "--ema",
+        choices=EMA_WORDS,
+        default="better",
+        help="whether to take a run's moving average (default: where its evaluation found it better)",
+    )
     parser.add_argument("--top", type=int, default=5, metavar="N", help="most probable classes to name (5)")
     parser.add_argument("--out", type=Path, default=Path("prediction.png"), metavar="PNG", help="(prediction.png)")
     parser.add_argument("--image-size", type=int, metavar="N", help="side in pixels, where it is to be another")
@@ -181,12 +192,17 @@ def _predict(args: argparse.Namespace) -> None:
         if not Path(path).is_file():
             raise UserError(f"there is no image file {path}")
     predictor = Predictor(
-        args.weights, args.model, image_size=args.image_size, class_names=args.classes and _read_classes(args.classes)
+        args.weights,
+        args.model,
+        ema=EMA_WORDS[args.ema],
+        image_size=args.image_size,
+        class_names=args.classes and _read_classes(args.classes),
     )
     images = np.stack([predictor.view(read_image(path)) for path in args.images])
     with storage_errors(args.out.parent):
         args.out.parent.mkdir(parents=True, exist_ok=True)
     probabilities, names = predictor(images), predictor.class_names
+    print(f"weights: {predictor.taken}")
     for path, shares in zip(args.images, probabilities, strict=True):
         print(path)
         for k in np.argsort(-shares, kind="stable")[: args.top]:

@@ -44,7 +44,7 @@ def pth(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Return a run on grey images of 12x12 with three named classes, whose moving average is another model."""
+    """Return a run on grey images of 12x12 with three named classes, which has found its moving average better."""
     folder = tmp_path_factory.mktemp("run")
     items = {}
     for seed, part in enumerate(("model", "ema")):
@@ -56,6 +56,9 @@ def folder(tmp_path_factory):
         "num_classes": 3,
         "class_names": ["cat", "dog", "bird"],
         "ema": True,
+        "step": 7,
+        "evaluated": 7,
+        "figures": {"top1": 61.0, "ema_top1": 62.5},
         "config": {"data": vars(data), "model": {"options": SMALL}},
     }
     with Checkpoints(folder / "checkpoints") as checkpoints:
@@ -82,7 +85,9 @@ def softmax(logits):
 def told(out: str) -> dict[str, list[tuple[float, str]]]:
     """Return what the command printed: for each image share and class, the number with it."""
     found: dict[str, list[tuple[float, str]]] = {}
-    for line in out.splitlines()[:-1]:
+    weights, *lines, _ = out.splitlines()
+    assert weights.startswith("weights: ")
+    for line in lines:
         if line.startswith("  "):
             share, _, name = line.strip().partition("%")
             list(found.values())[-1].append((float(share), name.strip()))
@@ -124,7 +129,9 @@ def test_photographs_with_an_official_file(pth, tmp_path):
 def test_a_run_brings_its_classes_its_crop_and_its_moving_average(folder, tmp_path, capsys):
     out = tmp_path / "new" / "drawn.png"
     assert main(["--weights", str(folder), "--top", "2", "--out", str(out), *map(str, PHOTOGRAPHS)]) == 0
-    found = told(capsys.readouterr().out)
+    said = capsys.readouterr().out
+    found = told(said)
+    assert said.startswith(f"weights: {folder}/checkpoints/7, moving average (top-1 62.5 against 61)\n")
     names, average = ["cat", "dog", "bird"], jit(small(1).__call__)
     for path in PHOTOGRAPHS:
         resized = Image.open(path).convert("L").resize((24 * 640 // 427, 24), Image.Resampling.BICUBIC)

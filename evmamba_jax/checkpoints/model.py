@@ -40,6 +40,11 @@ class Saved(NamedTuple):
     folder: epath.Path
     meta: dict[str, Any]
 
+    @property
+    def has_ema(self) -> bool:
+        """Whether it has a moving average."""
+        return (self.folder / "ema").is_dir()
+
     def read(self, *, ema: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return params and batch_stats of the model, or of its moving average, as NumPy arrays by path.
 

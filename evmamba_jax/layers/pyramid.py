@@ -1,10 +1,8 @@
 """What the families of four stages share: the walk from stem to head, and what it asks of the images."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 from flax.typing import Dtype
 
@@ -100,24 +98,6 @@ class Pyramid(nnx.Module):
             self.norm = norm(widths[-1], dtype=dtype, rngs=rngs)
             self.head = Linear(widths[-1], num_classes, dtype=dtype, rngs=rngs) if num_classes else None
         self.in_channels = in_channels
-
-    def adopt(self, arrays: dict[str, Any], *, resize: bool = True) -> dict[str, Any]:
-        """Return parameters and batch statistics of a checkpoint, by path, as this model takes them.
-
-        A model without a head takes those of a classifier without its head. A backbone (``out_norms=True``) takes
-        them as the official detectors do: without its last norm too, and with out norms at their initial 1 and 0.
-        There is nothing to ``resize``, as nothing has the size of the image.
-        """
-        del resize
-        if self.head is None:
-            arrays = {path: array for path, array in arrays.items() if not path.startswith("head.")}
-        if self.out_norms is None or any(path.startswith("out_norms.") for path in arrays):
-            return arrays
-        kept = {path: array for path, array in arrays.items() if not path.startswith("norm.")}
-        for i, norm in enumerate(self.out_norms):
-            kept[f"out_norms.{i}.scale"] = np.ones(norm.num_features, np.float32)
-            kept[f"out_norms.{i}.bias"] = np.zeros(norm.num_features, np.float32)
-        return kept
 
     def features(self, images: jax.Array, *, key: jax.Array | None = None) -> list[jax.Array]:
         """Return the four stage maps [(B, h, w, C), ...], each before its downsampling.

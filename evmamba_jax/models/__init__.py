@@ -6,6 +6,6 @@ from evmamba_jax.models import msvmamba as msvmamba
 from evmamba_jax.models import vim as vim
 from evmamba_jax.models import vmamba as vmamba
 from evmamba_jax.models.cards import model_card
-from evmamba_jax.models.registry import abstract_model, create_model, list_models, load_pretrained
+from evmamba_jax.models.registry import abstract_model, build_model, list_models
 
-__all__ = ["abstract_model", "create_model", "list_models", "load_pretrained", "model_card"]
+__all__ = ["abstract_model", "build_model", "list_models", "model_card"]

@@ -7,10 +7,8 @@ with Mamba's time steps (``mamba_dt_init_backward``), and resizing the position 
 class token's, which sits in the middle (``pos_embed_class_token``).
 """
 
-import logging
-import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,10 +28,8 @@ from evmamba_jax.layers.s6 import S6, default_dt_rank
 from evmamba_jax.models.registry import register
 from pallas_kernels import Order
 
-logger = logging.getLogger(__name__)
-
 # Where a position embedding of M + 1 entries is taken to have that of the class token.
-_CLASS_TOKEN_AT = {"first": lambda patches: 0, "middle": lambda patches: patches // 2}
+CLASS_TOKEN_AT = {"first": lambda patches: 0, "middle": lambda patches: patches // 2}
 
 Place = Literal["first", "middle"]
 
@@ -174,7 +170,7 @@ def resize_pos_embed(
     Source: hustvl/Vim ``vim/main.py`` (finetune), ``vim/utils.py`` ``interpolate_pos_embed``.
     """
     pos_embed = jnp.asarray(pos_embed)
-    place = None if class_token is None else one_of("class_token", class_token, _CLASS_TOKEN_AT)
+    place = None if class_token is None else one_of("class_token", class_token, CLASS_TOKEN_AT)
     old, new = (rows * columns for rows, columns in (old_grid, new_grid))
     extra = 0 if place is None else 1
     if pos_embed.ndim != 3 or pos_embed.shape[:2] != (1, old + extra):
@@ -255,7 +251,7 @@ class Vim(nnx.Module):
             raise UserError(
                 f"image_size is {image_size!r}: give a side or (height, width) of at least patch_size={patch_size}"
             )
-        one_of("pos_embed_class_token", pos_embed_class_token, _CLASS_TOKEN_AT)
+        one_of("pos_embed_class_token", pos_embed_class_token, CLASS_TOKEN_AT)
         self.patch_size = patch_size
         self.stride = stride
         self.in_channels = in_channels
@@ -303,30 +299,6 @@ class Vim(nnx.Module):
 
     def _grid_of(self, height: int, width: int) -> tuple[int, int]:
         return (height - self.patch_size) // self.stride + 1, (width - self.patch_size) // self.stride + 1
-
-    def adopt(self, arrays: dict[str, Any], *, resize: bool = True) -> dict[str, Any]:
-        """Return parameters of a checkpoint, by path, as this model takes them.
-
-        With ``resize`` a position embedding of another length, taken for that of a square, is resized by
-        :func:`resize_pos_embed`, as fine-tuning at another size or stride needs it. A model without a head takes a
-        classifier without its head; a backbone (``class_token=False``) without its class token too.
-        """
-        if self.head is None:
-            arrays = {path: array for path, array in arrays.items() if not path.startswith("head.")}
-        given = arrays.get("pos_embed")
-        if given is None or given.ndim != 3:
-            return arrays
-        classifier, patches = "cls_token" in arrays, self.grid[0] * self.grid[1]
-        place = self.pos_embed_class_token if classifier else None
-        if resize and given.shape[1] != patches + classifier:
-            side = math.isqrt(given.shape[1] - classifier)
-            if given.shape[1] == side**2 + classifier:
-                logger.warning("position embedding resized from %dx%d to %dx%d patches", side, side, *self.grid)
-                given = resize_pos_embed(given, (side, side), self.grid, class_token=place)
-        if classifier and self.cls_token is None and self.head is None and given.shape[1] == patches + classifier:
-            arrays = {path: array for path, array in arrays.items() if path != "cls_token"}
-            given, _ = _take_out(given, _CLASS_TOKEN_AT[self.pos_embed_class_token](patches))
-        return {**arrays, "pos_embed": given}
 
     def tokens(self, images: jax.Array) -> jax.Array:
         """Return what enters the first block: (B, M + 1, C), the class token at M // 2 of M patches row by row.

@@ -61,7 +61,10 @@ class Layout:
         """Return the state of step 0: initial values, or those of ``init_from``."""
         source = self.plan.config.init_from
         if source:
-            return jax.jit(self.init, out_shardings=self.shardings)(**self.plan.load(source)[0].asdict())
+            weights = self.plan.load(source)
+            if jax.process_index() == 0:
+                print(f"weights: {weights.taken}")
+            return jax.jit(self.init, out_shardings=self.shardings)(weights.params, weights.batch_stats)
         return jax.jit(lambda: self.init(*split(self.plan.build_model())[1:]), out_shardings=self.shardings)()
 
     def step(self) -> tuple[Callable[[TrainState, Batch], TrainState], tuple[TrainState, Batch]]:

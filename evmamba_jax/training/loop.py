@@ -26,7 +26,7 @@ from evmamba_jax.storage import storage_errors
 from evmamba_jax.training import mesh as meshes
 from evmamba_jax.training.config import Config
 from evmamba_jax.training.layout import Layout
-from evmamba_jax.training.state import TrainState
+from evmamba_jax.training.state import TrainState, Variables
 from evmamba_jax.training.tally import Tally
 from evmamba_jax.training.task import Task, told
 
@@ -59,11 +59,15 @@ def _evaluate_only(task: Task, workdir: Path) -> dict[str, float]:
             f"there is no run in {workdir} to evaluate; name its --workdir, or set --config.init_from to official "
             "weights or a folder of ours"
         )
-    model, meta = task.load(source)
-    ema = task.load(source, ema=True)[0] if meta.get("ema") else None
+    weights = task.load(source, ema=False)
+    model, ema, taken = Variables(*weights[:2]), None, weights.taken
+    if weights.meta.get("ema"):
+        ema = Variables(*task.load(source, ema=True)[:2])
+        taken = f"{weights.place}, parameters and moving average"
     if task.is_main:
         with storage_errors(workdir):  # found out now, not after the evaluation
             workdir.mkdir(parents=True, exist_ok=True)
+        print(f"weights: {taken}")
     tally = Tally(task.mesh, task.num_classes)
     figures = task.evaluate(*jax.device_put((model, ema), meshes.replicated(task.mesh)), tally=tally)
     if task.is_main:

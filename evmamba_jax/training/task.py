@@ -4,7 +4,7 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import flax
 import jax
@@ -13,19 +13,19 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from evmamba_jax import __version__, create_model
+from evmamba_jax import __version__
 from evmamba_jax.arrays import merge, split
 from evmamba_jax.data import loader
 from evmamba_jax.data.sources import open_source
 from evmamba_jax.errors import UserError
-from evmamba_jax.models import abstract_model
+from evmamba_jax.models import abstract_model, build_model
 from evmamba_jax.reports.predictions import predictions
 from evmamba_jax.training import mesh as meshes
 from evmamba_jax.training.config import Config
 from evmamba_jax.training.state import Variables
 from evmamba_jax.training.step import make_eval_step
 from evmamba_jax.training.tally import Tally
-from evmamba_jax.weights import load_weights
+from evmamba_jax.weights import Weights, load_weights
 
 PICTURED = 64  # examples in predictions.png
 
@@ -51,7 +51,7 @@ class Plan:
 
     def build_model(self) -> nnx.Module:
         """Return the model with fresh initial values."""
-        return create_model(self.config.model.name, rngs=nnx.Rngs(self.config.seed), **self._model_options())
+        return build_model(self.config.model.name, rngs=nnx.Rngs(self.config.seed), **self._model_options())
 
     def _model_options(self) -> dict[str, Any]:
         config = self.config
@@ -63,20 +63,15 @@ class Plan:
             **config.model.options,
         }
 
-    def load(self, source: str | os.PathLike[str], *, ema: bool = False) -> tuple[Variables, dict[str, Any]]:
-        """Return the arrays of a folder or file, checked against the model's shapes, and its meta.
+    def load(self, source: str | os.PathLike[str], *, ema: bool | Literal["better"] = "better") -> Weights:
+        """Return the weights of a place as the model takes them; see :func:`load_weights`.
 
         Every process of the run reads for itself. Only training goes on from weights of another grid of patches, or for
         another number of classes, in place of whose head it takes the initial one.
         """
         name = f"{self.config.model.name} for {self.config.data.name}"
-        training = not self.config.eval_only
-        params, batch_stats, meta = load_weights(self.model, source, name, ema=ema, fine_tune=training)
-        head = self.abstract.params.keys() - params.keys()
-        if head:
-            initial = jax.jit(lambda: split(self.build_model()).params)
-            params |= {path: array for path, array in initial().items() if path in head}
-        return Variables(params, batch_stats), meta
+        initial = None if self.config.eval_only else self.build_model
+        return load_weights(self.model, source, name, ema=ema, initial=initial)
 
 
 class Task(Plan):
@@ -108,6 +103,7 @@ class Task(Plan):
             "step": step,
             "figures": figures,
             "evaluated": evaluated,
+            "chooses": {"figure": "top1", "higher": True},  # between parameters and moving average
             "ema": config.optim.ema_decay > 0,
             "config": dataclasses.asdict(config),
             "versions": {"evmamba-jax": __version__, "jax": jax.__version__, "flax": flax.__version__},

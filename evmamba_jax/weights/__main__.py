@@ -7,52 +7,68 @@
 import argparse
 import ast
 import sys
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+from safetensors.numpy import save_file
+
 from evmamba_jax import cli
+from evmamba_jax.checkpoints import save_model
 from evmamba_jax.errors import UserError
-from evmamba_jax.weights.convert import convert_file, export_file
+from evmamba_jax.storage import written_whole
+from evmamba_jax.weights.convert import to_torch
+from evmamba_jax.weights.load import EMA_WORDS, Ema, Weights, open_place
+
+_PLACES = "official weights, a converted model, a training run, or one of its checkpoints"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command with ``argv``; return the exit code, 2 for a user's mistake."""
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--model", required=True, metavar="NAME", help="the model, e.g. evmamba_t")
+    shared.add_argument(
+        "--model", default="", metavar="NAME", help="e.g. evmamba_t; not needed for a folder that names it"
+    )
     shared.add_argument(
         "--option",
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="an option of the model that differs from the published one, e.g. num_classes=10; may be repeated",
+        help="an option of the model that is not as the folder says or else as published; may be repeated",
+    )
+    shared.add_argument(
+        "--ema",
+        choices=EMA_WORDS,
+        default="better",
+        help="whether to take a run's moving average (default: where its evaluation found it better)",
     )
     parser = argparse.ArgumentParser(
         prog="python -m evmamba_jax.weights", description="Official weights for our models, and ours for theirs."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    convert = commands.add_parser(
-        "convert", parents=[shared], help="make a checkpoint from a PyTorch or safetensors file"
+    to_ours = commands.add_parser("convert", parents=[shared], help="make a checkpoint without training state")
+    to_ours.add_argument("--torch", required=True, metavar="FILE_OR_DIR", help=_PLACES)
+    to_ours.add_argument("--out", required=True, metavar="DIR", help="folder for the checkpoint, new or empty")
+    to_ours.add_argument(
+        "--key", metavar="KEY", help="entry of an official file to take, e.g. model_ema (default: the weights)"
     )
-    convert.add_argument("--torch", required=True, metavar="FILE", help=".pth, .pt, .bin or .safetensors file")
-    convert.add_argument("--out", required=True, metavar="DIR", help="folder for the checkpoint, new or empty")
-    convert.add_argument(
-        "--key", metavar="KEY", help="entry of the file to take, e.g. model_ema (default: the weights)"
-    )
-    export = commands.add_parser(
-        "export", parents=[shared], help="make a safetensors file for the official code from a checkpoint"
-    )
-    export.add_argument("--checkpoint", required=True, metavar="DIR", help="converted model, run, or one of its steps")
-    export.add_argument("--out", required=True, metavar="FILE", help="the .safetensors file, new")
+    to_theirs = commands.add_parser("export", parents=[shared], help="make a safetensors file for the official code")
+    to_theirs.add_argument("--checkpoint", required=True, metavar="FILE_OR_DIR", help=_PLACES)
+    to_theirs.add_argument("--out", required=True, metavar="FILE", help="the .safetensors file, new")
     return cli.main(lambda: _run(parser.parse_args(argv)))
 
 
 def _run(args: argparse.Namespace) -> None:
-    options = dict(map(_option, args.option))
+    options, ema = dict(map(_option, args.option)), EMA_WORDS[args.ema]
     if args.command == "convert":
-        convert_file(args.torch, args.model, args.out, key=args.key, **options)
-        print(f"{args.out}: {args.model} with the weights of {args.torch}")
+        weights = convert_file(args.torch, args.model, args.out, key=args.key, ema=ema, **options)
+        print(f"weights: {weights.taken}")
+        print(f"{args.out}: {args.model or weights.meta['model']} with these weights")
     else:
-        export_file(args.checkpoint, args.model, args.out, **options)
-        print(f"{args.out}: the weights of {args.checkpoint} under the official names")
+        weights = export_file(args.checkpoint, args.model, args.out, ema=ema, **options)
+        print(f"weights: {weights.taken}")
+        print(f"{args.out}: these weights under the official names")
 
 
 def _option(text: str) -> tuple[str, Any]:
@@ -64,6 +80,67 @@ def _option(text: str) -> tuple[str, Any]:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return name, value
+
+
+def convert_file(
+    place: str | PathLike[str],
+    model_name: str,
+    out: str | PathLike[str],
+    *,
+    key: str | None = None,
+    ema: Ema = "better",
+    **options: Any,
+) -> Weights:
+    """Write weights as an orbax checkpoint for ``create_model(model_name, pretrained=out)``; return what was taken.
+
+    Args:
+        place: as for :func:`evmamba_jax.weights.load_weights`; a run gives a checkpoint without its training state.
+        model_name: one of :func:`evmamba_jax.list_models`; a folder may be without.
+        out: folder for the checkpoint; new or empty.
+        key: the entry of an official file to take, as for :func:`load_torch_file`.
+        ema: as for :func:`load_weights`.
+        **options: of the model, where the place does not state them and they are not those of the published one.
+
+    Raises:
+        UserError: ``out`` holds something already; otherwise as ``open_model``.
+    """
+    folder = Path(out)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{str(out)!r} exists and is not an empty folder; name a new folder for the checkpoint")
+    opened = open_place(place, model_name, ema=ema, key=key, **options)
+    weights = opened.weights
+    of_run = {name: weights.meta[name] for name in ("num_classes", "class_names", "config") if name in weights.meta}
+    origin = {"converted_from": Path(weights.place).name, "key": key}
+    meta = {"model": opened.name, "options": opened.options, **of_run, **origin}
+    save_model(folder, params=weights.params, batch_stats=weights.batch_stats, meta=meta)
+    return weights
+
+
+def export_file(
+    place: str | PathLike[str], model_name: str, out: str | PathLike[str], *, ema: Ema = "better", **options: Any
+) -> Weights:
+    """Write weights as a .safetensors file whose names the official code loads; return what was taken.
+
+    Args:
+        place: as for :func:`evmamba_jax.weights.load_weights`.
+        model_name: one of :func:`evmamba_jax.list_models`; a folder may be without.
+        out: the file; must not exist.
+        ema: as for :func:`load_weights`.
+        **options: of the model, where the place does not state them and they are not those of the published one.
+
+    Raises:
+        UserError: ``out`` exists or does not end in .safetensors; otherwise as ``open_model``.
+    """
+    path = Path(out)
+    if path.suffix != ".safetensors":
+        raise UserError(f"{str(out)!r} must end in .safetensors, the one kind of file that is written")
+    if path.exists():
+        raise UserError(f"{str(out)!r} exists; name a new file")
+    opened = open_place(place, model_name, ema=ema, **options)
+    with written_whole(path) as beside:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: np.ascontiguousarray(array) for name, array in to_torch(opened.model).items()}, beside)
+    return opened.weights
 
 
 if __name__ == "__main__":

@@ -1,73 +1,112 @@
-"""Weights, whichever way they are kept: in a file of the official code, or in a folder of ours."""
+"""The door that all weights come through: read from wherever they are kept, renamed, fitted to a model.
 
+A place is a file of the official code (.pth, .pth.tar, .ckpt, .bin, .safetensors), the folder of a converted model, the
+work folder of a training run, of which the newest whole checkpoint is taken, or one of its checkpoints. What is true of
+one is true of all: which shapes may differ (``fit.py``), which of parameters and moving average is taken, and the line
+that says so.
+"""
+
+import logging
+import math
+from collections.abc import Callable
 from os import PathLike
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from flax import nnx
 
-from evmamba_jax.arrays import fill, merge, split
-from evmamba_jax.checkpoints import load_meta
+from evmamba_jax import checkpoints
+from evmamba_jax.arrays import check_same_shapes, fill, split
+from evmamba_jax.checkpoints import Saved
 from evmamba_jax.errors import UserError
 from evmamba_jax.models import abstract_model
-from evmamba_jax.models.registry import for_classes, load_pretrained
-from evmamba_jax.weights.convert import count_classes, from_torch
-from evmamba_jax.weights.torch_file import load_torch_file
+from evmamba_jax.weights.convert import by_path, from_official, table
+from evmamba_jax.weights.fit import fit_body, fit_head
+from evmamba_jax.weights.torch_file import read_torch_file
+
+logger = logging.getLogger(__name__)
+
+Ema = bool | Literal["better"]
+EMA_WORDS: dict[str, Ema] = {"better": "better", "yes": True, "no": False}  # for command lines
+
+_PARTS = {False: "parameters", True: "moving average"}
 
 
-def is_folder(source: str | PathLike[str]) -> bool:
-    """Return whether weights lie in a folder of ours (True) or in a file of the official code (False).
+class Weights(NamedTuple):
+    """What a place gives to a model.
 
-    Raises:
-        UserError: there is neither.
+    Attributes:
+        params: NumPy arrays by path.
+        batch_stats: the same of the batch statistics.
+        meta: what a checkpoint says of itself; empty for an official file.
+        place: the file or the folder of the checkpoint.
+        part: of that the parameters or the moving average, in words; empty where there is no choice.
     """
-    place = epath.Path(source).expanduser()
-    if not place.exists():
-        raise UserError(
-            f"{str(source)!r} does not exist; give a file of official weights (.pth, .pth.tar, .ckpt, .bin, "
-            ".safetensors), or the folder of a converted model, of a training run, or of one of its checkpoints"
-        )
-    return place.is_dir()
+
+    params: dict[str, Any]
+    batch_stats: dict[str, Any]
+    meta: dict[str, Any]
+    place: str
+    part: str
+
+    @property
+    def taken(self) -> str:
+        """What was taken, in words, e.g. "runs/digits/checkpoints/300, moving average (top-1 98.9 against 98.1)"."""
+        return f"{self.place}, {self.part}" if self.part else self.place
+
+
+class Opened(NamedTuple):
+    """A model with the weights of a place.
+
+    Attributes:
+        model: in evaluation mode.
+        name: of the model.
+        options: what ``create_model(name, **options)`` makes such a model of.
+        weights: as they came.
+    """
+
+    model: Any
+    name: str
+    options: dict[str, Any]
+    weights: Weights
 
 
 def load_weights(
-    model: Any, source: str | PathLike[str], name: str, *, ema: bool = False, fine_tune: bool = False
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Return parameters, batch statistics and meta of a folder or file as a model takes them.
+    model: Any,
+    place: str | PathLike[str],
+    name: str,
+    *,
+    ema: Ema = "better",
+    initial: Callable[[], nnx.Module] | None = None,
+) -> Weights:
+    """Return the weights of a place as a model takes them.
 
     Args:
         model: the model, which may be abstract and stays as it is.
-        source: the folder of a converted model, of a training run, or of one of its checkpoints; or a file of official
-            weights, of whose parts :func:`load_torch_file` takes the first that it knows.
-        name: what an error calls the model.
-        ema: take the moving average, which a folder has where its meta says so, and a file never.
-        fine_tune: also take weights for another number of classes, whose head is then left out of what is returned;
-            and of a file Vim's position embedding of another grid, as :func:`from_torch` resizes it. A folder may
-            always be of another grid.
-
-    Returns:
-        NumPy arrays by path, twice, and the meta of a folder's checkpoint (empty for a file).
+        place: see the module.
+        name: what a message calls the model.
+        ema: False takes the parameters of a run, True their moving average, "better" whichever the checkpoint's own
+            evaluation found better: the parameters in a tie, and where none of both at this very step is recorded.
+        initial: who goes on training gives here what builds the model with fresh initial values. Weights for another
+            number of classes then come with the initial head, and Vim's position embedding of another grid is resized,
+            each with a line that says so. Who evaluates leaves it out, and both are refused.
 
     Raises:
-        UserError: nothing is there; it is damaged or foreign; it is for another model or, without ``fine_tune``, for
-            another number of classes.
+        UserError: nothing is there; it is damaged or foreign; it does not fit the model; it has no moving average.
     """
-    if is_folder(source):
-        return load_pretrained(model, source, name, ema=ema, new_head=fine_tune)
-    filled = _filled_from_file(merge(*split(model)), source, _read(source), name, fine_tune)
-    _, *arrays = split(filled)
-    params, batch_stats = ({path: np.asarray(array) for path, array in part.items()} for part in arrays)
-    return params, batch_stats, {}
+    return _fitted(model, _read(place, ema), f"model {name}", initial)
 
 
-def open_model(source: str | PathLike[str], name: str = "") -> tuple[Any, str, dict[str, Any]]:
-    """Build the model that a folder or file holds the weights of: its sizes and its number of classes are read off.
-
-    Of a training run the moving average is taken where there is one.
+def open_model(source: str | PathLike[str], name: str = "", *, ema: Ema = "better") -> tuple[Any, str, dict[str, Any]]:
+    """Build the model that a place holds the weights of: its sizes and its number of classes are read off.
 
     Args:
-        source: as for :func:`load_weights`.
+        source: the place; see the module.
         name: one of :func:`evmamba_jax.list_models`; a folder may be without, where its meta has it.
+        ema: as for :func:`load_weights`.
 
     Returns:
         The model, in evaluation mode; its name; and the meta of a folder's checkpoint (empty for a file).
@@ -75,40 +114,124 @@ def open_model(source: str | PathLike[str], name: str = "") -> tuple[Any, str, d
     Raises:
         UserError: the name is missing or unknown, or another one than the folder's; otherwise as ``load_weights``.
     """
-    meta = load_meta(source) if is_folder(source) else {}
-    stated = meta.get("model", "")
+    opened = open_place(source, name, ema=ema)
+    return opened.model, opened.name, opened.weights.meta
+
+
+def open_place(
+    place: str | PathLike[str], name: str = "", *, ema: Ema = "better", key: str | None = None, **options: Any
+) -> Opened:
+    """Build the model of a place as :func:`open_model` does, and say what was taken.
+
+    Args:
+        place: see the module.
+        name: of the model; a folder may be without, where its meta has it.
+        ema: as for :func:`load_weights`.
+        key: the entry of an official file to take, as for :func:`load_torch_file`.
+        **options: of the model, where they are not those that the place states or else those of the published one.
+
+    Raises:
+        UserError: as ``open_model``.
+    """
+    found = _read(place, ema, key)
+    stated = found.meta.get("model", "")
     if not name and not stated:
-        raise UserError(f"{source} does not say which model it is of; name it, e.g. --model evmamba_t")
+        raise UserError(f"{place} does not say which model it is of; name it, e.g. --model evmamba_t")
     if name and stated and name != stated:
-        raise UserError(f"{source} holds the weights of {stated}, not of {name}")
+        raise UserError(f"{place} holds the weights of {stated}, not of {name}")
     name = name or stated
-    if is_folder(source):
-        options = dict(meta.get("options", {}))  # of a converted model
-        if "config" in meta:  # of a run
-            run = meta["config"]
-            options = {"num_classes": meta["num_classes"], "in_channels": run["data"]["in_channels"]}
-            options |= run["model"]["options"]
-        model = abstract_model(name, **options)
-        params, batch_stats, _ = load_pretrained(model, source, name, ema=bool(meta.get("ema")))
-        fill(model, params, batch_stats)
-        return model, name, meta
-    official = _read(source)
-    classes = count_classes(abstract_model(name), official)
-    model = abstract_model(name, **({} if classes is None else {"num_classes": classes}))
-    return _filled_from_file(model, source, official, name, fine_tune=False), name, meta
+    options = _stated_options(found.meta) | options
+    model = abstract_model(name, **options)
+    if "num_classes" not in options and model.head is not None:
+        bias = (by_path(model, found.arrays) if found.official else found.arrays).get("head.bias")
+        if bias is not None and bias.size != model.head.bias.get_value().size:
+            options["num_classes"] = bias.size
+            model = abstract_model(name, **options)
+    weights = _fitted(model, found, f"model {name}", None)
+    fill_model(model, weights)
+    return Opened(model, name, options, weights)
 
 
-def _read(source: str | PathLike[str]) -> dict[str, np.ndarray]:
-    return load_torch_file(epath.Path(source).expanduser())
+def fill_model(model: Any, weights: Weights) -> None:
+    """Replace the arrays of a model by those of its weights."""
+    fill(model, *jax.tree.map(jnp.asarray, weights[:2]))
 
 
-def _filled_from_file(
-    model: Any, source: str | PathLike[str], official: dict[str, np.ndarray], name: str, fine_tune: bool
-) -> Any:
-    classes = count_classes(model, official)
-    model = for_classes(model, classes, str(source), f"model {name}", new_head=fine_tune)
-    try:
-        from_torch(model, official, resize=fine_tune)
-    except UserError as error:
-        raise UserError(f"{source} does not fit model {name}: {error}") from error
-    return model
+class _Found(NamedTuple):
+    """What lies in a place, before it is fitted to a model."""
+
+    arrays: dict[str, np.ndarray]  # by official names, or by our paths
+    official: bool
+    meta: dict[str, Any]
+    given: str  # what a message calls it
+    place: str
+    part: str
+
+
+def _read(place: str | PathLike[str], ema: Ema, key: str | None = None) -> _Found:
+    if ema not in (True, False, "better"):
+        raise UserError(f"ema is {ema!r}; allowed: True, False or 'better'")
+    path = epath.Path(place).expanduser()
+    if not path.exists():
+        raise UserError(
+            f"{str(place)!r} does not exist; give a file of official weights (.pth, .pth.tar, .ckpt, .bin, "
+            ".safetensors), or the folder of a converted model, of a training run, or of one of its checkpoints"
+        )
+    if not path.is_dir():
+        arrays, entry = read_torch_file(path, key=key, average=ema is True)
+        return _Found(arrays, True, {}, str(place), str(place), f"entry {entry!r}" if entry else "")
+    if key is not None:
+        raise UserError(f"key {key!r} was given, but {place} is a folder, which has no entries; omit it")
+    saved = checkpoints.find(path)
+    average, part = _choice(saved, ema)
+    params, batch_stats = saved.read(ema=average)
+    below = saved.folder.relative_to(path.resolve()).as_posix()
+    step = str(place) if below == "." else f"{str(place).rstrip('/')}/{below}"
+    return _Found({**params, **batch_stats}, False, saved.meta, f"checkpoint {place}", step, part)
+
+
+def _choice(saved: Saved, ema: Ema) -> tuple[bool, str]:
+    """Return whether the moving average is taken, and the part in words."""
+    meta = saved.meta
+    if not saved.has_ema and ema is not True:
+        return False, ""
+    if ema != "better":
+        return ema, _PARTS[ema]
+    chooses = meta.get("chooses", {"figure": "top1", "higher": True})
+    figure, evaluated = chooses["figure"], meta.get("evaluated")
+    both = [meta.get("figures", {}).get(name) for name in (figure, f"ema_{figure}")]
+    if None in both or evaluated is None or evaluated != meta.get("step"):
+        return False, f"{_PARTS[False]} (not evaluated at this step)"
+    own, average = (value if chooses["higher"] else -value for value in both)
+    better = average > own or (math.isnan(own) and not math.isnan(average))
+    spoken = {"top1": "top-1", "top5": "top-5"}.get(figure, figure.replace("_", " "))
+    return better, f"{_PARTS[better]} ({spoken} {both[better]:.4g} against {both[not better]:.4g})"
+
+
+def _stated_options(meta: dict[str, Any]) -> dict[str, Any]:
+    if "config" not in meta:
+        return dict(meta.get("options", {}))  # of a converted model
+    run = meta["config"]
+    return {"num_classes": meta["num_classes"], "in_channels": run["data"]["in_channels"], **run["model"]["options"]}
+
+
+def _fitted(model: Any, found: _Found, name: str, initial: Callable[[], nnx.Module] | None) -> Weights:
+    arrays = by_path(model, found.arrays) if found.official else found.arrays
+    body, note = fit_head(model, arrays, found.given, name, fine_tune=initial is not None)
+    arrays = fit_body(body, arrays, resize=initial is not None)
+    _, *wanted = split(body)
+    if found.official:
+        try:
+            arrays = from_official(body, table(body), arrays)
+        except UserError as error:
+            raise UserError(f"{found.given} does not fit {name}: {error}") from error
+    else:
+        check_same_shapes({**wanted[0], **wanted[1]}, arrays, found.given, name)
+    params, batch_stats = ({path: np.asarray(arrays[path]) for path in part} for part in wanted)
+    if note and initial is not None:
+        logger.warning(note)
+        new = split(model).params.keys() - params.keys()
+        # Compiled, so that of the whole model only the head is drawn.
+        fresh = jax.jit(lambda: {path: array for path, array in split(initial()).params.items() if path in new})()
+        params |= {path: np.asarray(array) for path, array in fresh.items()}
+    return Weights(params, batch_stats, found.meta, found.place, found.part)

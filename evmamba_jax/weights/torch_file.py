@@ -18,7 +18,8 @@ from evmamba_jax.weights import inert_pickle
 from evmamba_jax.weights.inert_pickle import Global
 
 # Where official training code keeps the weights inside its checkpoints, in the order in which we look.
-_CONTAINERS = ("model", "state_dict", "model_state_dict", "model_ema", "state_dict_ema", "ema_model")
+_AVERAGES = ("model_ema", "state_dict_ema", "ema_model")
+_CONTAINERS = ("model", "state_dict", "model_state_dict", *_AVERAGES)
 # Put before every name by DistributedDataParallel, by copies made for averaging, and by torch.compile.
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 
@@ -83,6 +84,19 @@ def load_torch_file(path: str | PathLike[str], *, key: str | None = None) -> dic
     Raises:
         UserError: the file is missing, of another kind, damaged or without tensors, or has no entry ``key``.
     """
+    return read_torch_file(path, key=key)[0]
+
+
+def read_torch_file(
+    path: str | PathLike[str], *, key: str | None = None, average: bool = False
+) -> tuple[dict[str, np.ndarray], str]:
+    """Return what :func:`load_torch_file` does, and the entry of the file that it is; empty for the file itself.
+
+    Args:
+        path: the file.
+        key: the entry to take.
+        average: take the entry with a moving average: ``model_ema``, ``state_dict_ema`` or ``ema_model``.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{str(path)!r} is not an existing file; give the path of a .pth, .pt or .safetensors file")
@@ -90,11 +104,11 @@ def load_torch_file(path: str | PathLike[str], *, key: str | None = None) -> dic
         with path.open("rb") as file:
             start = file.read(64)
         if start.startswith(b"PK\x03\x04"):
-            arrays = _read_zip(path, key)
+            arrays, entry = _read_zip(path, key, average)
         elif start[8:9] == b"{":  # a header of JSON behind its length
-            arrays = _read_safetensors(path, key)
+            arrays, entry = _read_safetensors(path, key, average), ""
         elif _is_legacy(start):
-            arrays = _read_legacy(path, key)
+            arrays, entry = _read_legacy(path, key, average)
         else:
             raise UserError(
                 f"{str(path)!r} is no weight file: it starts with {start[:8]!r}; "
@@ -108,7 +122,7 @@ def load_torch_file(path: str | PathLike[str], *, key: str | None = None) -> dic
         raise UserError(
             f"{str(path)!r} is damaged or incomplete ({type(error).__name__}: {_one_line(error)}); download it again"
         ) from error
-    return _without_wrappers(arrays)
+    return _without_wrappers(arrays), entry
 
 
 @dataclass(frozen=True)
@@ -177,7 +191,7 @@ def _storage(persistent_id: Any) -> _Storage:
     return _Storage(key, _DTYPES[_STORAGE_DTYPES[type_.name.rpartition(".")[2]]], size)
 
 
-def _read_zip(path: Path, key: str | None) -> dict[str, np.ndarray]:
+def _read_zip(path: Path, key: str | None, average: bool) -> tuple[dict[str, np.ndarray], str]:
     """Read the format of torch 1.6 and later: ROOT/data.pkl and one uncompressed member ROOT/data/KEY a storage."""
     with zipfile.ZipFile(path) as archive:
         pickles = [name for name in archive.namelist() if name.count("/") == 1 and name.endswith("/data.pkl")]
@@ -197,7 +211,8 @@ def _read_zip(path: Path, key: str | None) -> dict[str, np.ndarray]:
         if f"{root}byteorder" in archive.namelist() and member("byteorder") != b"little":
             raise UserError(f"{str(path)!r} was written on a big-endian machine, which is not supported; save it again")
         content = inert_pickle.load(io.BytesIO(member("data.pkl")), _REBUILD, _storage)
-        return _arrays(_weights(path, content, key), lambda storage: member(f"data/{storage.key}"))
+        tensors, entry = _weights(path, content, key, average)
+        return _arrays(tensors, lambda storage: member(f"data/{storage.key}")), entry
 
 
 def _is_legacy(start: bytes) -> bool:
@@ -207,7 +222,7 @@ def _is_legacy(start: bytes) -> bool:
         return False
 
 
-def _read_legacy(path: Path, key: str | None) -> dict[str, np.ndarray]:
+def _read_legacy(path: Path, key: str | None, average: bool) -> tuple[dict[str, np.ndarray], str]:
     """Read the format before torch 1.6: five pickles in a row, then each storage as its length and its elements."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         stream = cast("IO[bytes]", mapped)  # it reads like a file
@@ -231,10 +246,13 @@ def _read_legacy(path: Path, key: str | None) -> dict[str, np.ndarray]:
                 raise ValueError(f"storage {name} has {size} elements instead of {storages[name].size}")
             places[name] = slice(position + 8, position + 8 + size * storages[name].dtype.itemsize)
             position = places[name].stop
-        return _arrays(_weights(path, content, key), lambda storage: mapped[places[storage.key]])
+        tensors, entry = _weights(path, content, key, average)
+        return _arrays(tensors, lambda storage: mapped[places[storage.key]]), entry
 
 
-def _read_safetensors(path: Path, key: str | None) -> dict[str, np.ndarray]:
+def _read_safetensors(path: Path, key: str | None, average: bool) -> dict[str, np.ndarray]:
+    if average:
+        raise UserError(f"{str(path)!r} is a safetensors file, which has no entry with a moving average")
     if key is not None:
         raise UserError(
             f"key {key!r} was given, but {str(path)!r} is a safetensors file, which has no entries; omit it"
@@ -254,8 +272,8 @@ def _arrays(tensors: Mapping[str, _Tensor], read: Callable[[_Storage], bytes]) -
     return {name: tensor.array(buffers[tensor.storage.key]) for name, tensor in tensors.items()}
 
 
-def _weights(path: Path, content: Any, key: str | None) -> dict[str, _Tensor]:
-    """Choose the named tensors in what a torch file contains."""
+def _weights(path: Path, content: Any, key: str | None, average: bool) -> tuple[dict[str, _Tensor], str]:
+    """Choose the named tensors in what a torch file contains; return them and the name of their entry."""
     if not isinstance(content, dict):
         kind = content.name if isinstance(content, inert_pickle.Inert) else type(content).__name__.strip("_").lower()
         raise UserError(f"{str(path)!r} holds a {kind} instead of named tensors; save the model's state_dict() instead")
@@ -267,15 +285,20 @@ def _weights(path: Path, content: Any, key: str | None) -> dict[str, _Tensor]:
                 f"{str(path)!r} has no entry {key!r} with tensors{nearest(key, holders)}; "
                 f"entries with tensors: {_listing(holders)}"
             )
-        return entries[key]
-    for name in _CONTAINERS:
+        return entries[key], key
+    for name in _AVERAGES if average else _CONTAINERS:
         if name in holders:
-            return entries[name]
+            return entries[name], name
+    if average:
+        raise UserError(
+            f"{str(path)!r} has no moving average (no entry {_listing(_AVERAGES)}); "
+            f"entries with tensors: {_listing(holders)}"
+        )
     tensors = _tensors(content)
     if not tensors:
         advice = f"choose one of key={_listing(holders)}" if holders else "save the model's state_dict() instead"
         raise UserError(f"{str(path)!r} has no tensors under its entries {_listing(content)}; {advice}")
-    return tensors
+    return tensors, ""
 
 
 def _tensors(value: Any) -> dict[str, _Tensor]:

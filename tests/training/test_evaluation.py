@@ -262,10 +262,10 @@ def test_training_goes_on_from_vims_file_of_another_grid_but_no_evaluation_does(
     config.model = dataclasses.replace(config.model, name="vim_t", options={**options, "image_size": 32})
     config.data.data_dir, config.data.image_size = str(data_dir), 32
     task = tasks.Task(config)
-    arrays, meta = task.load(tmp_path / "vim.pth")
-    assert arrays.params["pos_embed"].shape == (1, 2 * 2 + 1, 8)
+    found = task.load(tmp_path / "vim.pth")
+    assert found.params["pos_embed"].shape == (1, 2 * 2 + 1, 8)
     assert "position embedding resized from 4x4 to 2x2 patches" in caplog.text
-    assert meta == {}
+    assert found.meta == {}
     config.eval_only = True
     with pytest.raises(UserError, match=r"vim\.pth does not fit model vim_t for digits: .*'pos_embed' is \(1, 17, 8\)"):
         task.load(tmp_path / "vim.pth")

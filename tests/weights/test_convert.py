@@ -284,7 +284,7 @@ def test_a_fine_tuned_file_goes_to_a_checkpoint_and_back_to_a_file(tmp_path, cap
             {"--model": "evmamba_s"},
             "of another shape: 'patch_embed.0.weight' is (48, 3, 4, 4) instead of (64, 3, 4, 4)",
         ),
-        ({"--torch": "absent.pth"}, "'absent.pth' is not an existing file"),
+        ({"--torch": "absent.pth"}, "'absent.pth' does not exist; give a file of official weights"),
         ({"--out": "{full}"}, "is not an empty folder"),
         ({"--key": "model"}, "safetensors file, which has no entries"),
     ],

@@ -1,0 +1,54 @@
+"""Models by name, with initial values or with weights."""
+
+from os import PathLike
+from typing import Any, Literal
+
+from flax import nnx
+
+from evmamba_jax.models import abstract_model, build_model
+
+
+def create_model(
+    name: str,
+    *,
+    pretrained: str | PathLike[str] | None = None,
+    ema: bool | Literal["better"] = "better",
+    rngs: nnx.Rngs | None = None,
+    **options: Any,
+) -> Any:
+    """Build a model in evaluation mode, with the official initial values or with the weights of a place.
+
+    Weights for another number of classes start a new head, and Vim's position embedding of another grid of patches is
+    resized; a line says so. A model without a head, such as a backbone, takes a classifier without its head.
+
+    Args:
+        name: one of :func:`list_models`.
+        pretrained: a file of official weights (.pth, .pth.tar, .ckpt, .bin, .safetensors); or the folder of a converted
+            model, of a training run, of which the newest checkpoint is taken, or of one of its checkpoints.
+        ema: False takes the parameters of a run, True their moving average, "better" whichever the checkpoint's own
+            evaluation found better: the parameters in a tie, and where none of both at this very step is recorded.
+        rngs: source of the initial values; ``nnx.Rngs(0)`` when not given.
+        **options: arguments of the family's class (``num_classes``, ``in_channels``, ``drop_path_rate``, ``dtype``
+            and its sizes).
+
+    Returns:
+        An NNX module: ``model(images)`` gives logits, ``model.features(images)`` the stage maps.
+
+    Raises:
+        UserError: unknown name or option; weights that are missing, damaged, or of another model or other shapes.
+    """
+    if pretrained is None:
+        return build_model(name, rngs=rngs, **options)
+    # Orbax takes a second to import; only who reads weights waits for it.
+    from evmamba_jax.weights.load import fill_model, load_weights
+
+    model = abstract_model(name, **options)
+    weights = load_weights(
+        model,
+        pretrained,
+        name,
+        ema=ema,
+        initial=lambda: build_model(name, rngs=nnx.clone(rngs) if rngs else None, **options),
+    )
+    fill_model(model, weights)
+    return model

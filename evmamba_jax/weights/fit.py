@@ -1,0 +1,86 @@
+"""Which weights may be of other shapes than a model's, and what becomes of them: this is the one place that says so.
+
+- A model without a head takes those of a classifier without its head.
+- A backbone (``out_norms=True``) takes a classifier as the official detectors do: without its last norm too, and with
+  out norms at their initial 1 and 0. Vim's (``class_token=False``) takes it without its class token.
+- Whoever goes on training may also have another number of classes, in place of whose head the model keeps its own new
+  one, and Vim's position embedding of another grid of patches, which is resized.
+
+All else must be of the same shape.
+"""
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from evmamba_jax.arrays import merge, split
+from evmamba_jax.errors import UserError
+from evmamba_jax.models.vim import CLASS_TOKEN_AT, Vim, resize_pos_embed
+
+logger = logging.getLogger(__name__)
+
+
+def fit_head(model: Any, arrays: Mapping[str, Any], given: str, name: str, *, fine_tune: bool) -> tuple[Any, str]:
+    """Return the model as it takes a head, itself or without its own where that starts anew, and the line for that.
+
+    Args:
+        model: the model, which may be abstract and stays as it is.
+        arrays: the weights, by path.
+        given: what a message calls them.
+        name: what a message calls the model.
+        fine_tune: whether the head may start anew.
+
+    Raises:
+        UserError: the weights are for another number of classes, and ``fine_tune`` is not set.
+    """
+    classes = arrays["head.bias"].size if "head.bias" in arrays else None
+    wanted = None if model.head is None else model.head.bias.get_value().size
+    if wanted is None or classes == wanted or (classes is None and not fine_tune):
+        return model, ""
+    if not fine_tune:
+        raise UserError(f"{given} has {classes} classes and {name} has {wanted}; the two must be the same")
+    headless = merge(*split(model))
+    headless.head = None
+    has = "no head" if classes is None else f"{classes} classes"
+    return headless, f"{given} has {has}: the head of {name}, with {wanted}, starts anew"
+
+
+def fit_body(model: Any, arrays: Mapping[str, Any], *, resize: bool) -> dict[str, Any]:
+    """Return weights, by path, as a model takes them: without what it has no place for.
+
+    Args:
+        model: the model, which may be abstract and stays as it is.
+        arrays: the weights; of Vim's in either layout, as ours and the official one are the same here.
+        resize: take a position embedding of another length for that of a square, and resize it.
+    """
+    if model.head is None:
+        arrays = {path: array for path, array in arrays.items() if not path.startswith("head.")}
+    if isinstance(model, Vim):
+        return _position_embedding(model, arrays, resize)
+    if model.out_norms is None or any(path.startswith("out_norms.") for path in arrays):
+        return dict(arrays)
+    kept = {path: array for path, array in arrays.items() if not path.startswith("norm.")}
+    for i, norm in enumerate(model.out_norms):
+        kept[f"out_norms.{i}.scale"] = np.ones(norm.num_features, np.float32)
+        kept[f"out_norms.{i}.bias"] = np.zeros(norm.num_features, np.float32)
+    return kept
+
+
+def _position_embedding(model: Vim, arrays: Mapping[str, Any], resize: bool) -> dict[str, Any]:
+    given = arrays.get("pos_embed")
+    if given is None or given.ndim != 3:
+        return dict(arrays)
+    classifier, patches = "cls_token" in arrays, model.grid[0] * model.grid[1]
+    if resize and given.shape[1] != patches + classifier:
+        side = math.isqrt(given.shape[1] - classifier)
+        if given.shape[1] == side**2 + classifier:
+            logger.warning("position embedding resized from %dx%d to %dx%d patches", side, side, *model.grid)
+            place = model.pos_embed_class_token if classifier else None
+            given = np.asarray(resize_pos_embed(given, (side, side), model.grid, class_token=place))
+    if classifier and model.cls_token is None and model.head is None and given.shape[1] == patches + classifier:
+        arrays = {path: array for path, array in arrays.items() if path != "cls_token"}
+        given = np.delete(given, CLASS_TOKEN_AT[model.pos_embed_class_token](patches), axis=1)
+    return {**arrays, "pos_embed": given}
