@@ -70,11 +70,12 @@ def main():
     for kind, (name, *_) in GPUS.items():
         for shape, (orders, *sizes) in SHAPES.items():
             own = arguments(orders, *sizes)
+            forward, backward = gpu.SCAN2D.passes(orders=orders)
             for direction, function, inputs in (
-                ("forward", gpu.scan2d_forward, own),
-                ("backward", gpu.scan2d_backward, (*own, own[0])),
+                ("forward", forward, own),
+                ("backward", backward, (own, own[:1])),
             ):
-                figures = assembled(kernel_ptx(functools.partial(function, orders=orders), kind, inputs))
+                figures = assembled(kernel_ptx(function, kind, inputs))
                 report.row(name, shape, direction, *figures)
 
 

@@ -85,22 +85,12 @@ def arrays(orders, height, width, channels, rank, state):
 
 def jax_peers(orders, full, alone):
     """Yield (name, forward, its arguments, backward, its arguments)."""
-    yield (
-        "scan2d (ours)",
-        functools.partial(gpu.scan2d_forward, orders=orders),
-        full,
-        functools.partial(gpu.scan2d_backward, orders=orders),
-        (*full, full[0]),
-    )
+    forward, backward = gpu.SCAN2D.passes(orders=orders)
+    yield "scan2d (ours)", forward, full, backward, (full, full[:1])
     start = jnp.zeros((BATCH, *alone[2].shape))
-    options = {"delta_softplus": True, "reverse": False}
-    yield (
-        "selective_scan alone (ours)",
-        functools.partial(gpu.selective_scan_forward, **options),
-        (*alone, start),
-        functools.partial(gpu.selective_scan_backward, **options),
-        (*alone, start, jnp.float32(alone[0]), start),
-    )
+    forward, backward = gpu.SELECTIVE_SCAN.passes(delta_softplus=True, reverse=False)
+    arguments = (*alone, start)
+    yield "selective_scan alone (ours)", forward, arguments, backward, (arguments, (jnp.float32(alone[0]), start))
     if importlib.util.find_spec("jla") and alone[2].shape[1] in (4, 8, 16, 32):
         yield "jax-linear-attention, scan alone", *linear_attention_programs(*alone)
 

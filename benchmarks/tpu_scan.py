@@ -22,13 +22,12 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import jax.numpy as jnp
-import tpu_kernels
 from jax.experimental.layout import Format, Layout
 from lib import machine
 from lib.report import Cell, Report
-from tpu_kernels import BATCH, Kernel, Scan
 
 from evmamba_jax.preflight import aot, hlo
+from evmamba_jax.preflight.scans import BATCH, DETECTOR, Kernel, Scan, compile_scan, model_scans, read_schedule
 from pallas_kernels import ATROUS, CROSS, Order, selective_scan
 
 GENERATIONS = ("v5e", "v6e")  # of the tables of three models
@@ -65,7 +64,7 @@ step, states N, orders.
 """
     for size, images in {
         "training": f"{BATCH} images of the model's own size",
-        "detector": f"one image of {tpu_kernels.DETECTOR[0]}x{tpu_kernels.DETECTOR[1]} pixels",
+        "detector": f"one image of {DETECTOR[0]}x{DETECTOR[1]} pixels",
     }.items()
 }
 
@@ -152,7 +151,7 @@ def figures(report: Report, dump_folder: str) -> None:
     for name in GENERATIONS:
         generation = aot.GENERATIONS[name]
         for title, scans in FIGURES.items():
-            kernels = [k for scan in scans for k in tpu_kernels.compile_scan(scan, name, dump_folder)]
+            kernels = [k for scan in scans for k in compile_scan(scan, name, dump_folder)]
             for direction in OPERATIONS:
                 report.row(title, name, direction, *_figure(generation, direction, scans, kernels))
 
@@ -224,7 +223,7 @@ def program_cycles(text: str, generation: str, dump_folder: str) -> tuple[float,
     rest = 0
     for run in found:
         if 'custom_call_target="tpu_custom_call"' in run.instruction.line:
-            kernels += run.times * tpu_kernels.read_schedule(dump_folder, run.instruction.name, generation).cycles
+            kernels += run.times * read_schedule(dump_folder, run.instruction.name, generation).cycles
         else:
             rest += run.times * hlo.cycles(run)
     return rest + kernels, kernels
@@ -232,7 +231,7 @@ def program_cycles(text: str, generation: str, dump_folder: str) -> tuple[float,
 
 def every_scan(report: Report, dump_folder: str, size: str, generations: list[str], work: Path) -> None:
     """Add a table of all scans of all registered models, a column a generation, and what was found in all of them."""
-    scans = tpu_kernels.model_scans(detector=size == "detector")
+    scans = model_scans(detector=size == "detector")
     work.parent.mkdir(parents=True, exist_ok=True)
     known: dict[tuple[str, str], list[Kernel]] = {}
     for line in work.read_text().splitlines() if work.exists() else []:
@@ -244,7 +243,7 @@ def every_scan(report: Report, dump_folder: str, size: str, generations: list[st
         for generation in generations:
             kernels = known.get((generation, str(scan)))
             if kernels is None:
-                kernels = known[generation, str(scan)] = list(tpu_kernels.compile_scan(scan, generation, dump_folder))
+                kernels = known[generation, str(scan)] = list(compile_scan(scan, generation, dump_folder))
                 with work.open("a") as file:
                     file.write("".join(f"{json.dumps(dataclasses.asdict(kernel))}\n" for kernel in kernels))
             cells.append(_times(kernels))

@@ -36,10 +36,10 @@ def compile_step(model: str, implementation: str) -> None:
     from evmamba_jax.training.layout import Layout
     from evmamba_jax.training.mesh import make_mesh
     from evmamba_jax.training.task import Plan
-    from pallas_kernels import dispatch
+    from pallas_kernels.scan2d import KERNELS
 
     if implementation == "sequential":
-        dispatch.KERNELS.clear()  # the portable scans, as on a platform without kernels
+        KERNELS.clear()  # the portable scans, as on a platform without kernels
     config = f"configs/{model}.py"
     config, _ = parse_command(["train_tpu.py", "--config", config, f"--config.batch_size={BATCH}"])
     devices = aot.topology(TOPOLOGY).devices

@@ -14,6 +14,7 @@ import jax
 from jax.sharding import AxisType, PartitionSpec
 
 import pallas_kernels
+from pallas_kernels.dispatch import at_callers_line
 
 # At least so many channels stay on a device: kernels fill them up to a multiple of 8, so that fewer would cost as much.
 FEWEST = 8
@@ -27,6 +28,7 @@ _STATE = PartitionSpec("batch", "channels")
 _CHANNELS = PartitionSpec("channels")
 
 
+@at_callers_line
 def scan2d(x: jax.Array, *parameters: jax.Array, **options: Any) -> jax.Array:
     """Scan images (B, H, W, E) along orders of their pixels.
 
@@ -40,6 +42,7 @@ def scan2d(x: jax.Array, *parameters: jax.Array, **options: Any) -> jax.Array:
     return _over_devices(scan, (x, *parameters), places, _IMAGE)
 
 
+@at_callers_line
 def selective_scan(
     u: jax.Array,
     delta: jax.Array,

@@ -1,72 +1,110 @@
-"""Which implementation runs: a name that the caller gives, or the best one for the platform the program is lowered for.
+"""Which implementation runs: the one that the caller names, or the best one for the platform.
 
-The choice between platforms falls when a program is lowered, not when it is traced, so that a CPU host can compile for
-a TPU, and a program for a CPU never traces a kernel. For that each operation is two JAX primitives, its forward and its
-backward pass, with a lowering rule for every platform. What is kept between the two passes is the inputs alone, on
-every platform.
+The platform is that of the lowered program, not of the machine that traces it. So a CPU host can compile for a TPU, and
+a program for a CPU never traces a kernel. For that each operation is two JAX primitives, its forward and its backward
+pass, with a lowering rule for every platform. Only the inputs are kept between the two passes, on every platform.
 """
 
+import dataclasses
 import functools
-import importlib
 import logging
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend import source_info_util
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
 logger = logging.getLogger(__name__)
 
-# Platforms with kernels, as JAX names them, and the modules of these. A module has, for every operation, NAME_forward
-# and NAME_backward, which take the operation's arrays (and cotangents) and options, and NAME_unsupported, which takes
-# the same arrays and options and returns why the kernels cannot do this, or None.
-KERNELS = {"tpu": "pallas_kernels.tpu", "cuda": "pallas_kernels.gpu"}
-
 # "pallas_interpret" runs the TPU kernels in Pallas's interpreter, on any platform: slow, for tests.
 PALLAS = ("pallas", "pallas_interpret")
 
+Arrays = tuple[jax.Array, ...]
+P = ParamSpec("P")
+R = TypeVar("R")
 
+
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+    """A back end: the kernels of one operation for one platform.
+
+    Attributes:
+        plan: from the operation's arrays (shapes suffice), its options, and ``interpret`` to run the kernels without
+            their platform, to what both passes need to know. A string says why the kernels cannot do this call or its
+            gradient.
+        forward: from a plan and the arrays to the results.
+        backward: from a plan, the arrays and the gradients of the results to the gradients of the arrays.
+    """
+
+    plan: Callable[..., Any]
+    forward: Callable[[Any, Arrays], Arrays]
+    backward: Callable[[Any, Arrays, Arrays], Arrays]
+
+    def passes(self, **options: Any) -> tuple[Callable[..., Arrays], Callable[[Arrays, Arrays], Arrays]]:
+        """Return the two passes as functions of arrays, for whoever calls the kernels directly.
+
+        The first goes from the arrays to the results, the second from (arrays, gradients of the results) to the
+        gradients of the arrays. Both raise ValueError where the kernels cannot do the call.
+        """
+
+        def planned(arrays: Arrays) -> Any:
+            plan = self.plan(*arrays, **options)
+            if isinstance(plan, str):
+                raise ValueError(f"no kernel can do this call: {plan}")
+            return plan
+
+        def forward(*arrays: jax.Array) -> Arrays:
+            return self.forward(planned(arrays), arrays)
+
+        def backward(arrays: Arrays, cotangents: Arrays) -> Arrays:
+            return self.backward(planned(arrays), arrays, cotangents)
+
+        return forward, backward
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Operation:
     """An operation with kernels for some platforms and a portable function for all.
 
-    Args:
-        name: as the user and the kernels' modules know it.
+    Attributes:
+        name: as the user knows it.
         arity: the number of its arrays.
         portable: from arrays and options to a tuple of results; differentiable.
         results: from the abstract values of the arrays to those of the results.
+        kernels: the back ends, by the platform's name in JAX. Each is a function that imports its back end: Pallas
+            takes 0.4 s to import, and whoever scans on a CPU does not need it.
     """
 
-    def __init__(
-        self,
-        name: str,
-        arity: int,
-        portable: Callable[..., tuple[jax.Array, ...]],
-        results: Callable[..., tuple[Any, ...]],
-    ):
-        self.name = name
-        self.arity = arity
-        self.portable = portable
-        self.results = results
-        self.forward = self._primitive("forward", self._forward)
-        self.backward = self._primitive("backward", self._backward)
+    name: str
+    arity: int
+    portable: Callable[..., tuple[jax.Array, ...]]
+    results: Callable[..., tuple[Any, ...]]
+    kernels: Mapping[str, Callable[[], Kernels]]
 
     def __call__(self, *arrays: jax.Array, implementation: str | None, **options: Any) -> tuple[jax.Array, ...]:
         """Run the operation; ``implementation`` is None or one of ``PALLAS``, options are hashable."""
         return _run(self, (implementation, tuple(options.items())), *vary_alike(*arrays))
 
-    def _primitive(self, direction: str, run: Callable) -> Primitive:
+    @functools.cached_property
+    def forward(self) -> Primitive:
+        """The primitive of the forward pass: from the arrays to the results."""
+        return self._primitive("forward", self._forward, self.results)
+
+    @functools.cached_property
+    def backward(self) -> Primitive:
+        """The primitive of the backward pass: from arrays and gradients of results to gradients of the arrays."""
+        return self._primitive("backward", self._backward, lambda *avals: avals[: self.arity])
+
+    def _primitive(self, direction: str, run: Callable, results: Callable) -> Primitive:
         primitive = Primitive(f"{self.name}_{direction}")
         primitive.multiple_results = True
-
-        def abstract(*arrays, how):
-            return list(self.results(*arrays)) if direction == "forward" else list(arrays[: self.arity])
-
-        primitive.def_abstract_eval(abstract)
+        primitive.def_abstract_eval(lambda *avals, how: list(results(*avals)))
         primitive.def_impl(lambda *arrays, how: jax.jit(functools.partial(primitive.bind, how=how))(*arrays))
-        for platform in (None, "cpu", *KERNELS):
+        for platform in (None, "cpu", *self.kernels):
             rule = mlir.lower_fun(functools.partial(run, platform), multiple_results=True)
             mlir.register_lowering(primitive, rule, platform=platform)
         batching.primitive_batchers[primitive] = functools.partial(_one_by_one, primitive)
@@ -74,42 +112,42 @@ class Operation:
 
     def _forward(self, platform: str | None, *arrays, how) -> list[jax.Array]:
         implementation, options = how
-        kernels, more = self._kernels(platform, arrays, implementation, dict(options))
-        if kernels is None:
-            results = self.portable(*arrays, **dict(options))
-        else:
-            results = getattr(kernels, f"{self.name}_forward")(*arrays, **dict(options), **more)
-        return jax.tree.leaves(results)
+        kernels, plan = self._choose(platform, arrays, implementation, dict(options))
+        results = self.portable(*arrays, **dict(options)) if kernels is None else kernels.forward(plan, arrays)
+        return list(results)
 
     def _backward(self, platform: str | None, *arrays, how) -> list[jax.Array]:
         implementation, options = how
         arrays, cotangents = arrays[: self.arity], arrays[self.arity :]
-        kernels, more = self._kernels(platform, arrays, implementation, dict(options))
-        if kernels is None:
-            _, pull = jax.vjp(functools.partial(self.portable, **dict(options)), *arrays)
-            return list(pull(cotangents))
-        return list(getattr(kernels, f"{self.name}_backward")(*arrays, *cotangents, **dict(options), **more))
+        kernels, plan = self._choose(platform, arrays, implementation, dict(options))
+        if kernels is not None:
+            return list(kernels.backward(plan, arrays, cotangents))
+        _, pull = jax.vjp(functools.partial(self.portable, **dict(options)), *arrays)
+        return list(pull(cotangents))
 
-    def _kernels(self, platform: str | None, arrays, implementation: str | None, options: dict[str, Any]):
-        """Return the module of the kernels that shall run, or None for the portable function, and more options."""
+    def _choose(
+        self, platform: str | None, arrays, implementation: str | None, options: dict[str, Any]
+    ) -> tuple[Kernels | None, Any]:
+        """Return the kernels that shall run and their plan, or None for the portable function."""
         interpret = implementation == "pallas_interpret"
-        if interpret:
-            platform = "tpu"
-        if platform in KERNELS:
-            kernels = importlib.import_module(KERNELS[platform])
-            reason = getattr(kernels, f"{self.name}_unsupported")(*arrays, **options)
-            if reason is None:
+        back_end = self.kernels.get("tpu" if interpret else platform or "")
+        if back_end:
+            kernels = back_end()
+            plan = kernels.plan(*arrays, **options, **({"interpret": True} if interpret else {}))
+            if not isinstance(plan, str):
                 logger.debug("%s%s: kernels for %s", self.name, arrays[0].shape, platform)
-                return kernels, {"interpret": True} if interpret else {}
+                return kernels, plan
+            reason = plan
         else:
-            reason = "there are none for this platform, only for " + " and ".join(KERNELS)
+            reason = "there are none for this platform, only for " + " and ".join(self.kernels)
         if implementation in PALLAS:
+            caller = source_info_util.summarize(source_info_util.current())
             raise ValueError(
-                f"{self.name}: implementation={implementation!r} asks for kernels, but {reason}; "
+                f"{self.name}, called at {caller}: implementation={implementation!r} asks for kernels, but {reason}; "
                 "None takes a portable implementation there, as do 'sequential' and 'associative'"
             )
         logger.debug("%s%s: portable, no kernels: %s", self.name, arrays[0].shape, reason)
-        return None, {}
+        return None, None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -145,8 +183,8 @@ def _one_by_one(primitive: Primitive, arrays, axes, *, how):
 def vary_alike(*arrays):
     """Under ``jax.shard_map``, mark all arrays as varying over every mesh axis over which any of them varies.
 
-    A loop must carry values of one type, and the gradients of shared parameters then get their sum over devices from
-    the transpose of this marking.
+    A loop must carry values of one type. The transpose of this marking also sums the gradients of shared parameters
+    over the devices.
     """
     axes = [jax.typeof(x).manual_axis_type.varying for x in arrays]
     every = frozenset().union(*axes)
@@ -159,8 +197,8 @@ def vary_alike(*arrays):
 def sum_over(axes: tuple[str, ...], x: jax.Array) -> jax.Array:
     """Return the sum of x over the devices along axes of the mesh, inside ``jax.shard_map``; x itself without axes.
 
-    Every device goes on with the sum in its own way, so that its gradient, too, is to be summed over them. Without
-    JAX's check of what varies that is how ``lax.psum`` is transposed; with it, this marking is.
+    After the sum each device uses the total differently, so the gradient must be summed too. With ``check_vma=False``
+    the transpose of ``lax.psum`` already does that; with ``check_vma=True`` the marking below does.
     """
     if not axes:
         return x
@@ -171,3 +209,22 @@ def sum_over(axes: tuple[str, ...], x: jax.Array) -> jax.Array:
 def shape_like(shape: tuple[int, ...], dtype: Any, x: jax.Array) -> jax.ShapeDtypeStruct:
     """Return the type of a kernel's result that varies over the same mesh axes as x."""
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
+
+
+def at_callers_line(function: Callable[P, R]) -> Callable[P, R]:
+    """Give all that a function traces the source line of its caller.
+
+    JAX writes down a source line for every operation: in error messages, profiles and compiled programs. That of a scan
+    is where it was asked for, not where it was dispatched.
+    """
+    source_info_util.register_exclusion(function.__code__.co_filename)
+
+    @functools.wraps(function)
+    def traced(*args: P.args, **kwargs: P.kwargs) -> R:
+        with source_info_util.user_context(source_info_util.current().traceback):
+            return function(*args, **kwargs)
+
+    return traced
+
+
+source_info_util.register_exclusion(__file__)

@@ -45,6 +45,11 @@ class Order:
         if not all(0 <= origin < step for origin, step in zip(self.origin, self.step, strict=True)):
             raise ValueError(f"Order: origin={self.origin} must lie in [0, step) for step={self.step}")
 
+    @property
+    def orders(self) -> tuple["Order", ...]:
+        """This order alone: so that whoever walks an order or a ``Chain`` need not ask which it is."""
+        return (self,)
+
     def lattice(self, height: int, width: int) -> tuple[int, int]:
         """Return rows and columns of the sub-lattice of a (height, width) grid, padding included."""
         return -(-height // self.step[0]), -(-width // self.step[1])

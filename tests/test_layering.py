@@ -10,14 +10,20 @@ ROOT = Path(__file__).parent.parent
 # From the ground up: a room may import the rooms named in its row, all of which stand in rows above it.
 # Files and folders of evmamba_jax go by their own name; "evmamba_jax" is its __init__.py.
 ROWS = {
-    "pallas_kernels": "",
-    "pallas_kernels.tpu": "pallas_kernels",
-    "pallas_kernels.gpu": "pallas_kernels",
+    "pallas_kernels.contract": "",
+    "pallas_kernels.arguments": "",
+    "pallas_kernels.orders": "",
+    "pallas_kernels.dispatch": "",
+    "pallas_kernels.portable": "pallas_kernels.contract pallas_kernels.dispatch",
+    "pallas_kernels.tpu": "pallas_kernels.contract pallas_kernels.dispatch pallas_kernels.orders",
+    "pallas_kernels.gpu": "pallas_kernels.contract pallas_kernels.dispatch pallas_kernels.orders",
+    "pallas_kernels": """pallas_kernels.arguments pallas_kernels.dispatch pallas_kernels.gpu pallas_kernels.orders
+                         pallas_kernels.portable pallas_kernels.tpu""",
     "errors": "",
     "cli": "errors",
     "storage": "errors",
     "arrays": "errors",
-    "ops": "pallas_kernels",
+    "ops": "pallas_kernels pallas_kernels.dispatch",
     "checkpoints": "errors storage",
     "layers": "errors ops pallas_kernels",
     "data": "cli errors",
@@ -29,7 +35,7 @@ ROWS = {
     "reports": "storage",
     "training": "arrays checkpoints data errors evmamba_jax models reports storage weights",
     "predict": "arrays checkpoints cli data errors models reports storage training weights",
-    "preflight": "cli data errors pallas_kernels training",
+    "preflight": "analysis cli data errors evmamba_jax models pallas_kernels pallas_kernels.tpu training",
     "recipes": "data errors training",
     "configs": "data recipes training",
     "train_tpu": "cli training",
@@ -48,8 +54,8 @@ def room_of(name):
     inside = (ROOT / first / f"{second}.py").is_file() or (ROOT / first / second).is_dir()
     if first == "evmamba_jax":
         return second if second and inside and second != "__init__" else first
-    if first == "pallas_kernels":
-        return f"{first}.{second}" if second and (ROOT / first / second).is_dir() else first
+    if first == "pallas_kernels":  # its public functions, each in a file of its own name, are one room
+        return f"{first}.{second}" if inside and second not in ("", "__init__", "scan2d", "selective_scan") else first
     return first if first in (*TREES, "train_tpu") else None
 
 

@@ -129,7 +129,7 @@ def _count(jaxpr: Jaxpr, sources: Sequence[int]) -> Counter[str]:
         elif operation == "conv_general_dilated":
             outputs = shapes[1][params["dimension_numbers"].rhs_spec[0]]
             total["convolutions"] += result * math.prod(shapes[1]) // outputs
-        elif params.get("name") == "recurrence":  # of pallas_kernels/scan_1d.py
+        elif params.get("name") == "recurrence":  # of pallas_kernels/selective_scan.py
             (batch, length, groups, channels), states = shapes[0], shapes[2][1]
             total["scans"] += (9 * states + 1) * batch * length * groups * channels
         else:

@@ -76,11 +76,11 @@ def target(name: str) -> dict[str, Any]:
 
 
 def kernel_ptx(function: Callable[..., Any], kind: str, arrays: Sequence[Any]) -> str:
-    """Return the PTX of the one scan kernel of a function of arrays, or of their shapes, compiled for one GPU."""
+    """Return the PTX of the one scan kernel of a function, compiled for one GPU; arrays may be trees, or shapes."""
     _require_compiler()
     mesh = Mesh(np.array(_devices(kind, 1, 1)), ("data",))
     sharding = NamedSharding(mesh, PartitionSpec())
-    shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding) for array in arrays]
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), list(arrays))
     with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
         jax.jit(function).lower(*shapes).compile(compiler_options={"xla_dump_to": folder})
         [text] = [text for text in (file.read_text() for file in Path(folder).glob("*.ptx")) if ".entry scan_" in text]

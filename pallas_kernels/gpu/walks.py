@@ -17,24 +17,24 @@ from pallas_kernels.orders import Chain, Order
 # nothing at all.
 PADDING, FILLER = -1, -2
 
-# Below the pixel's number in a token: what the program finds there when it comes. The backward pass comes the other way
-# round, so that its first visit is the last one of the forward pass.
+# A token is ``pixel << BITS | flags``. Flags: the program's first and last visit of this pixel, and the last visit with
+# this set of parameters. The backward pass runs in reverse, so its first visit is the forward pass's last.
 FIRST, LAST, LAST_OF_SET, BITS = 1, 2, 4, 3
 
-# Columns of ``Plan.table``, a row for each walk.
+# Columns of ``WalkTable.rows``, a row for each walk.
 LENGTH, SET, SLOT, LAYER, STARTS, ENDS = range(6)
 
 # Walks are filled up to a multiple of it: the smallest side of a matrix that Triton multiplies.
-TILE = 16
+MATRIX_SIDE = 16
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Plan:
+class WalkTable:
     """The walks of every program of an image, for each block of its channels.
 
     Attributes:
-        tokens: (teams, walks, length) what each program ("team") reads; a multiple of 16 long.
-        table: (teams, walks, 6) about each walk, see LENGTH and so on: its tokens without fillers, its set of
+        tokens: (programs, walks, length) what each program reads; a multiple of 16 long.
+        rows: (programs, walks, 6) about each walk, see LENGTH and so on: its tokens without fillers, its set of
             parameters, the slot of its projection, the layer of the result, whether the state starts and ends there.
         slots: projections that a pixel has room for.
         slot_of: the slot of each set.
@@ -48,7 +48,7 @@ class Plan:
     """
 
     tokens: np.ndarray
-    table: np.ndarray
+    rows: np.ndarray
     slots: int
     slot_of: tuple[int, ...]
     layers: int
@@ -60,15 +60,15 @@ class Plan:
     only_pixels: bool
 
     @property
-    def teams(self) -> int:
+    def programs(self) -> int:
         """Programs for each image and block of channels."""
         return self.tokens.shape[0]
 
 
 @functools.lru_cache
-def plan(orders: tuple[Order | Chain, ...], height: int, width: int, *, apart: bool) -> Plan:
-    """Plan the walks over an image of (height, width); ``apart`` gives each order a program and maybe a layer."""
-    walks = [[o.indices(height, width) for o in walks_of(order)] for order in orders]
+def walk_table(orders: tuple[Order | Chain, ...], height: int, width: int, *, apart: bool) -> WalkTable:
+    """Lay out the walks over an image of (height, width); ``apart`` gives each order a program and maybe a layer."""
+    walks = [[part.indices(height, width) for part in order.orders] for order in orders]
     visits = np.zeros((len(orders), height * width), int)
     for k, own in enumerate(walks):
         for walk in own:
@@ -76,19 +76,19 @@ def plan(orders: tuple[Order | Chain, ...], height: int, width: int, *, apart: b
     seen = visits > 0
     room = np.stack([projected(order, height, width) for order in orders])
     slot_of = _colours(room)
-    teams = [[k] for k in range(len(orders))] if apart else _connected(seen)
-    layer_of = _colours(np.stack([seen[team].any(0) for team in teams]))
+    groups = [[k] for k in range(len(orders))] if apart else _connected(seen)
+    layer_of = _colours(np.stack([seen[group].any(0) for group in groups]))
     layers = max(layer_of) + 1
 
-    length = -(-max(len(walk) for own in walks for walk in own) // TILE) * TILE
-    count = max(sum(len(walks[k]) for k in team) for team in teams)
-    tokens = np.full((len(teams), count, length), FILLER, np.int32)
-    table = np.zeros((len(teams), count, 6), np.int32)
-    for t, team in enumerate(teams):
-        left, left_of_set = visits[team].sum(0), visits.copy()
+    length = -(-max(len(walk) for own in walks for walk in own) // MATRIX_SIDE) * MATRIX_SIDE
+    count = max(sum(len(walks[k]) for k in group) for group in groups)
+    tokens = np.full((len(groups), count, length), FILLER, np.int32)
+    rows = np.zeros((len(groups), count, 6), np.int32)
+    for t, group in enumerate(groups):
+        left, left_of_set = visits[group].sum(0), visits.copy()
         come = np.zeros(height * width, bool)
         row = 0
-        for k in team:
+        for k in group:
             for i, walk in enumerate(walks[k]):
                 inside = walk >= 0
                 pixel = walk[inside]
@@ -98,22 +98,22 @@ def plan(orders: tuple[Order | Chain, ...], height: int, width: int, *, apart: b
                 left_of_set[k, pixel] -= 1
                 tokens[t, row, : len(walk)] = PADDING
                 tokens[t, row, : len(walk)][inside] = (pixel << BITS) + bits
-                table[t, row] = len(walk), k, slot_of[k], layer_of[t], i == 0, i == len(walks[k]) - 1
+                rows[t, row] = len(walk), k, slot_of[k], layer_of[t], i == 0, i == len(walks[k]) - 1
                 row += 1
-        # Walks that a shorter team has not: no tokens, and a new state.
-        table[t, row:] = 0, team[0], slot_of[team[0]], layer_of[t], 1, 1
+        # Walks that a shorter group does not have: no tokens, and a new state.
+        rows[t, row:] = 0, group[0], slot_of[group[0]], layer_of[t], 1, 1
     covered = np.zeros((layers, height * width), bool)
-    for team, layer in zip(teams, layer_of, strict=True):
-        covered[layer] |= seen[team].any(0)
-    return Plan(
+    for group, layer in zip(groups, layer_of, strict=True):
+        covered[layer] |= seen[group].any(0)
+    return WalkTable(
         tokens=tokens,
-        table=table,
+        rows=rows,
         slots=max(slot_of) + 1,
         slot_of=tuple(slot_of),
         layers=layers,
         complete=bool(covered.all()),
         exact=bool((seen == room).all()),
-        merges=any(visits[team].sum(0).max() > 1 for team in teams),
+        merges=any(visits[group].sum(0).max() > 1 for group in groups),
         remerges=bool(visits.max() > 1),
         chained=any(len(own) > 1 for own in walks),
         only_pixels=all((walk >= 0).all() for own in walks for walk in own),
@@ -121,29 +121,24 @@ def plan(orders: tuple[Order | Chain, ...], height: int, width: int, *, apart: b
 
 
 @functools.lru_cache
-def sequences(length: int, groups: int, *, reverse: bool) -> Plan:
-    """Plan the walks over groups of channels, each with its own parameters and projection, along a sequence."""
-    one = plan((Order(reverse=reverse),), length, 1, apart=False)
-    table = np.repeat(one.table, groups, 0)
-    table[..., [SET, SLOT]] = np.arange(groups)[:, None, None]
-    return dataclasses.replace(one, tokens=np.repeat(one.tokens, groups, 0), table=table, slots=groups)
+def sequence_table(length: int, groups: int, *, reverse: bool) -> WalkTable:
+    """Lay out the walks over groups of channels, each with its own parameters and projection, along a sequence."""
+    one = walk_table((Order(reverse=reverse),), length, 1, apart=False)
+    rows = np.repeat(one.rows, groups, 0)
+    rows[..., [SET, SLOT]] = np.arange(groups)[:, None, None]
+    return dataclasses.replace(one, tokens=np.repeat(one.tokens, groups, 0), rows=rows, slots=groups)
 
 
-def walks_of(order: Order | Chain) -> tuple[Order, ...]:
-    """Return the walks of an order, one after another."""
-    return order.orders if isinstance(order, Chain) else (order,)
-
-
-def lattice(order: Order | Chain) -> Order:
+def sublattice(order: Order | Chain) -> Order:
     """Return the pixels that are projected for an order, row by row: its sub-lattice, or all where it has several."""
-    lattices = {Order(origin=o.origin, step=o.step) for o in walks_of(order)}
+    lattices = {Order(origin=o.origin, step=o.step) for o in order.orders}
     return lattices.pop() if len(lattices) == 1 else Order()
 
 
 def projected(order: Order | Chain, height: int, width: int) -> np.ndarray:
     """Return which pixels are projected for an order, (height * width)."""
     mask = np.zeros(height * width, bool)
-    pixels = lattice(order).indices(height, width)
+    pixels = sublattice(order).indices(height, width)
     mask[pixels[pixels >= 0]] = True
     return mask
 

@@ -1,8 +1,13 @@
 """From orders to addresses: which sub-lattices a launch of a kernel covers, and how its walks step through a block.
 
 A kernel sees one sub-lattice of the image at a time, as a block of (rows, columns, channels, images). There a walk is
-arithmetic: ``base + outer * outer_step + inner * inner_step`` counts pixels of the block, and all five are constants of
-the program. So no order costs a copy, and the compiler may reorder the memory accesses of neighbouring tokens.
+arithmetic: ``base + outer * outer_step + inner * inner_step`` counts pixels of the block, and the base and both steps
+are constants of the program. So no order costs a copy, and the compiler may reorder the memory accesses of neighbouring
+tokens.
+
+The words, from large to small: the orders of one call that have the same step make a ``Grid``. Its sub-lattices that
+are walked alike make a ``Launch``. Each scan along such a sub-lattice is a ``Walk``, and each order of a walk (a chain
+has several) is a ``Segment`` of a block.
 """
 
 import dataclasses
@@ -109,7 +114,7 @@ def grids(orders: tuple[Order | Chain, ...]) -> tuple[Grid, ...] | str:
     """Sort orders by step, sub-lattice and way of walking; a string says why a kernel cannot walk them."""
     by_step: dict[tuple[int, int], dict[tuple[int, int], list[tuple[int, tuple[tuple[bool, bool], ...]]]]] = {}
     for number, order in enumerate(orders):
-        parts = order.orders if isinstance(order, Chain) else (order,)
+        parts = order.orders
         first = parts[0]
         if any((part.step, part.origin) != (first.step, first.origin) for part in parts):
             return "a chain that leaves its sub-lattice"
@@ -166,7 +171,8 @@ def for_tokens(segment: Segment, size: int, body: Callable, carry=0, *, backward
 def _from_end(size: int, index, *, alone: bool):
     """Return the index counted from the other end; ``alone`` says that one step of it is a whole turn of a loop."""
     index = size - 1 - index
-    # Nothing else keeps the compiler from taking a difference apart again, and then loads wait for stores.
+    # max(index, 0) is an optimisation barrier. Without it the compiler rewrites ``size - 1 - i``, can no longer prove
+    # that neighbouring loads and stores differ, and lets each load wait for the store before it.
     return jnp.maximum(index, 0) if alone else index
 
 

@@ -8,11 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.dispatch import sum_over
+from pallas_kernels.contract import LOG2E
+from pallas_kernels.dispatch import Kernels, sum_over
+from pallas_kernels.orders import Chain, Order
+from pallas_kernels.tpu.blocks import FLOAT32, Maths, Shape
+from pallas_kernels.tpu.chip import SUBLANES, Chip, current_chip, round_up
 from pallas_kernels.tpu.geometry import Grid, Launch, grids
-from pallas_kernels.tpu.kernels import LOG2E, TILE
-from pallas_kernels.tpu.launch import Shape, Target
-from pallas_kernels.tpu.problem import Arrays, Lanes, Problem, backward, forward, pad, target, up, wrong_dtype
+from pallas_kernels.tpu.lanes import Lanes, pad
+from pallas_kernels.tpu.problem import Arrays, Problem, backward, forward, wrong_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,41 +33,45 @@ class _Images:
     axes: tuple[str, ...]  # of the mesh, over which the channels of the image are divided
 
     @property
-    def lattice(self) -> tuple[int, int]:
+    def lattice_shape(self) -> tuple[int, int]:
         """Rows and columns of a sub-lattice, padding included."""
         rows, columns = -(-self.height // self.grid.step[0]), -(-self.width // self.grid.step[1])
         if rows == 1 and columns > 256:
             # For a length that can be cut. The pixels behind the last are 0: they write nothing to a state, and what
             # they read from it is dropped.
-            columns = up(columns, 32)
+            columns = round_up(columns, 32)
         return rows, columns
 
     @property
     def wide(self) -> int:
         """Channels, with those that fill the last tile."""
-        return up(self.channels, TILE)
+        return round_up(self.channels, SUBLANES)
 
     def shape(self, dtype: Any, result: Any) -> Shape:
         """Return the shape of its launches."""
-        rows, columns = self.lattice
+        rows, columns = self.lattice_shape
         return Shape(
             rows=rows,
             columns=columns,
             step=self.grid.step,
             channels=self.wide // self.lanes.slices,
             images=self.lanes.slices * self.lanes.images,
-            state=self.state,
-            # The weights of a projection differ from slice to slice, which no product of the matrix unit can have.
-            rank=self.rank if self.lanes.slices == 1 else 0,
             slots=self.grid.slots,
-            softplus=True,
+            maths=Maths(
+                state=self.state,
+                # The weights of a projection differ from slice to slice, which no product of the matrix unit can have.
+                rank=self.rank if self.lanes.slices == 1 else 0,
+                softplus=True,
+                natural=False,
+                exact=dtype == FLOAT32,
+            ),
             dtype=dtype,
             result=result,
         )
 
     def image(self, x: jax.Array) -> jax.Array:
         """Bring (B, H, W, E) to (rows, step, columns, step, E, B)."""
-        (rows, columns), (down, right) = self.lattice, self.grid.step
+        (rows, columns), (down, right) = self.lattice_shape, self.grid.step
         x = pad(pad(pad(x, 1, rows * down), 2, columns * right), 3, self.wide)
         return jnp.moveaxis(x.reshape(x.shape[0], rows, down, columns, right, self.wide), 0, -1)
 
@@ -83,15 +90,15 @@ class _Images:
         dt_bias = pad(LOG2E * dt_bias.astype(f32), 1, self.wide)
         A, D = pad(A.astype(f32), 1, self.wide), pad(D.astype(f32), 1, self.wide)
         image = self.image(x)
-        shape = self.shape(x.dtype, x.dtype)
+        maths = self.shape(x.dtype, x.dtype).maths
 
         def of_lattices(parameter, row):
             """Gather (K, ...) as (step, step, slots, ...), zeros where a sub-lattice has fewer sets."""
             sets = jnp.asarray([[[*s, *[len(parameter)] * (self.grid.slots - len(s))] for s in r] for r in row])
             return jnp.concatenate([parameter, jnp.zeros_like(parameter[:1])])[sets]
 
-        used, late = (x_weight, None) if shape.rank else (x_weight[..., self.rank :], x_weight[..., : self.rank])
-        used = pad(used, 2, shape.set_rows)
+        used, late = (x_weight, None) if maths.rank else (x_weight[..., self.rank :], x_weight[..., : self.rank])
+        used = pad(used, 2, maths.set_rows)
 
         def project(weights):
             sets = of_lattices(weights, self.grid.sets)
@@ -99,7 +106,7 @@ class _Images:
             return sum_over(self.axes, own)
 
         packed = project(used)
-        is_B = (np.arange(shape.set_rows) >= shape.rank) & (np.arange(shape.set_rows) < shape.rank + self.state)
+        is_B = (np.arange(maths.set_rows) >= maths.rank) & (np.arange(maths.set_rows) < maths.rank + self.state)
         packed *= np.where(is_B, 1 / LOG2E, 1.0).astype(np.float32)[:, None]
         packed = packed.reshape(*packed.shape[:4], -1, packed.shape[-1])
         images = {"x": self.lanes.fold(image), "packed": self.lanes.repeat(packed)}
@@ -130,75 +137,76 @@ class _Images:
             "skip": self.lanes.spread((visits * D[numbers]).sum(1)),
         }
         if self.lanes.slices == 1:
-            weights = pad(dt_weight, 1, up(self.rank, TILE)).swapaxes(1, 2)
+            weights = pad(dt_weight, 1, round_up(self.rank, SUBLANES)).swapaxes(1, 2)
             values["weights"] = pad(weights[numbers], 1, self.grid.slots)
         return values
 
 
-def _problems(x, dt_weight, A, orders, axes, target: Target, *, gradient: bool) -> list[tuple[_Images, Problem]] | str:
-    """Return one problem for each step among the orders, or why there is none."""
-    sorted_orders = grids(orders)
-    if isinstance(sorted_orders, str):
-        return f"they cannot walk {sorted_orders}"
-    batch, height, width, channels = x.shape
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What both passes of a call of ``scan2d`` do: a problem for each step among the orders."""
 
-    def planned(result) -> list[tuple[_Images, Problem]] | str:
-        problems = []
-        for grid in sorted_orders:
-            images = _Images(
-                batch,
-                height,
-                width,
-                channels,
-                A.shape[2],
-                dt_weight.shape[1],
-                grid,
-                Lanes.of(batch, up(channels, TILE)),
-                axes,
-            )
-            problem = Problem.of(grid, images.shape(x.dtype, result), target, gradient=gradient)
-            if problem is None:
-                return f"an image of {height}x{width} does not fit the chip's {target.vmem // 2**20} MiB of VMEM"
-            problems.append((images, problem))
-        return problems
-
-    problems = planned(x.dtype)
-    if not isinstance(problems, str) and (len(problems) > 1 or problems[0][1].layers > 1):
-        problems = planned(jnp.float32)  # sums are not rounded in between
-    return problems
+    forward: tuple[tuple[_Images, Problem], ...]
+    backward: tuple[tuple[_Images, Problem], ...]
 
 
-def scan2d_unsupported(x, x_weight, dt_weight, dt_bias, A, D, *, orders, axes=()) -> str | None:
-    """Return why no kernel can do a call of ``scan2d`` and its gradient, or None."""
+def plan(x, x_weight, dt_weight, dt_bias, A, D, *, orders, axes=(), interpret: Any = None) -> Plan | str:
+    """Plan a call of ``scan2d`` and its gradient; a string says why the kernels cannot do it."""
     wrong = wrong_dtype(x, x_weight, dt_weight, dt_bias, A, D)
-    if wrong:
-        return wrong
-    for gradient in (False, True):
-        problems = _problems(x, dt_weight, A, orders, axes, target(), gradient=gradient)
-        if isinstance(problems, str):
-            return problems
-    return None
+    sizes = {"rank": dt_weight.shape[1], "state": A.shape[2]}
+    return wrong or _plan(x.shape, x.dtype, orders, axes, current_chip(interpret), **sizes)
 
 
-def scan2d_forward(x, x_weight, dt_weight, dt_bias, A, D, *, orders, axes=(), interpret: Any = None) -> jax.Array:
-    """Return y of ``scan2d``, whose arguments these are."""
-    results = []
-    problems = _problems(x, dt_weight, A, orders, axes, target(interpret), gradient=False)
-    assert not isinstance(problems, str), problems
-    for images, problem in problems:
-        y = forward(problem, images.prepare(x, x_weight, dt_weight, dt_bias, A, D))["y"]
-        results.append(images.back(y))
-    return functools.reduce(jnp.add, results).astype(x.dtype)
+# The forward and the backward pass are lowered one by one, and both ask for the plan.
+@functools.lru_cache
+def _plan(
+    shape: tuple[int, ...],
+    dtype: Any,
+    orders: tuple[Order | Chain, ...],
+    axes: tuple[str, ...],
+    chip: Chip,
+    *,
+    rank: int,
+    state: int,
+) -> Plan | str:
+    by_step = grids(orders)
+    if isinstance(by_step, str):
+        return f"they cannot walk {by_step}"
+    batch, height, width, channels = shape
+    lanes = Lanes.of(batch, round_up(channels, SUBLANES))
+    images = [_Images(batch, height, width, channels, state, rank, grid, lanes, axes) for grid in by_step]
+
+    def problems(result, *, gradient: bool) -> tuple[tuple[_Images, Problem], ...] | None:
+        found = [(own, Problem.of(own.grid, own.shape(dtype, result), chip, gradient=gradient)) for own in images]
+        fitting = tuple((own, problem) for own, problem in found if problem)
+        if len(fitting) < len(found):
+            return None
+        several = len(fitting) > 1 or fitting[0][1].layers > 1
+        if several and result != FLOAT32:  # sums are not rounded in between
+            return problems(FLOAT32, gradient=gradient)
+        return fitting
+
+    there, back = (problems(dtype, gradient=gradient) for gradient in (False, True))
+    if there is None or back is None:
+        return f"an image of {height}x{width} does not fit the chip's {chip.vmem // 2**20} MiB of VMEM"
+    return Plan(there, back)
 
 
-def scan2d_backward(
-    x, x_weight, dt_weight, dt_bias, A, D, dy, *, orders, axes=(), interpret: Any = None
-) -> tuple[jax.Array, ...]:
+def _forward(plan: Plan, arrays) -> tuple[jax.Array]:
+    """Return y of ``scan2d`` from its six arrays."""
+    x = arrays[0]
+    results = [images.back(forward(problem, images.prepare(*arrays))["y"]) for images, problem in plan.forward]
+    return (functools.reduce(jnp.add, results).astype(x.dtype),)
+
+
+def _backward(plan: Plan, arrays, cotangents) -> tuple[jax.Array, ...]:
     """Return the gradients of the six arrays from that of y."""
+    (dy,) = cotangents
     results = []
-    problems = _problems(x, dt_weight, A, orders, axes, target(interpret), gradient=True)
-    assert not isinstance(problems, str), problems
-    for images, problem in problems:
-        inputs, pull = jax.vjp(images.prepare, x, x_weight, dt_weight, dt_bias, A, D)
+    for images, problem in plan.backward:
+        inputs, pull = jax.vjp(images.prepare, *arrays)
         results.append(pull(backward(problem, inputs, {"dy": images.lanes.fold(images.image(dy))})))
     return functools.reduce(functools.partial(jax.tree.map, jnp.add), results)
+
+
+SCAN2D = Kernels(plan, _forward, _backward)

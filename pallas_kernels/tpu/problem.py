@@ -1,4 +1,4 @@
-"""What scans over images and over sequences share: how a batch fills lanes, the calls of a scan, and their order."""
+"""What scans over images and over sequences share: the calls of a scan, in their order, and sums of their results."""
 
 import dataclasses
 import functools
@@ -7,24 +7,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.contract import LOG2E
+from pallas_kernels.tpu.blocks import Call, Shape
+from pallas_kernels.tpu.call import run
+from pallas_kernels.tpu.chip import Chip
 from pallas_kernels.tpu.geometry import Grid
-from pallas_kernels.tpu.kernels import LOG2E, TILE
-from pallas_kernels.tpu.launch import LANES, Call, Shape, Target, plan, run
+from pallas_kernels.tpu.plan import plan
 
 Arrays = dict[str, jax.Array]
-
-
-def up(n: int, multiple: int) -> int:
-    """Return the next multiple."""
-    return -(-n // multiple) * multiple
-
-
-def pad(x: jax.Array, axis: int, size: int) -> jax.Array:
-    """Fill an axis up to a size with zeros."""
-    extra = size - x.shape[axis]
-    return jnp.pad(x, [(0, extra if i == axis else 0) for i in range(x.ndim)]) if extra else x
 
 
 def wrong_dtype(image: jax.Array, *others: jax.Array) -> str | None:
@@ -35,79 +26,19 @@ def wrong_dtype(image: jax.Array, *others: jax.Array) -> str | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Lanes:
-    """How a batch fills lanes: ``slices`` groups of channels side by side, of ``images`` images each."""
-
-    slices: int
-    images: int
-
-    @classmethod
-    def of(cls, batch: int, channels: int) -> "Lanes":
-        """Return the fullest use of 128 lanes."""
-        if batch >= LANES:
-            return cls(1, -(-batch // LANES) * LANES)
-        fitting = [n for n in range(1, LANES // batch + 1) if channels % (n * TILE) == 0]
-        return cls(max(fitting, default=1), batch)
-
-    def fold(self, x: jax.Array) -> jax.Array:
-        """Bring (..., E, B) to (..., E / slices, slices * B)."""
-        x = pad(x, x.ndim - 1, self.images)
-        if self.slices == 1:
-            return x
-        *rest, channels, images = x.shape
-        x = x.reshape(*rest, self.slices, channels // self.slices, images)
-        return x.swapaxes(-3, -2).reshape(*rest, channels // self.slices, self.slices * images)
-
-    def unfold(self, x: jax.Array, batch: int) -> jax.Array:
-        """Bring (..., E / slices, slices * B) back to (..., E, B)."""
-        if self.slices > 1:
-            *rest, channels, _ = x.shape
-            x = x.reshape(*rest, channels, self.slices, self.images)
-            x = x.swapaxes(-3, -2).reshape(*rest, self.slices * channels, self.images)
-        return x[..., :batch]
-
-    def repeat(self, x: jax.Array) -> jax.Array:
-        """Bring (..., B), the same for all channels, to (..., slices * B)."""
-        x = pad(x, x.ndim - 1, self.images)
-        return jnp.tile(x, self.slices) if self.slices > 1 else x
-
-    def spread(self, x: jax.Array) -> jax.Array:
-        """Bring parameters (..., E) to (..., E / slices, lanes of a block)."""
-        width = min(self.images, LANES)
-        x = jnp.broadcast_to(x[..., None], (*x.shape, width))
-        if self.slices == 1:
-            return x
-        *rest, channels, images = x.shape
-        x = x.reshape(*rest, self.slices, channels // self.slices, images)
-        return x.swapaxes(-3, -2).reshape(*rest, channels // self.slices, self.slices * images)
-
-
-def target(interpret: Any = None) -> Target:
-    """Return the machine that the program is lowered for: that of the mesh in use, or the one that is attached.
-
-    Of a chip that nothing is known of, what all but the oldest have. ``interpret`` is for a machine without one.
-    """
-    try:
-        info = pltpu.get_tpu_info()
-    except (ValueError, RuntimeError):
-        return Target(64 * 2**20, False, interpret)
-    return Target(info.vmem_capacity_bytes, info.generation >= 6, interpret)
-
-
-@dataclasses.dataclass(frozen=True)
 class Problem:
     """One launch after another over the sub-lattices of one step, with the calls that each was divided into."""
 
     grid: Grid
     shape: Shape
     calls: tuple[tuple[Call, ...], ...]
-    target: Target
+    chip: Chip
 
     @classmethod
-    def of(cls, grid: Grid, shape: Shape, target: Target, *, gradient: bool) -> "Problem | None":
-        """Plan the calls; None if some walk does not fit the target."""
-        calls = [plan(launch, shape, target, gradient=gradient) for launch in grid.launches]
-        return cls(grid, shape, tuple(c for c in calls if c), target) if all(calls) else None
+    def of(cls, grid: Grid, shape: Shape, chip: Chip, *, gradient: bool) -> "Problem | None":
+        """Plan the calls; None if some walk does not fit the chip."""
+        calls = [plan(launch, shape, chip, gradient=gradient) for launch in grid.launches]
+        return cls(grid, shape, tuple(c for c in calls if c), chip) if all(calls) else None
 
     @property
     def layers(self) -> int:
@@ -126,24 +57,24 @@ class Problem:
 
 def _blocked(weights: jax.Array, call: Call) -> jax.Array:
     """Bring weights (lattices, sets, E, slab) into the block-diagonal form that projects several tokens at once."""
-    b = call.block
-    blocks = weights.reshape(*weights.shape[:2], b.blocks, b.channels, b.slab)
-    eye = jnp.eye(b.together, dtype=weights.dtype)
+    block, slab, together = call.block, call.block.maths.slab, call.block.schedule.pixels_a_product
+    blocks = weights.reshape(*weights.shape[:2], block.blocks, block.channels, slab)
+    eye = jnp.eye(together, dtype=weights.dtype)
     form = jnp.einsum("lsder,tu->lsdteur", blocks, eye)
-    return form.reshape(*weights.shape[:2], b.blocks, b.together * b.channels, b.together * b.slab)
+    return form.reshape(*weights.shape[:2], block.blocks, together * block.channels, together * slab)
 
 
 def _unblocked(gradient: jax.Array, call: Call) -> jax.Array:
     """Return the gradient (lattices, sets, E, slab) from that of every pair of tokens, transposed and by image tile."""
-    b = call.block
-    form = gradient.sum(0).reshape(*gradient.shape[1:4], b.together, b.slab, b.together, b.channels)
-    return jnp.einsum("lsdtrte->lsder", form).reshape(*gradient.shape[1:3], -1, b.slab)
+    block, slab, together = call.block, call.block.maths.slab, call.block.schedule.pixels_a_product
+    form = gradient.sum(0).reshape(*gradient.shape[1:4], together, slab, together, block.channels)
+    return jnp.einsum("lsdtrte->lsder", form).reshape(*gradient.shape[1:3], -1, slab)
 
 
 def _values(inputs: dict[str, Any], i: int, call: Call) -> Arrays:
     """Return what a call of launch ``i`` reads."""
     values = inputs["image"] | inputs["launches"][i]
-    if call.block.rank:
+    if call.block.maths.rank:
         values["weights"] = _blocked(values["weights"], call).astype(call.shape.dtype)
     if call.first:  # the skip from x to y is not for every walk
         values["skip"] = jnp.zeros_like(values["skip"])
@@ -161,7 +92,7 @@ def forward(problem: Problem, inputs: dict[str, Any], *, final: bool = False) ->
                 _values(inputs, i, call),
                 ("y", "final") if final else ("y",),
                 {} if y is None else {"y": y},
-                problem.target,
+                problem.chip,
                 gradient=False,
             )
             y = outputs["y"]
@@ -184,16 +115,16 @@ def backward(problem: Problem, inputs: dict[str, Any], dy: Arrays) -> dict[str, 
             values = _values(inputs, i, call)
             if call.block.chunks > 1:
                 seen = {name: value for name, value in values.items() if name != "skip"}
-                values["kept"] = run(call, seen, ("borders",), {}, problem.target, gradient=False)["borders"]
+                values["kept"] = run(call, seen, ("borders",), {}, problem.chip, gradient=False)["borders"]
             values |= dy
             results = ["dx", *(f"d_{name}" for name in shared), "dA", "d_bias", "d_skip"]
-            if call.block.rank:
+            if call.block.maths.rank:
                 values["weights_back"] = values["weights"].swapaxes(-1, -2)
                 results.append("d_weights")
             if "start" in inputs["launches"][i]:
                 results.append("d_start")
             before = onto if dx is None else onto | {"dx": dx}
-            outputs = run(call, values, tuple(results), before, problem.target, gradient=True)
+            outputs = run(call, values, tuple(results), before, problem.chip, gradient=True)
             dx = outputs["dx"]
             onto = {name: outputs[name] for name in (f"d_{name}" for name in shared)}
             sets = slice(call.first, call.first + call.sets)
@@ -202,7 +133,7 @@ def backward(problem: Problem, inputs: dict[str, Any], dy: Arrays) -> dict[str, 
             mine["bias"] = mine["bias"].at[:, sets].add(outputs["d_bias"].sum(0))
             if number == 0:  # all walks of a sub-lattice see the same image and the same gradient
                 mine["skip"] = outputs["d_skip"].sum(0)
-            if call.block.rank:
+            if call.block.maths.rank:
                 mine["weights"] = mine["weights"].at[:, sets].add(_unblocked(outputs["d_weights"], call))
             if "start" in mine:
                 mine["start"] = outputs["d_start"]

@@ -1,16 +1,20 @@
 """``selective_scan`` as a problem for the kernels: sequences folded into images."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.contract import LOG2E
+from pallas_kernels.dispatch import Kernels
+from pallas_kernels.tpu.blocks import FLOAT32, Maths, Shape
+from pallas_kernels.tpu.chip import SUBLANES, Chip, current_chip, round_up
 from pallas_kernels.tpu.geometry import Grid, Launch, Walk
-from pallas_kernels.tpu.kernels import LOG2E, TILE
-from pallas_kernels.tpu.launch import Shape, Target
-from pallas_kernels.tpu.problem import Lanes, Problem, backward, forward, pad, target, up, wrong_dtype
+from pallas_kernels.tpu.lanes import Lanes, pad
+from pallas_kernels.tpu.problem import Problem, backward, forward, wrong_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +34,7 @@ class _Sequences:
     lanes: Lanes
 
     @property
-    def lattice(self) -> tuple[int, int]:
+    def lattice_shape(self) -> tuple[int, int]:
         """Rows and columns; together they may be more than the length."""
         columns = max(n for n in range(1, 65) if self.length % n == 0)
         if columns < 16 and self.length > 256:
@@ -40,12 +44,12 @@ class _Sequences:
     @property
     def biased(self) -> bool:
         """Whether the kernels get time steps with their bias added: tokens behind the last must have a step of zero."""
-        return math.prod(self.lattice) > self.length and not self.softplus
+        return math.prod(self.lattice_shape) > self.length and not self.softplus
 
     @property
     def wide(self) -> int:
         """Channels of a group, with those that fill the last tile."""
-        return up(self.channels, TILE)
+        return round_up(self.channels, SUBLANES)
 
     @property
     def grid(self) -> Grid:
@@ -56,26 +60,23 @@ class _Sequences:
 
     def shape(self, dtype: Any, steps: Any) -> Shape:
         """Return the shape of the launch, for u and y of a type and time steps of another."""
-        rows, columns = self.lattice
+        rows, columns = self.lattice_shape
         return Shape(
             rows=rows,
             columns=columns,
             step=(1, self.groups),
             channels=self.wide // self.lanes.slices,
             images=self.lanes.slices * self.lanes.images,
-            state=self.state,
-            rank=0,
             slots=1,
-            softplus=self.softplus,
+            maths=Maths(state=self.state, rank=0, softplus=self.softplus, natural=True, exact=dtype == FLOAT32),
             dtype=dtype,
             result=dtype,
             steps=jnp.float32 if self.biased else steps,
-            natural=True,
         )
 
     def image(self, x: jax.Array) -> jax.Array:
         """Bring (B, L, K, C) to (rows, 1, columns, K, C, B)."""
-        rows, columns = self.lattice
+        rows, columns = self.lattice_shape
         x = pad(x, 1, rows * columns)
         return jnp.moveaxis(x.reshape(x.shape[0], rows, 1, columns, *x.shape[2:]), 0, -1)
 
@@ -100,7 +101,7 @@ class _Sequences:
     def prepare(self, u, delta, A, B, C, D, delta_bias, initial_state) -> dict[str, Any]:
         """Return what the kernels read."""
         f32 = jnp.float32
-        rows, columns = self.lattice
+        rows, columns = self.lattice_shape
         extra = rows * columns - self.length
         if extra:  # tokens behind the last have a time step of zero: they leave the state alone
             if self.biased:
@@ -110,7 +111,7 @@ class _Sequences:
         packed = jnp.concatenate([B.astype(f32) * (1 / LOG2E), C.astype(f32)], 3)
         image = {
             "x": self.stream(u),
-            "packed": self.lanes.repeat(self.image(pad(packed, 3, up(2 * self.state, TILE)))),
+            "packed": self.lanes.repeat(self.image(pad(packed, 3, round_up(2 * self.state, SUBLANES)))),
             "delta": self.stream(delta)[:, :, :, :, None],
         }
 
@@ -129,47 +130,50 @@ class _Sequences:
         return {"image": image, "launches": [launch]}
 
 
-def _sequences(
-    u, delta, A, target: Target, *, delta_softplus: bool, reverse: bool, gradient: bool
-) -> tuple[_Sequences, Problem | None]:
-    batch, length, groups, channels = u.shape
-    lanes = Lanes.of(batch, up(channels, TILE))
-    sequences = _Sequences(batch, length, groups, channels, A.shape[1], delta_softplus, reverse, lanes)
-    return sequences, Problem.of(sequences.grid, sequences.shape(u.dtype, delta.dtype), target, gradient=gradient)
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What both passes of a call of ``selective_scan`` do."""
+
+    sequences: _Sequences
+    forward: Problem
+    backward: Problem
 
 
-def selective_scan_unsupported(u, *others, delta_softplus, reverse) -> str | None:
-    """Return why no kernel can do a call of ``selective_scan`` and its gradient, or None."""
-    wrong = wrong_dtype(u, *others)
-    if wrong:
-        return wrong
-    for gradient in (False, True):
-        options = {"delta_softplus": delta_softplus, "reverse": reverse, "gradient": gradient}
-        _, problem = _sequences(u, others[0], others[1], target(), **options)
-        if problem is None:
-            return f"{u.shape[3]} channels with {others[1].shape[1]} states do not fit the chip's memory"
-    return None
+def plan(u, delta, A, *others, delta_softplus: bool, reverse: bool, interpret: Any = None) -> Plan | str:
+    """Plan a call of ``selective_scan`` and its gradient; a string says why the kernels cannot do it."""
+    wrong = wrong_dtype(u, delta, A, *others)
+    options = {"state": A.shape[1], "delta_softplus": delta_softplus, "reverse": reverse}
+    return wrong or _plan(u.shape, u.dtype, delta.dtype, current_chip(interpret), **options)
 
 
-def selective_scan_forward(
-    u, delta, A, B, C, D, delta_bias, initial_state, *, delta_softplus, reverse, interpret: Any = None
-) -> tuple[jax.Array, jax.Array]:
-    """Return y and the last state; arrays as in ``terms.py``."""
-    options = {"delta_softplus": delta_softplus, "reverse": reverse, "gradient": False}
-    sequences, problem = _sequences(u, delta, A, target(interpret), **options)
-    assert problem is not None
-    inputs = sequences.prepare(u, delta, A, B, C, D, delta_bias, initial_state)
-    outputs = forward(problem, inputs, final=True)
-    return sequences.back(outputs["y"]).astype(A.dtype), sequences.states_back(outputs["final"])
+# The forward and the backward pass are lowered one by one, and both ask for the plan.
+@functools.lru_cache
+def _plan(
+    shape: tuple[int, ...], dtype: Any, steps: Any, chip: Chip, *, state: int, delta_softplus: bool, reverse: bool
+) -> Plan | str:
+    batch, length, groups, channels = shape
+    lanes = Lanes.of(batch, round_up(channels, SUBLANES))
+    sequences = _Sequences(batch, length, groups, channels, state, delta_softplus, reverse, lanes)
+    grid, form = sequences.grid, sequences.shape(dtype, steps)
+    there, back = (Problem.of(grid, form, chip, gradient=gradient) for gradient in (False, True))
+    if there is None or back is None:
+        return f"{channels} channels with {state} states do not fit the chip's memory"
+    return Plan(sequences, there, back)
 
 
-def selective_scan_backward(
-    u, delta, A, B, C, D, delta_bias, initial_state, dy, d_final, *, delta_softplus, reverse, interpret: Any = None
-) -> tuple[jax.Array, ...]:
-    """Return the gradients of the eight arrays."""
-    options = {"delta_softplus": delta_softplus, "reverse": reverse, "gradient": True}
-    sequences, problem = _sequences(u, delta, A, target(interpret), **options)
-    assert problem is not None
-    inputs, pull = jax.vjp(sequences.prepare, u, delta, A, B, C, D, delta_bias, initial_state)
-    cotangents = {"dy": sequences.stream(dy.astype(u.dtype)), "d_final": sequences.states(d_final)}
-    return pull(backward(problem, inputs, cotangents))
+def _forward(plan: Plan, arrays) -> tuple[jax.Array, jax.Array]:
+    """Return y and the last state from the eight arrays of ``contract.py``."""
+    A = arrays[2]
+    outputs = forward(plan.forward, plan.sequences.prepare(*arrays), final=True)
+    return plan.sequences.back(outputs["y"]).astype(A.dtype), plan.sequences.states_back(outputs["final"])
+
+
+def _backward(plan: Plan, arrays, cotangents) -> tuple[jax.Array, ...]:
+    """Return the gradients of the eight arrays from those of y and of the last state."""
+    (u, *_), (dy, d_final), sequences = arrays, cotangents, plan.sequences
+    inputs, pull = jax.vjp(sequences.prepare, *arrays)
+    given = {"dy": sequences.stream(dy.astype(u.dtype)), "d_final": sequences.states(d_final)}
+    return pull(backward(plan.backward, inputs, given))
+
+
+SELECTIVE_SCAN = Kernels(plan, _forward, _backward)

@@ -8,7 +8,6 @@ The last takes JAX 0.10.2 and ``pip install -e ".[preflight-cuda]"``.
 """
 
 import argparse
-import functools
 import os
 import sys
 from pathlib import Path
@@ -23,7 +22,7 @@ import scan_oracle
 
 from evmamba_jax.preflight.gpu import GPUS, kernel_ptx
 from pallas_kernels import ATROUS, CROSS, Order, gpu
-from pallas_kernels.gpu import backend, launch
+from pallas_kernels.gpu import call, triton
 
 BOTH = (Order(), Order(reverse=True))
 ARGUMENTS = ("x", "x_weight", "dt_weight", "dt_bias", "A", "D")
@@ -46,8 +45,8 @@ def compare(compiled, interpret=False):
         dy = jnp.asarray(np.random.default_rng(1).normal(size=arrays[0].shape), dtype)
         indices = [order.indices(5, 6) for order in orders]
         y, gradients = scan_oracle.scan2d(problem, indices, np.asarray(dy, np.float64))
-        run = functools.partial(functools.partial, orders=orders, interpret=interpret)
-        programs += [(run(gpu.scan2d_forward), arrays), (run(gpu.scan2d_backward), [*arrays, dy])]
+        forward, backward = gpu.SCAN2D.passes(orders=orders, interpret=interpret)
+        programs += [(forward, arrays), (backward, [tuple(arrays), (dy,)])]
         wanted += [(name, {"y": y}), (name, {argument: gradients[argument] for argument in ARGUMENTS})]
 
     problem = scan_oracle.make_scan(
@@ -55,7 +54,7 @@ def compare(compiled, interpret=False):
     )
     dy, d_final = (np.random.default_rng(3).normal(size=problem[of].shape) for of in ("u", "initial_state"))
     y, final, gradients = scan_oracle.scan(problem, softplus_delta=True, reverse=True, dy=dy, d_state=d_final)
-    run = functools.partial(functools.partial, delta_softplus=True, reverse=True, interpret=interpret)
+    forward, backward = gpu.SELECTIVE_SCAN.passes(delta_softplus=True, reverse=True, interpret=interpret)
     forms = dict.fromkeys(("u", "delta", "y"), lambda x: x.reshape(*x.shape[:2], 2, -1))
     forms |= dict.fromkeys(("initial_state", "final"), lambda x: x.reshape(x.shape[0], 2, -1, 8).swapaxes(2, 3))
     forms |= {"A": lambda x: x.reshape(2, -1, 8).swapaxes(1, 2)} | dict.fromkeys("BC", lambda x: x)
@@ -63,7 +62,7 @@ def compare(compiled, interpret=False):
     names = ("u", "delta", "A", "B", "C", "D", "delta_bias", "initial_state")
     arrays = [jnp.asarray(forms[of](problem[of]), jnp.float32) for of in names]
     cotangents = [jnp.asarray(forms[of](x), jnp.float32) for of, x in (("y", dy), ("final", d_final))]
-    programs += [(run(gpu.selective_scan_forward), arrays), (run(gpu.selective_scan_backward), [*arrays, *cotangents])]
+    programs += [(forward, arrays), (backward, [tuple(arrays), tuple(cotangents)])]
     wanted.append(("selective_scan", {"y": forms["y"](y), "last state": forms["final"](final)}))
     wanted.append(("selective_scan", {of: forms[of](gradients[of]) for of in names}))
     with jax.default_matmul_precision("highest"):  # else XLA's own products are in TF32
@@ -77,19 +76,19 @@ def compare(compiled, interpret=False):
 
 
 def emulated(kind):
-    """Return what stands in for ``backend.call``: it compiles a kernel for a GPU and interprets its PTX."""
+    """Return what stands in for ``triton.call``: it compiles a kernel for a GPU and interprets its PTX."""
 
-    def call(kernel, programs, inputs, outputs, **rest):
+    def emulate(kernel, programs, inputs, outputs, **rest):
         def again(*arrays):
             specified = [(array, spec) for array, (_, spec) in zip(arrays, inputs, strict=True)]
-            return backend.call(kernel, programs, specified, outputs, **rest)
+            return triton.call(kernel, programs, specified, outputs, **rest)
 
         arrays = [np.asarray(array) for array, _ in inputs]
         program = ptx.Program(kernel_ptx(again, kind, arrays))
         results = program.run(arrays, [(s.shape, s.dtype) for s, _ in outputs], rest["aliases"], programs)
         return list(map(jnp.asarray, results))
 
-    return call
+    return emulate
 
 
 def main():
@@ -101,7 +100,7 @@ def main():
     if options.ptx:
         os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # before the plugin looks for a GPU
         jax.config.update("jax_platforms", "cpu")
-        launch.call = emulated(options.ptx)
+        call.call = emulated(options.ptx)
         compare(lambda function: function)
     else:
         compare(jax.jit, options.interpret)

@@ -1,5 +1,6 @@
 """Which implementation runs where, and the kernels wherever people put a scan; for numbers, in Pallas's interpreter."""
 
+import contextlib
 import functools
 import math
 import re
@@ -14,6 +15,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from test_selective_scan import ALL, close
 
+import pallas_kernels
+from evmamba_jax import ops
 from pallas_kernels import ATROUS, CROSS, Chain, Order, scan2d, selective_scan
 
 LEAVES_ITS_LATTICE = (Chain((Order(step=(1, 2)), Order(origin=(0, 1), step=(1, 2)))),)
@@ -75,7 +78,8 @@ def test_a_name_that_cannot_run_says_why(implementation, orders, dtype, reason, 
         with pytest.raises(ValueError, match="kernels, but") as caught:
             jax.jit(program).lower(problem, weights)
     message = str(caught.value)
-    assert message.startswith(f"scan2d: implementation={implementation!r} asks for kernels, but {reason}")
+    assert re.match(r"scan2d, called at \S*test_dispatch.py:\d+:\d+ \(image_loss\): ", message)
+    assert f"implementation={implementation!r} asks for kernels, but {reason}" in message
     assert message.endswith("None takes a portable implementation there, as do 'sequential' and 'associative'")
     assert "\n" not in message
 
@@ -87,7 +91,9 @@ def test_a_sequence_that_cannot_run_says_why():
         program = jax.jit(sequence_loss)
         with pytest.raises(ValueError, match="they do not take float64") as caught:
             program.lower(narrow, weights)
-    assert str(caught.value).startswith("selective_scan: implementation='pallas_interpret' asks for kernels, but ")
+    message = str(caught.value)
+    assert re.match(r"selective_scan, called at \S*test_dispatch.py:\d+:\d+ \(sequence_loss\): ", message)
+    assert "implementation='pallas_interpret' asks for kernels, but they do not take float64" in message
 
 
 @pytest.mark.parametrize(
@@ -143,6 +149,33 @@ def test_sequences_lower_to_kernels_for_a_tpu(implementation, reverse):
         text = lowered(program, problem)
         assert "tpu_custom_call" in text
         assert "stablehlo.while" not in text
+
+
+def image_scan(scans, problem):
+    return scans.scan2d(problem["x"], *(problem[name] for name in PARAMETERS), orders=IMAGE)
+
+
+def sequence_scan(scans, problem):
+    return scans.selective_scan(**problem, delta_softplus=True)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cpu"])
+@pytest.mark.parametrize("scans", [pallas_kernels, ops])
+@pytest.mark.parametrize(("scan", "make"), [(image_scan, images), (sequence_scan, sequences)])
+def test_the_source_of_a_scan_is_its_callers_line(scan, make, scans, platform):
+    """In both passes, of kernels and of portable loops, and through the division over a mesh."""
+    problem, weights, _ = make()
+
+    def loss(problem):
+        return (scan(scans, problem) * weights).sum()
+
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    with jax.set_mesh(mesh) if scans is ops else contextlib.nullcontext():
+        program = jax.jit(jax.grad(loss)).trace(problem).lower(lowering_platforms=(platform,))
+    places = set(re.findall(r'"(/[^"]*\.py)":(\d+)', program.as_text(debug_info=True)))
+    line = scan.__code__.co_firstlineno + 1
+    assert (__file__, str(line)) in places
+    assert not [file for file, _ in places if "/pallas_kernels/" in file or "/evmamba_jax/" in file]
 
 
 @pytest.mark.parametrize("name", ["sequential", "associative"])

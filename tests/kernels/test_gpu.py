@@ -12,7 +12,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, Partition
 
 import pallas_kernels
 from pallas_kernels import ATROUS, CROSS, Chain, Order, gpu
-from pallas_kernels.gpu import walks
+from pallas_kernels.gpu import images, walks
 
 ARGUMENTS = ("x", "x_weight", "dt_weight", "dt_bias", "A", "D")
 MIXED = (Order(origin=(1, 2), step=(2, 3), column_major=True, reverse=True), Order(), Order())
@@ -43,8 +43,9 @@ def scan2d(orders, axes=()):
 
     def program(problem, dy):
         arrays = [problem[name] for name in ARGUMENTS]
-        y = gpu.scan2d_forward(*arrays, orders=orders, axes=axes, interpret=True)
-        gradients = gpu.scan2d_backward(*arrays, dy, orders=orders, axes=axes, interpret=True)
+        forward, backward = gpu.SCAN2D.passes(orders=orders, axes=axes, interpret=True)
+        (y,) = forward(*arrays)
+        gradients = backward(arrays, (dy,))
         return y, dict(zip(ARGUMENTS, gradients, strict=True))
 
     return program
@@ -75,7 +76,7 @@ TOGETHER, APART = 0, 10**6
     ],
 )
 def test_scan2d_and_gradients(monkeypatch, orders, grid, state, rank, channels, enough):
-    monkeypatch.setattr(gpu, "ENOUGH", enough)
+    monkeypatch.setattr(images, "ENOUGH", enough)
     problem, dy, wanted = problem2d(orders, grid, state=state, rank=rank, channels=channels)
     actual = jit(scan2d(orders))(problem, dy)
     chex.assert_trees_all_equal_dtypes(actual, jax.tree.map(np.float32, wanted))
@@ -90,7 +91,7 @@ def test_a_grid_smaller_than_the_step():
 @pytest.mark.parametrize("orders", [ATROUS, CROSS], ids=["atrous", "cross"])
 def test_bfloat16_image(monkeypatch, orders):
     """Orders add up in float32: the only roundings are those of inputs, of results, and of products to 16 bits."""
-    monkeypatch.setattr(gpu, "ENOUGH", 0)
+    monkeypatch.setattr(images, "ENOUGH", 0)
     problem, dy, wanted = problem2d(orders, (3, 4), state=2, rank=1, dtype=jnp.bfloat16)
     y, gradients = jit(scan2d(orders))(problem, dy)
     wanted_y, wanted_gradients = wanted
@@ -102,8 +103,8 @@ def test_bfloat16_image(monkeypatch, orders):
 
 def test_long_walks_keep_the_state_before_each_chunk():
     problem, dy, wanted = problem2d((Order(reverse=True),), (3, 27), state=16, rank=1)
-    plan = walks.plan((Order(reverse=True),), 3, 27, apart=False)
-    assert plan.tokens.shape[2] > 512 * 2 // 16  # more than one chunk
+    table = walks.walk_table((Order(reverse=True),), 3, 27, apart=False)
+    assert table.tokens.shape[2] > 512 * 2 // 16  # more than one chunk
     close(jit(scan2d((Order(reverse=True),)))(problem, dy), wanted, 2e-6)
 
 
@@ -130,7 +131,7 @@ def test_selective_scan_and_gradients(length, state, groups, reverse, softplus, 
 
     @jit
     def program(p, dy, d_final):
-        # As scan_1d.py does it: the form of terms.py.
+        # As selective_scan.py does it: the form of contract.py.
         arrays = (
             *(split(p[name], 2) for name in ("u", "delta")),
             split(p["A"], 0).swapaxes(1, 2),
@@ -138,10 +139,10 @@ def test_selective_scan_and_gradients(length, state, groups, reverse, softplus, 
             *(split(p[name], 0) for name in ("D", "delta_bias")),
             split(p["initial_state"], 1).swapaxes(2, 3),
         )
-        options = {"delta_softplus": softplus, "reverse": reverse, "interpret": True}
-        y, final = gpu.selective_scan_forward(*arrays, **options)
+        forward, backward = gpu.SELECTIVE_SCAN.passes(delta_softplus=softplus, reverse=reverse, interpret=True)
+        y, final = forward(*arrays)
         cotangents = split(dy, 2), split(d_final, 1).swapaxes(2, 3)
-        u, delta, A, B, C, D, bias, start = gpu.selective_scan_backward(*arrays, *cotangents, **options)
+        u, delta, A, B, C, D, bias, start = backward(arrays, cotangents)
         gradients = {
             "u": u.reshape(dy.shape),
             "delta": delta.reshape(dy.shape),
@@ -168,7 +169,7 @@ def test_under_vmap_checkpoint_and_shard_map():
     image, weights = problem["x"], [problem[name] for name in ARGUMENTS[1:]]
 
     def forward(x):
-        return gpu.scan2d_forward(x, *weights, orders=BOTH, interpret=True)
+        return gpu.SCAN2D.passes(orders=BOTH, interpret=True)[0](x, *weights)[0]
 
     mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
     spec = PartitionSpec("data")
@@ -193,35 +194,38 @@ def test_channels_over_devices():
     close(jit(sharded)(problem, dy), wanted, 2e-6)
 
 
-def test_the_plan_of_a_worked_example():
+def test_the_table_of_a_worked_example():
     """A row of three pixels there and back, by one program: who comes to a pixel first, and who last."""
-    plan = walks.plan(BOTH, 1, 3, apart=False)
-    codes = plan.tokens[0, :, :3]
+    table = walks.walk_table(BOTH, 1, 3, apart=False)
+    codes = table.tokens[0, :, :3]
     assert (codes >> walks.BITS).tolist() == [[0, 1, 2], [2, 1, 0]]
     assert ((codes & walks.FIRST) != 0).tolist() == [[True] * 3, [False] * 3]
     assert ((codes & walks.LAST) != 0).tolist() == [[False] * 3, [True] * 3]
-    assert (plan.tokens[0, :, 3:] == walks.FILLER).all()
-    assert (plan.teams, plan.layers, plan.slots, plan.merges) == (1, 1, 2, True)
+    assert (table.tokens[0, :, 3:] == walks.FILLER).all()
+    assert (table.programs, table.layers, table.slots, table.merges) == (1, 1, 2, True)
 
 
 @pytest.mark.parametrize(
-    ("orders", "apart", "teams", "layers", "slots", "merges"),
+    ("orders", "apart", "programs", "layers", "slots", "merges"),
     [(ATROUS, False, 4, 1, 1, False), (CROSS, False, 1, 1, 4, True), (CROSS, True, 4, 4, 4, False)],
 )
-def test_orders_that_share_no_pixel_run_side_by_side(orders, apart, teams, layers, slots, merges):
-    plan = walks.plan(orders, 6, 4, apart=apart)
-    assert (plan.teams, plan.layers, plan.slots, plan.merges) == (teams, layers, slots, merges)
+def test_orders_that_share_no_pixel_run_side_by_side(orders, apart, programs, layers, slots, merges):
+    table = walks.walk_table(orders, 6, 4, apart=apart)
+    assert (table.programs, table.layers, table.slots, table.merges) == (programs, layers, slots, merges)
 
 
 def test_what_is_not_supported_is_said():
+    def reason(plan):
+        return plan if isinstance(plan, str) else None
+
     def of_image(*shape, dtype=np.float32, weights=np.float32):
         like = functools.partial(jax.ShapeDtypeStruct, dtype=weights)
         arrays = [like((4, 8, 34)), like((4, 2, 8)), like((4, 8)), like((4, 8, 16)), like((4, 8))]
-        return gpu.scan2d_unsupported(jax.ShapeDtypeStruct(shape, dtype), *arrays, orders=CROSS)
+        return reason(gpu.SCAN2D.plan(jax.ShapeDtypeStruct(shape, dtype), *arrays, orders=CROSS))
 
     def of_sequence(length, state):
         u, A = (jax.ShapeDtypeStruct(s, np.float32) for s in ((1, length, 1, 8), (1, state, 8)))
-        return gpu.selective_scan_unsupported(u, u, A, delta_softplus=True, reverse=False)
+        return reason(gpu.SELECTIVE_SCAN.plan(u, u, A, delta_softplus=True, reverse=False))
 
     assert "no GPU" in of_image(1, 4, 4, 8)
     with use_abstract_mesh(described(GPUS[0])):
@@ -291,9 +295,8 @@ def test_lowers_for_gpus_from_a_cpu(shape, name):
         like((sets, channels, state)),
         like((sets, channels)),
     )
-    forward = functools.partial(gpu.scan2d_forward, orders=orders)
-    backward = functools.partial(gpu.scan2d_backward, orders=orders)
-    for function, own in ((forward, arguments), (backward, (*arguments, image))):
+    forward, backward = gpu.SCAN2D.passes(orders=orders)
+    for function, own in ((forward, arguments), (backward, (arguments, (image,)))):
         text = lowered(function, name, *own)
         assert text.count("__gpu$xla.gpu.triton") == 1
         assert "addptr" in text  # the names of Triton's operations can be read
@@ -309,12 +312,9 @@ def test_selective_scan_lowers_for_gpus_from_a_cpu():
     like = functools.partial(jax.ShapeDtypeStruct, dtype=np.float32)
     row, few, one = like((8, 196, 2, 100)), like((8, 196, 2, 16)), like((2, 100))
     arrays = (row, row, like((2, 16, 100)), few, few, one, one, like((8, 2, 16, 100)))
-    options = {"delta_softplus": True, "reverse": False}
-    for function, own in (
-        (gpu.selective_scan_forward, arrays),
-        (gpu.selective_scan_backward, (*arrays, row, arrays[-1])),
-    ):
-        text = lowered(functools.partial(function, **options), GPUS[0], *own)
+    forward, backward = gpu.SELECTIVE_SCAN.passes(delta_softplus=True, reverse=False)
+    for function, own in ((forward, arrays), (backward, (arrays, (row, arrays[-1])))):
+        text = lowered(function, GPUS[0], *own)
         assert text.count("__gpu$xla.gpu.triton") == 1
 
 
@@ -325,7 +325,8 @@ def test_lowers_sharded_with_its_axes_checked():
     def both(problem, dy):
         # As the caller's custom gradient has them: all vary over the same axes, so that gradients of parameters do too.
         arrays = [problem["x"], *(jax.lax.pcast(problem[name], ("data",), to="varying") for name in ARGUMENTS[1:])]
-        return gpu.scan2d_forward(*arrays, orders=BOTH), *gpu.scan2d_backward(*arrays, dy, orders=BOTH)
+        forward, backward = gpu.SCAN2D.passes(orders=BOTH)
+        return *forward(*arrays), *backward(arrays, (dy,))
 
     def sharded(problem, dy):
         data, everywhere = PartitionSpec("data"), PartitionSpec()

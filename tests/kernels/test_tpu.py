@@ -14,9 +14,10 @@ from jax.experimental.pallas import tpu as pltpu
 from test_selective_scan import ALL, close
 
 from pallas_kernels import ATROUS, CROSS, Chain, Order, tpu
-from pallas_kernels.tpu import images, problem, sequences
+from pallas_kernels.tpu import images, sequences, tuning
+from pallas_kernels.tpu.chip import Chip
 from pallas_kernels.tpu.geometry import Segment, for_tokens, grids
-from pallas_kernels.tpu.launch import Target
+from pallas_kernels.tpu.problem import Problem
 
 # The kernel as XLA operations: no check of memory, but another token costs next to nothing.
 PLAIN = True
@@ -67,15 +68,21 @@ class Images:
         y, gradients = scan_oracle.scan2d(problem, [order.indices(height, width) for order in self.orders], dy)
         return arrays, [jnp.asarray(dy, self.dtype)], {"y": y}, gradients
 
-    def forward(self, *arrays):
-        return {"y": tpu.scan2d_forward(*arrays, orders=self.orders, interpret=self.interpret)}
+    def plan(self, *arrays, interpret=None):
+        return tpu.SCAN2D.plan(*arrays, orders=self.orders, interpret=interpret)
 
-    def backward(self, *arrays):
-        gradients = tpu.scan2d_backward(*arrays, orders=self.orders, interpret=self.interpret)
+    def forward(self, *arrays):
+        (y,) = tpu.SCAN2D.forward(self.plan(*arrays, interpret=self.interpret), arrays)
+        return {"y": y}
+
+    def backward(self, arrays, cotangents):
+        gradients = tpu.SCAN2D.backward(self.plan(*arrays, interpret=self.interpret), arrays, cotangents)
         return dict(zip(self.arguments, gradients, strict=True))
 
-    def unsupported(self, *arrays):
-        return tpu.scan2d_unsupported(*arrays, orders=self.orders)
+    @staticmethod
+    def calls(part):
+        """Return the calls of a part of a plan, ``plan.forward`` or ``plan.backward``, by launch."""
+        return [calls for _, problem in part for calls in problem.calls]
 
     def tolerance(self, name):
         # In bfloat16 the weights of both projections are rounded, and the time step between them.
@@ -84,7 +91,7 @@ class Images:
 
 @dataclasses.dataclass(frozen=True)
 class Sequences:
-    """A call of ``selective_scan``, in the form of terms.py."""
+    """A call of ``selective_scan``, in the form of contract.py."""
 
     length: int
     groups: int
@@ -128,16 +135,21 @@ class Sequences:
         results = {"y": grouped("y", y), "state": grouped("state", state)}
         return arrays, cotangents, results, {name: grouped(name, g) for name, g in gradients.items()}
 
+    def plan(self, *arrays, interpret=None):
+        return tpu.SELECTIVE_SCAN.plan(*arrays, **self._options, interpret=interpret)
+
     def forward(self, *arrays):
-        y, state = tpu.selective_scan_forward(*arrays, **self._options, interpret=self.interpret)
+        y, state = tpu.SELECTIVE_SCAN.forward(self.plan(*arrays, interpret=self.interpret), arrays)
         return {"y": y, "state": state}
 
-    def backward(self, *arrays):
-        gradients = tpu.selective_scan_backward(*arrays, **self._options, interpret=self.interpret)
+    def backward(self, arrays, cotangents):
+        gradients = tpu.SELECTIVE_SCAN.backward(self.plan(*arrays, interpret=self.interpret), arrays, cotangents)
         return dict(zip(self.arguments, gradients, strict=True))
 
-    def unsupported(self, *arrays):
-        return tpu.selective_scan_unsupported(*arrays, **self._options)
+    @staticmethod
+    def calls(part):
+        """Return the calls of a part of a plan, ``plan.forward`` or ``plan.backward``, by launch."""
+        return list(part.calls)
 
     @property
     def _options(self):
@@ -168,22 +180,27 @@ def assert_right(case: Case, actual, wanted):
         close({name: a}, {name: wanted[name]}, case.tolerance(name))
 
 
-def chip(monkeypatch, *, vmem=64 * 2**20, two_stores=False, always=None):
-    """Have the kernels planned for another chip; return the list that every (gradient, calls) is then added to.
+def chip(monkeypatch, *, vmem=64 * 2**20, two_stores=False, interpreted=None, gradient=None):
+    """Have the kernels planned for another chip.
 
-    ``always`` is the interpreter to plan for also where only the plan is asked for.
+    ``interpreted`` has them planned for the interpreter also where a plan is all that is asked for. ``gradient`` says
+    which of the two passes has so little memory; None for both.
     """
-    plans, plan = [], problem.plan
+    row, of = tuning.INTERPRETED if interpreted else tuning.of_generation(5), Problem.of
 
-    def recorded(*arguments, gradient):
-        calls = plan(*arguments, gradient=gradient)
-        plans.append((gradient, calls))
-        return calls
+    def other(interpret=None):
+        mine = tuning.INTERPRETED if interpret else row
+        return Chip(vmem, dataclasses.replace(mine, keep_decays=two_stores), interpret or interpreted)
+
+    def of_pass(grid, shape, chip, **direction):
+        if gradient not in (None, direction["gradient"]):
+            chip = dataclasses.replace(chip, vmem=64 * 2**20)
+        return of(grid, shape, chip, **direction)
 
     for kernels in (images, sequences):
-        monkeypatch.setattr(kernels, "target", lambda interpret=None: Target(vmem, two_stores, interpret or always))
-    monkeypatch.setattr(problem, "plan", recorded)
-    return plans
+        monkeypatch.setattr(kernels, "current_chip", other)
+        kernels._plan.cache_clear()
+    monkeypatch.setattr(Problem, "of", of_pass)
 
 
 @pytest.fixture(autouse=True)
@@ -191,6 +208,8 @@ def interpreter():
     """Leave the interpreter as the next test wants it, also where this one made it raise."""
     yield
     pltpu.reset_tpu_interpret_mode_state()
+    for kernels in (images, sequences):
+        kernels._plan.cache_clear()
 
 
 LAST_FIRST = Order(column_major=True, reverse=True)
@@ -252,7 +271,7 @@ def test_results_and_gradients(name, monkeypatch):
     arrays, cotangents, results, gradients = case.setting()
 
     def both(arrays, cotangents):
-        return case.forward(*arrays), case.backward(*arrays, *cotangents)
+        return case.forward(*arrays), case.backward(arrays, cotangents)
 
     actual_results, actual_gradients = compiled(both, arrays, cotangents)
     assert_right(case, actual_results, results)
@@ -265,22 +284,22 @@ def test_results_and_gradients(name, monkeypatch):
 
 def test_the_cases_cover_the_kernels(monkeypatch):
     """Every choice that the planner has, other than to divide a walk, is taken in some case, and not in another."""
-    plans = chip(monkeypatch)
-    for case in CASES.values():
-        arrays, *_ = case.setting()
-        assert case.unsupported(*arrays) is None
-    for gradient in (False, True):
-        seen = [call.block for direction, calls in plans if direction == gradient for call in calls]
+    chip(monkeypatch)
+    plans = [case.plan(*case.setting()[0]) for case in CASES.values()]
+    for direction in ("forward", "backward"):
+        parts = zip(CASES.values(), plans, strict=True)
+        launches = [launch for case, plan in parts for launch in case.calls(getattr(plan, direction))]
+        seen = [call.block for calls in launches for call in calls]
         choices = {
             "flat": lambda b: b.flat,
-            "projects the time step": lambda b: b.rank > 0,
-            "softplus": lambda b: b.softplus,
-            "exact": lambda b: b.exact,
+            "projects the time step": lambda b: b.maths.rank > 0,
+            "softplus": lambda b: b.maths.softplus,
+            "exact": lambda b: b.maths.exact,
             "several blocks of channels": lambda b: b.blocks > 1,
-            "several tiles in flight": lambda b: b.tiles > 1,
+            "several tiles in flight": lambda b: b.schedule.tiles > 1,
             "several walks": lambda b: len(b.walks) > 1,
         }
-        choices |= {"sums channels at once": lambda b: b.at_once} if gradient else {}
+        choices |= {"sums each token": lambda b: b.schedule.sum_each_token} if direction == "backward" else {}
         for choice, taken in choices.items():
             assert {taken(block) for block in seen} == {True, False}, choice
 
@@ -312,19 +331,14 @@ def test_small_chips(name, gradient, monkeypatch):
     case, calls, chunks = DIVIDED[name]
     arrays, cotangents, *wanted = case.setting()
     vmem = just_too_small(case, arrays, calls, chunks, gradient=gradient)
-    plans = chip(monkeypatch, vmem=vmem)
+    chip(monkeypatch, vmem=vmem, gradient=gradient)
     one_token_a_turn(monkeypatch)
     if gradient:
-        assert_right(case, compiled(case.backward, *arrays, *cotangents), wanted[1])
+        assert_right(case, compiled(case.backward, arrays, cotangents), wanted[1])
     else:
         assert_right(case, compiled(case.forward, *arrays), wanted[0])
     if case.interpret is RACES:
         assert interpret_pallas_call.races.races_found is False
-    assert divided([plan for direction, plan in plans if direction == gradient], calls, chunks)
-
-
-def divided(plans, calls, chunks):
-    return all(len(plan) >= calls and all(call.block.chunks >= chunks for call in plan) for plan in plans)
 
 
 def just_too_small(case: Case, arrays, calls, chunks, *, gradient):
@@ -332,12 +346,11 @@ def just_too_small(case: Case, arrays, calls, chunks, *, gradient):
     vmem = 2**24
     while True:
         with pytest.MonkeyPatch.context() as patch:
-            plans = chip(patch, vmem=vmem, always=case.interpret)
-            case.unsupported(*arrays)
-        mine = [plan for direction, plan in plans if direction == gradient]
-        assert mine, f"no chip divides this so: {vmem} bytes are too few for it"
-        assert all(mine), f"no chip divides this so: {vmem} bytes are too few for it"
-        if divided(mine, calls, chunks):
+            chip(patch, vmem=vmem, interpreted=case.interpret, gradient=gradient)
+            plan = case.plan(*arrays)
+        assert not isinstance(plan, str), f"no chip divides this so: {vmem} bytes are too few for it"
+        launches = case.calls(plan.backward if gradient else plan.forward)
+        if all(len(own) >= calls and all(call.block.chunks >= chunks for call in own) for own in launches):
             return vmem
         vmem = vmem * 15 // 16
 
@@ -362,7 +375,7 @@ def just_too_small(case: Case, arrays, calls, chunks, *, gradient):
 )
 def test_what_they_cannot_do(case, reason, monkeypatch):
     chip(monkeypatch, vmem=2**20)
-    assert case.unsupported(*case.setting()[0]) == reason
+    assert case.plan(*case.setting()[0]) == reason
 
 
 # ---------------------------------------------------------------------------------------------------- time steps
@@ -382,7 +395,7 @@ def test_softplus_far_out():
     _, _, wanted = scan_oracle.scan(
         problem, softplus_delta=True, dy=dy[:, :, 0], d_state=d_state[:, 0].swapaxes(-1, -2)
     )
-    actual = compiled(case.backward, *arrays, *cotangents)
+    actual = compiled(case.backward, arrays, cotangents)
     # Token by token: each has a scale of its own.
     for name in ("u", "delta"):
         np.testing.assert_allclose(actual[name][:, :, 0], wanted[name], rtol=2e-5, atol=1e-37, err_msg=name)
@@ -438,6 +451,6 @@ def test_grids_hold_every_order_once(orders):
                     found.setdefault(sets[walk.slot], []).append(parts)
         visited = {(i, j) for launch in grid.launches for i, j in launch.origins}
         assert grid.whole == (len(visited) == grid.step[0] * grid.step[1])
-    wanted = {k: [o.orders if isinstance(o, Chain) else (o,)] for k, o in enumerate(orders)}
+    wanted = {k: [o.orders] for k, o in enumerate(orders)}
     assert found == wanted
     assert len({grid.step for grid in sorted_orders}) == len(sorted_orders)

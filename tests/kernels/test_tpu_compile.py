@@ -31,17 +31,17 @@ SIZES = ("training", "detector")  # of images
 
 def scans_of(job):
     """Return what a job compiles: pairs of a generation and a scan; those of one generation are all its scans."""
-    from benchmarks import tpu_kernels
+    from evmamba_jax.preflight import scans
 
     generation, _, size = job.partition(" ")
     if size:
-        return [(generation, scan) for scan in tpu_kernels.model_scans(detector=size == "detector")]
+        return [(generation, scan) for scan in scans.model_scans(detector=size == "detector")]
     if job == "generations":
-        others = [generation for generation in tpu_kernels.aot.GENERATIONS if generation != "v5e"]
-        return [(generation, scan) for generation in others for scan in tpu_kernels.HANDFUL]
+        others = [generation for generation in scans.aot.GENERATIONS if generation != "v5e"]
+        return [(generation, scan) for generation in others for scan in scans.HANDFUL]
     detector = job == "detector"
-    scans = sorted(tpu_kernels.model_scans(detector=detector), key=lambda scan: (scan.visits, scan.channels))
-    assert detector or set(tpu_kernels.HANDFUL) <= set(scans)  # no model has lost them
+    scans = sorted(scans.model_scans(detector=detector), key=lambda scan: (scan.visits, scan.channels))
+    assert detector or set(scans.HANDFUL) <= set(scans)  # no model has lost them
     # More channels are more blocks of nearly one program, so that the fewest stand for all. Of all images with the same
     # orders and states, here are the largest, where memory is short, and of a detector's the smallest, which are large
     # enough.
@@ -61,15 +61,15 @@ def compile_job(job, result):
 
     with tempfile.TemporaryDirectory() as dump:
         aot.prepare(dump)
-        from benchmarks import tpu_kernels
+        from evmamba_jax.preflight import scans
 
-        kernels = [k for generation, scan in scans_of(job) for k in tpu_kernels.compile_scan(scan, generation, dump)]
+        kernels = [k for generation, scan in scans_of(job) for k in scans.compile_scan(scan, generation, dump)]
     Path(result).write_text(json.dumps([dataclasses.asdict(kernel) for kernel in kernels]))
 
 
 def run_job(job, folder):
     """Compile a job in another process and return its kernels."""
-    from benchmarks import tpu_kernels
+    from evmamba_jax.preflight import scans
 
     result = Path(folder) / f"{job}.json"
     # What the cache of compiled programs returns has not been compiled, and has no schedule.
@@ -79,7 +79,7 @@ def run_job(job, folder):
         [sys.executable, __file__, job, str(result)], env=variables, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, f"the process that compiles failed:\n{done.stderr[-5000:]}"
-    return [tpu_kernels.Kernel(**kernel) for kernel in json.loads(result.read_text())]
+    return [scans.Kernel(**kernel) for kernel in json.loads(result.read_text())]
 
 
 def libtpu_version():
@@ -130,10 +130,10 @@ def pytest_generate_tests(metafunc):
 def test_kernels_compile_and_keep_their_budgets(job, tmp_path):
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip('the TPU compiler is not installed (Linux on x86-64 only): pip install "jax[tpu]"')
-    from benchmarks import tpu_kernels
+    from evmamba_jax.preflight import scans
 
     kernels = run_job(job, tmp_path)
-    print("\n".join([*tpu_kernels.table_head(), *map(tpu_kernels.table_row, kernels)]))
+    print("\n".join([*scans.table_head(), *map(scans.table_row, kernels)]))
     assert {kernel.direction for kernel in kernels} >= {"forward", "backward"}
     budgets, version = json.loads(BUDGETS.read_text()), libtpu_version()
     wrong = list(complaints(kernels, budgets, version, selected=job in JOBS))
@@ -145,7 +145,7 @@ def test_kernels_compile_and_keep_their_budgets(job, tmp_path):
 
 
 def test_every_limit_is_one():
-    from benchmarks.tpu_kernels import Kernel
+    from evmamba_jax.preflight.scans import Kernel
 
     good = Kernel("scan", "v4", "forward", "kernel", cycles=114.0, vmem_bytes=16 * 2**20, spills=3)
     portable = Kernel("scan", "v4", "both", "portable", problem="too large")

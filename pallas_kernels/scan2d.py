@@ -7,11 +7,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.arguments import as_arrays, axis_sizes, check_choice, mesh_axes
-from pallas_kernels.dispatch import Operation, sum_over
+from pallas_kernels.dispatch import Kernels, Operation, at_callers_line, sum_over
 from pallas_kernels.orders import Chain, Order
-from pallas_kernels.scan_1d import IMPLEMENTATIONS, PORTABLE, recurrence
+from pallas_kernels.portable import PORTABLE
+from pallas_kernels.selective_scan import IMPLEMENTATIONS, recurrence
 
 
+@at_callers_line
 def scan2d(
     x: jax.Array,
     x_weight: jax.Array,
@@ -130,4 +132,24 @@ def _portable(*arrays, **options):
     return (_planar(*arrays, run=PORTABLE["sequential"], **options),)
 
 
-_OPERATION = Operation("scan2d", 6, _portable, lambda x, *_: (x,))
+def _tpu() -> Kernels:
+    from pallas_kernels.tpu.images import SCAN2D
+
+    return SCAN2D
+
+
+def _gpu() -> Kernels:
+    from pallas_kernels.gpu.images import SCAN2D
+
+    return SCAN2D
+
+
+KERNELS = {"tpu": _tpu, "cuda": _gpu}
+
+_OPERATION = Operation(
+    name="scan2d",
+    arity=6,
+    portable=_portable,
+    results=lambda x, *_: (x,),
+    kernels=KERNELS,
+)

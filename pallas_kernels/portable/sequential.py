@@ -24,12 +24,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.contract import decay, softplus, write_in
 from pallas_kernels.dispatch import vary_alike
-from pallas_kernels.terms import decay, softplus, write_in
 
 
 def scan(u, delta, A, B, C, D, delta_bias, initial_state, delta_softplus, reverse):
-    """Scan K groups of P channels (shapes and contract: ``terms.py``)."""
+    """Scan K groups of P channels (shapes and contract: ``contract.py``)."""
     raw = delta.astype(A.dtype) + delta_bias
     dt = _softplus(raw) if delta_softplus else raw
     return _scan(*vary_alike(u, dt, A, B, C, D, initial_state), reverse)
@@ -37,7 +37,7 @@ def scan(u, delta, A, B, C, D, delta_bias, initial_state, delta_softplus, revers
 
 @jax.custom_vjp
 def _softplus(raw):
-    """The softplus of ``terms.py``, which keeps nothing but its own result for the backward pass."""
+    """The softplus of ``contract.py``, which keeps nothing but its own result for the backward pass."""
     return softplus(raw)
 
 
@@ -66,63 +66,63 @@ UNROLL = {"cpu": 1, "default": 8}
 
 
 def _per_platform(loop, *arrays, **options):
-    """Run ``loop`` as the platform likes it that the program is lowered for, which need not be the one tracing it."""
+    """Run ``loop`` with the unrolling that suits the platform of the lowered program, not of the tracing machine."""
     choices = {platform: functools.partial(loop, unroll=n, **options) for platform, n in UNROLL.items()}
     return lax.platform_dependent(*arrays, **choices)
 
 
 def _forward(u, dt, A, B, C, D, initial_state, *, reverse, unroll):
     """Return y and the last state."""
-    walk = _Walk(u.shape[1], A.dtype, reverse)
-    u, dt, B, C = map(walk.pad, (u, dt, B, C))
+    chunks = _Chunks(u.shape[1], A.dtype, reverse)
+    u, dt, B, C = map(chunks.pad, (u, dt, B, C))
 
     def chunk(i, carry):
         # Tokens are read where they are: copying a chunk together first costs a CPU a sixth of the whole scan.
         def token(i, carry):
             state, y = carry
-            t = walk.token(c, i)
-            dt_t, u_t = walk.at(dt, t), walk.at(u, t)
-            state = decay(dt_t, A) * state + write_in(dt_t * u_t, walk.at(B, t))
-            y_t = _sum_states(state, walk.at(C, t)[..., None]) + D * u_t
+            t = chunks.token(c, i)
+            dt_t, u_t = chunks.at(dt, t), chunks.at(u, t)
+            state = decay(dt_t, A) * state + write_in(dt_t * u_t, chunks.at(B, t))
+            y_t = _sum_states(state, chunks.at(C, t)[..., None]) + D * u_t
             return state, lax.dynamic_update_index_in_dim(y, y_t, t, 1)
 
-        c = walk.chunk(i)
-        return lax.fori_loop(0, walk.size, token, carry, unroll=unroll)
+        c = chunks.chunk(i)
+        return lax.fori_loop(0, chunks.size, token, carry, unroll=unroll)
 
-    state, y = lax.fori_loop(0, walk.chunks, chunk, (initial_state, jnp.zeros_like(u, dtype=A.dtype)))
-    return walk.unpad(y), state
+    state, y = lax.fori_loop(0, chunks.count, chunk, (initial_state, jnp.zeros_like(u, dtype=A.dtype)))
+    return chunks.unpad(y), state
 
 
-def _borders(walk, u, dt, A, B, initial_state, unroll):
+def _borders(chunks, u, dt, A, B, initial_state, unroll):
     """Return the state before each chunk, (chunks, B, K, N, P)."""
 
     def chunk(i, carry):
         state, borders = carry
-        c = walk.chunk(i)
+        c = chunks.chunk(i)
         borders = lax.dynamic_update_index_in_dim(borders, state, c, 0)
 
         def token(i, state):
-            t = walk.token(c, i)
-            dt_t = walk.at(dt, t)
-            return decay(dt_t, A) * state + write_in(dt_t * walk.at(u, t), walk.at(B, t))
+            t = chunks.token(c, i)
+            dt_t = chunks.at(dt, t)
+            return decay(dt_t, A) * state + write_in(dt_t * chunks.at(u, t), chunks.at(B, t))
 
-        return lax.fori_loop(0, walk.size, token, state, unroll=unroll), borders
+        return lax.fori_loop(0, chunks.size, token, state, unroll=unroll), borders
 
     # Every border is written; broadcasting, unlike new zeros, keeps the sharding of the state.
-    borders = jnp.broadcast_to(initial_state, (walk.chunks, *initial_state.shape))
-    return lax.fori_loop(0, walk.chunks, chunk, (initial_state, borders))[1]
+    borders = jnp.broadcast_to(initial_state, (chunks.count, *initial_state.shape))
+    return lax.fori_loop(0, chunks.count, chunk, (initial_state, borders))[1]
 
 
 def _backward(u, dt, A, B, C, D, initial_state, dy, d_state, *, reverse, unroll):
     """Return the gradients of the first seven from those of y and of the last state."""
-    walk = _Walk(u.shape[1], A.dtype, reverse)
-    u, dt, B, C, dy = map(walk.pad, (u, dt, B, C, dy))
-    borders = _borders(walk, u, dt, A, B, initial_state, unroll)
+    chunks = _Chunks(u.shape[1], A.dtype, reverse)
+    u, dt, B, C, dy = map(chunks.pad, (u, dt, B, C, dy))
+    borders = _borders(chunks, u, dt, A, B, initial_state, unroll)
 
     def chunk(i, carry):
         s, dA, dD, du, d_dt, dB, dC = carry
-        c = walk.chunk(walk.chunks - 1 - i)
-        u_c, dt_c, B_c, C_c, dy_c = (walk.read(x, c) for x in (u, dt, B, C, dy))
+        c = chunks.chunk(chunks.count - 1 - i)
+        u_c, dt_c, B_c, C_c, dy_c = (chunks.read(x, c) for x in (u, dt, B, C, dy))
         dtu = dt_c * u_c
         decays = decay(dt_c, A)  # both loops need them, and an exponential costs more than a load
 
@@ -149,21 +149,21 @@ def _backward(u, dt, A, B, C, D, initial_state, dy, d_state, *, reverse, unroll)
             s,
             dA,
             dD + (dy_c * u_c).sum(0),
-            walk.write(du, dt_c * gB + D * dy_c, c),
-            walk.write(d_dt, wA + u_c * gB, c),
-            walk.write(dB, dB_c, c),
-            walk.write(dC, dC_c, c),
+            chunks.write(du, dt_c * gB + D * dy_c, c),
+            chunks.write(d_dt, wA + u_c * gB, c),
+            chunks.write(dB, dB_c, c),
+            chunks.write(dC, dC_c, c),
         )
 
     # Gradients shared by the batch keep its axis until the end: one sum over devices instead of one a chunk.
     wide = jnp.zeros_like(d_state)
     carry = (d_state, wide, wide[:, :, 0], *(jnp.zeros_like(x) for x in (u, dt, B, C)))
-    s, dA, dD, *streams = lax.fori_loop(0, walk.chunks, chunk, carry)
-    du, d_dt, dB, dC = map(walk.unpad, streams)
+    s, dA, dD, *streams = lax.fori_loop(0, chunks.count, chunk, carry)
+    du, d_dt, dB, dC = map(chunks.unpad, streams)
     return du, d_dt, dA.sum(0), dB, dC, dD.sum(0), s
 
 
-class _Walk:
+class _Chunks:
     """How a sequence is cut into chunks: reading, writing, and the padding that makes the last one whole.
 
     A token of the padding has dt = 0, which leaves the state alone and lets no gradient through.
@@ -175,11 +175,11 @@ class _Walk:
         # in the backward pass two states for each token of a chunk, and one for each chunk.
         sizes = range(8, 65) if length > 64 else [length]
         self.size = min(sizes, key=lambda size: (-length % size, 2 * size + length // size))
-        self.chunks = -(-length // self.size)
+        self.count = -(-length // self.size)
 
     def chunk(self, i):
         """Return which chunk comes i-th in scan order."""
-        return self.chunks - 1 - i if self.reverse else i
+        return self.count - 1 - i if self.reverse else i
 
     def token(self, c, i):
         """Return which token of chunk c comes i-th in scan order."""
@@ -190,7 +190,7 @@ class _Walk:
         return lax.dynamic_index_in_dim(x, t, 1, keepdims=False).astype(self.dtype)
 
     def pad(self, x):
-        extra = self.chunks * self.size - self.length
+        extra = self.count * self.size - self.length
         return jnp.pad(x, [(0, 0), (0, extra)] + [(0, 0)] * (x.ndim - 2)) if extra else x
 
     def unpad(self, x):

@@ -7,7 +7,7 @@ it as the reference whose every line can be checked against the paper.
 import jax
 from jax import lax
 
-from pallas_kernels.terms import decay, softplus, write_in
+from pallas_kernels.contract import decay, softplus, write_in
 
 
 def scan(
@@ -22,7 +22,7 @@ def scan(
     delta_softplus: bool,
     reverse: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """Scan K groups of P channels (shapes and contract: ``terms.py``)."""
+    """Scan K groups of P channels (shapes and contract: ``contract.py``)."""
     wide = A.dtype
     raw = delta.astype(wide) + delta_bias
     dt = softplus(raw) if delta_softplus else raw

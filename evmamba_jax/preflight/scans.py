@@ -1,5 +1,6 @@
-"""Every scan of every registered model, and its TPU kernels through the TPU compiler: what ``tpu_scan.py`` prints and
-``tests/kernels/test_tpu_compile.py`` checks.
+"""Every scan of every registered model, and its TPU kernels through the TPU compiler.
+
+``benchmarks/tpu_scan.py`` prints what is found here, and ``tests/kernels/test_tpu_compile.py`` holds it to budgets.
 
 No TPU is needed and nothing runs: models and kernels are traced with shapes alone, and cycles, spills and memory are
 those of the compiler's schedule (``evmamba_jax/preflight/schedules.py``). Every time is an estimate.
@@ -57,7 +58,8 @@ class Scan:
         return sum(order.length(self.height, self.width) for order in self.orders)
 
     def __str__(self) -> str:
-        orders = {CROSS: "cross", ATROUS: "atrous"}.get(self.orders) or " ".join(map(_ways, self.orders))
+        names: dict[tuple[Order | Chain, ...], str] = {CROSS: "cross", ATROUS: "atrous"}
+        orders = names.get(self.orders) or " ".join(map(_ways, self.orders))
         return f"{self.batch}x{self.height}x{self.width} E{self.channels} R{self.rank} N{self.state} {orders}"
 
 
@@ -150,42 +152,20 @@ class Kernel:
         return f"{self.generation} {self.scan} {self.direction} {self.name}"
 
 
-def table_head() -> list[str]:
-    """Return the head of a markdown table of kernels."""
-    return [
-        "| TPU | scan | pass | kernel | cycles (static estimate) | ms | busiest unit | spills, inner loops | others "
-        "| VMEM, MiB |",
-        "| --- | --- | --- | --- | ---: | ---: | --- | ---: | ---: | ---: |",
-    ]
-
-
-def table_row(kernel: Kernel) -> str:
-    """Return the row of a kernel."""
-    k = kernel
-    start = f"| {k.generation} | {k.scan} | {k.direction} | {k.name} |"
-    if k.problem:
-        return f"{start} {k.problem} | | | | | |"
-    ms = 1e3 * k.cycles / aot.GENERATIONS[k.generation].clock
-    return (
-        f"{start} {k.cycles:,.0f} | {ms:.3f} | {k.unit} {k.load:.0%} | {k.spills} | {k.other_spills} "
-        f"| {k.vmem_bytes / 2**20:.1f} |"
-    )
-
-
 def compile_scan(scan: Scan, generation: str, dump_folder: str) -> Iterator[Kernel]:
     """Compile the kernels of a scan's two passes for one chip, after ``aot.prepare(dump_folder)``."""
     x = scan.arguments[0]
     with jax.set_mesh(Mesh(np.array(aot.topology(generation).devices[:1]), ("data",))):  # says which chip
-        reason = tpu.scan2d_unsupported(*scan.arguments, orders=scan.orders)
-        if reason:
-            yield Kernel(str(scan), generation, "both", "portable", reason)
+        plan = tpu.SCAN2D.plan(*scan.arguments, orders=scan.orders)
+        if isinstance(plan, str):
+            yield Kernel(str(scan), generation, "both", "portable", plan)
             return
+    forward, backward = tpu.SCAN2D.passes(orders=scan.orders)
     for direction, function, arguments in (
-        ("forward", tpu.scan2d_forward, scan.arguments),
-        ("backward", tpu.scan2d_backward, (*scan.arguments, x)),
+        ("forward", forward, scan.arguments),
+        ("backward", backward, (scan.arguments, (x,))),
     ):
-        program = functools.partial(function, orders=scan.orders)
-        yield from compile_kernels(str(scan), generation, direction, program, arguments, dump_folder)
+        yield from compile_kernels(str(scan), generation, direction, function, arguments, dump_folder)
 
 
 def compile_kernels(

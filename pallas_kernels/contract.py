@@ -1,4 +1,4 @@
-"""The terms of the recurrence, and the contract that every implementation of the scan keeps.
+"""The contract that every implementation of the scan keeps, and the terms of its recurrence.
 
 For each token t, group k, channel p and state n::
 
@@ -16,10 +16,15 @@ An implementation is a function of (u, delta, A, B, C, D, delta_bias, initial_st
 
 and returns y (B, L, K, P) and the state after the last token (B, K, N, P), both in the dtype of A. Channels are the
 last axis of the state, so that a step works on contiguous vectors of channels.
+
+The kernels have a softplus of their own, from the instructions that their chip has: ``tpu/tokens.py`` and
+``gpu/tokens.py``. The one below is the definition; tests hold all of them to loops in float64.
 """
 
 import jax
 import jax.numpy as jnp
+
+LOG2E = 1.4426950408889634  # log2(e): the kernels compute exp(x) as 2^(x log2(e)), the power that chips have
 
 
 def softplus(x: jax.Array) -> jax.Array:

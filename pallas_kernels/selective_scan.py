@@ -5,15 +5,14 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import associative, sequential
 from pallas_kernels.arguments import as_arrays, axis_sizes, check_choice
-from pallas_kernels.dispatch import PALLAS, Operation
+from pallas_kernels.dispatch import PALLAS, Kernels, Operation, at_callers_line
+from pallas_kernels.portable import PORTABLE
 
-# Each keeps the contract of terms.py.
-PORTABLE = {"associative": associative.scan, "sequential": sequential.scan}
 IMPLEMENTATIONS = (None, *PORTABLE, *PALLAS)
 
 
+@at_callers_line
 def selective_scan(
     u: jax.Array,
     delta: jax.Array,
@@ -89,7 +88,7 @@ def selective_scan(
 
 @functools.partial(jax.jit, static_argnames=("groups", "delta_softplus", "reverse", "implementation"))
 def _grouped(u, delta, A, B, C, D, delta_bias, initial_state, *, groups, delta_softplus, reverse, implementation):
-    """Bring the arguments into the grouped, channels-last form of terms.py, and the results back."""
+    """Bring the arguments into the grouped, channels-last form of contract.py, and the results back."""
     wide = functools.reduce(
         jnp.promote_types, (x.dtype for x in (u, delta, A, B, C, D, delta_bias, initial_state)), jnp.float32
     )
@@ -126,4 +125,24 @@ def _portable(*arrays, **options):
     return recurrence(*arrays, run=PORTABLE["sequential"], **options)
 
 
-_OPERATION = Operation("selective_scan", 8, _portable, lambda *avals: (avals[0].update(dtype=avals[2].dtype), avals[7]))
+def _tpu() -> Kernels:
+    from pallas_kernels.tpu.sequences import SELECTIVE_SCAN
+
+    return SELECTIVE_SCAN
+
+
+def _gpu() -> Kernels:
+    from pallas_kernels.gpu.sequences import SELECTIVE_SCAN
+
+    return SELECTIVE_SCAN
+
+
+KERNELS = {"tpu": _tpu, "cuda": _gpu}
+
+_OPERATION = Operation(
+    name="selective_scan",
+    arity=8,
+    portable=_portable,
+    results=lambda *avals: (avals[0].update(dtype=avals[2].dtype), avals[7]),  # y as u, in the dtype of A; the state
+    kernels=KERNELS,
+)

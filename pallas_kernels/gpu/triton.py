@@ -15,6 +15,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 from jax.extend.core import Primitive
 
+from pallas_kernels.dispatch import vary_alike
+
 try:
     from jax._src.lib.mlir import ir
     from jax._src.pallas.triton.lowering import register_lowering
@@ -46,7 +48,7 @@ class Device:
         """Return 1 / x by one instruction, to the last bit."""
         return 1 / x if self.interpret else _instruction("rcp.approx.ftz.f32 $0, $1;", x)
 
-    def one_each(self, columns: jax.Array) -> jax.Array:
+    def column_a_thread(self, columns: jax.Array) -> jax.Array:
         """Return column numbers as they are, such that each thread of a warp reads one of 32 columns of every row.
 
         Triton arranges a program's values as they are read, four neighbours to a thread if it knows that they are
@@ -60,12 +62,12 @@ class Device:
         """Return the sums of rows (N, 32), of which each thread has a column: of row i * N // 32 in thread i (32,).
 
         Threads trade halves of what they have left, until each has one number: N shuffles where N sums would take 5 N.
-        Thread i must have column i, as ``one_each`` sees to; should it not, the result is NaN.
+        Thread i must have column i, as ``column_a_thread`` sees to; should it not, the result is NaN.
         """
         rows, threads = x.shape
         if self.interpret:
             return jnp.repeat(x.sum(1), threads // rows)
-        thread = self.one_each(jnp.arange(threads))
+        thread = self.column_a_thread(jnp.arange(threads))
         distance = threads
         while distance := distance // 2:
             mine = x
@@ -158,13 +160,7 @@ def call(
 
     With one warp, sums over channels need no shared memory and there is nobody to wait for.
     """
-    # Under jax.shard_map, all that a kernel reads and writes varies over the same axes.
-    axes = [jax.typeof(x).manual_axis_type.varying for x, _ in inputs]
-    every = frozenset().union(*axes)
-    given = [
-        lax.pcast(x, tuple(every - own), to="varying") if every - own else x
-        for (x, _), own in zip(inputs, axes, strict=True)
-    ]
+    given = vary_alike(*(x for x, _ in inputs))  # what a kernel reads and writes varies over the same axes
     kind = jax.typeof(given[0]).manual_axis_type
     shapes = [jax.ShapeDtypeStruct(s.shape, s.dtype, manual_axis_type=kind) for s, _ in outputs]
     kernel.__name__ = name  # Triton names the program after the function, not after ``name``
