@@ -41,7 +41,7 @@ ROWS = {
     "train_tpu": "cli training",
     "benchmarks": """analysis arrays configs data errors evmamba_jax layers models pallas_kernels pallas_kernels.gpu
                      pallas_kernels.tpu preflight reports training weights""",
-    "tests": """analysis arrays benchmarks checkpoints cli configs data errors evmamba_jax layers models ops
+    "tests": """analysis arrays checkpoints cli configs data errors evmamba_jax layers models ops
                 pallas_kernels pallas_kernels.gpu pallas_kernels.tpu predict preflight reports storage train_tpu
                 training weights""",
 }

@@ -147,8 +147,8 @@ def mixup_cutmix(
     draws = (-(-batch // (mixup_batch or batch)) if mixup_mode == "batch" else batch,)
     mixed = jax.random.bernoulli(key_on, mix_prob, draws)[draw]
     use_cutmix = jax.random.bernoulli(key_switch, switch_prob if mixup and cutmix else float(not mixup), draws)[draw]
-    keep_mixup = jax.random.beta(key_mixup, mixup, mixup, draws)[draw] if mixup else 1.0
-    keep_cutmix = jax.random.beta(key_cutmix, cutmix, cutmix, draws)[draw] if cutmix else jnp.ones(batch)
+    keep_mixup = _beta(key_mixup, mixup, draws)[draw] if mixup else 1.0
+    keep_cutmix = _beta(key_cutmix, cutmix, draws)[draw] if cutmix else jnp.ones(batch)
     side = jnp.sqrt(1 - keep_cutmix)
     rows = _centred(jax.random.randint(key_row, draws, 0, height)[draw], side, height)
     columns = _centred(jax.random.randint(key_column, draws, 0, width)[draw], side, width)
@@ -159,6 +159,11 @@ def mixup_cutmix(
     keep = jnp.where((mixed & use_cutmix)[:, None, None], 1.0 - box, lam[:, None, None])
     keep, lam = keep[..., None].astype(images.dtype), lam[:, None]
     return images * keep + partners(images) * (1 - keep), targets * lam + partners(targets) * (1 - lam)
+
+
+def _beta(key: jax.Array, alpha: float, shape: tuple[int, ...]) -> jax.Array:
+    """Draw from Beta(alpha, alpha); with alpha 1 that is the uniform distribution, which takes no sampler's loops."""
+    return jax.random.uniform(key, shape) if alpha == 1 else jax.random.beta(key, alpha, alpha, shape)
 
 
 def _centred(centre: jax.Array, share: jax.Array, length: int) -> jax.Array:
