@@ -3,10 +3,10 @@
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
 
+from evmamba_jax.layers import initializers as init
 from evmamba_jax.layers.drop_path import DropPath, fold_in
 from evmamba_jax.layers.norm import LayerNorm
 
@@ -40,7 +40,7 @@ class Block(nnx.Module):
         rngs: nnx.Rngs,
     ):
         def gamma():
-            return None if layer_scale is None else nnx.Param(jnp.full(width, layer_scale))
+            return None if layer_scale is None else nnx.Param(init.full(width, layer_scale))
 
         self.norm = norm(width, dtype=dtype, rngs=rngs)
         self.mixer = mixer

@@ -16,6 +16,7 @@ class DropPath(nnx.Module):
 
     def __init__(self, rate: float):
         self.rate = rate
+        self.keep: jax.Array | None = None  # 1 - rate, where a loop over blocks has it as a traced number
         self.deterministic = True
 
     def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
@@ -26,8 +27,9 @@ class DropPath(nnx.Module):
             raise ValueError(
                 f"drop path with rate {self.rate} in training mode needs a random key: model(images, key=...)"
             )
-        keep = jax.random.bernoulli(key, 1 - self.rate, (x.shape[0],) + (1,) * (x.ndim - 1))
-        return jnp.where(keep, x / (1 - self.rate), 0)
+        keep = 1 - self.rate if self.keep is None else self.keep
+        kept = jax.random.bernoulli(key, keep, (x.shape[0],) + (1,) * (x.ndim - 1))
+        return jnp.where(kept, x / jnp.asarray(keep, x.dtype), 0)
 
 
 def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:

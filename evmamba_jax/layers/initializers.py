@@ -5,45 +5,118 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+import numpy as np
 from flax.typing import Initializer
+from scipy.special import erfinv
+
+# JAX compiles a program for every shape that it draws, a hundred for a model, which takes far longer than drawing.
+# Outside of a traced function NumPy therefore draws the same numbers, up to the last bit of the error function.
+_PIECE = 2**15  # numbers at a time, few enough to stay in a cache
+
+
+def _bits(key: jax.Array, count: int) -> np.ndarray:
+    """Return what ``jax.random.bits`` does: Threefry-2x32 of each place, its two words combined; uint32 (count,).
+
+    Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (2011).
+    """
+    first, second = (int(word) for word in np.asarray(jax.random.key_data(key)))
+    keys = first, second, first ^ second ^ 0x1BD11BDA
+    bits = np.empty(count, np.uint32)
+    for start in range(0, count, _PIECE):
+        place = np.arange(start, min(start + _PIECE, count), dtype=np.uint64)
+        x, y = (place >> 32).astype(np.uint32), place.astype(np.uint32)
+        x += np.uint32(keys[0])
+        y += np.uint32(keys[1])
+        for group in range(5):
+            for rotation in ((13, 15, 26, 6), (17, 29, 16, 24))[group % 2]:
+                x += y
+                y = (y << rotation | y >> (32 - rotation)) ^ x
+            x += np.uint32(keys[(group + 1) % 3])
+            y += np.uint32((keys[(group + 2) % 3] + group + 1) % 2**32)
+        bits[start : start + _PIECE] = x ^ y
+    return bits
+
+
+def _uniform(key: jax.Array, shape: tuple[int, ...], dtype, low: float, high: float) -> jax.Array | np.ndarray:
+    """Return numbers from ``low`` to below ``high``, of NumPy where it can draw those of ``jax.random.uniform``."""
+    ours = not isinstance(key, jax.core.Tracer) and jax.random.key_impl(key) == "threefry2x32"
+    if not ours or dtype != jnp.float32 or not jax.config.jax_threefry_partitionable:
+        return jax.random.uniform(key, shape, dtype, low, high)
+    unit = (_bits(key, math.prod(shape)) >> 9 | np.float32(1).view(np.uint32)).view(np.float32) - np.float32(1)
+    low, high = np.float32(low), np.float32(high)
+    return np.maximum(low, unit * (high - low) + low).reshape(shape)
+
+
+def normal(deviation: float) -> Initializer:
+    """Normal with mean 0."""
+
+    def draw(key, shape, dtype=jnp.float32):
+        share = _uniform(key, shape, dtype, np.nextafter(np.float32(-1), np.float32(0)), 1)
+        if isinstance(share, np.ndarray):
+            return jax.device_put(np.float32(deviation * math.sqrt(2)) * erfinv(share))
+        return deviation * math.sqrt(2) * jax.lax.erf_inv(share)
+
+    return draw
+
+
+def uniform(low: float, high: float) -> Initializer:
+    """Uniform from ``low`` to below ``high``."""
+    return lambda key, shape, dtype=jnp.float32: jax.device_put(_uniform(key, shape, dtype, low, high))
+
+
+def within(bound: float) -> Initializer:
+    """Uniform within ``+-bound``."""
+    return uniform(-bound, bound)
+
+
+def full(shape: int | tuple[int, ...], value: float, dtype=jnp.float32) -> jax.Array:
+    """Return ``jnp.full(shape, value)`` without a compiler, which JAX calls for every shape."""
+    return jax.device_put(np.full(shape, value, dtype))
+
+
+def zeros(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
+    """All 0."""
+    del key
+    return full(shape, 0, dtype)
+
+
+def ones(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
+    """All 1."""
+    del key
+    return full(shape, 1, dtype)
+
 
 # timm's trunc_normal_(std=.02) cuts at the absolute values -2 and 2, a hundred deviations away: a plain normal.
-linear_normal = nnx.initializers.normal(0.02)
-
-# torch.nn.Conv2d and torch.nn.Linear: kaiming_uniform(a=sqrt 5), that is uniform within +-1/sqrt(fan_in).
-torch_default = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+linear_normal = normal(0.02)
 
 
-def uniform(bound: float) -> Initializer:
-    """Uniform within ``+-bound``."""
-    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+def torch_default(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
+    """Kernel (..., in, out) of torch.nn.Conv2d and Linear, kaiming_uniform(a=sqrt 5): within +-1/sqrt(fan_in)."""
+    return within(math.prod(shape[:-1]) ** -0.5)(key, shape, dtype)
 
 
 def torch_bias(fan_in: int) -> Initializer:
     """Bias of a PyTorch layer: uniform within +-1/sqrt(fan_in)."""
-    return uniform(1 / math.sqrt(fan_in))
+    return within(1 / math.sqrt(fan_in))
 
 
 def stacked_default(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
     """PyTorch's default for each matrix of a stack (K, in, out): uniform within +-1/sqrt(in)."""
-    return uniform(shape[-2] ** -0.5)(key, shape, dtype)
+    return within(shape[-2] ** -0.5)(key, shape, dtype)
 
 
 def a_log(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
     """S4D-real: log(1), ..., log(N) along the last axis, the same for every channel."""
     del key
-    return jnp.broadcast_to(jnp.log(jnp.arange(1, shape[-1] + 1, dtype=dtype)), shape)
+    return jax.device_put(np.broadcast_to(np.log(np.arange(1, shape[-1] + 1)), shape).astype(dtype))
 
 
 def dt_bias(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
     """Inverse softplus of a time step drawn log-uniformly from [0.001, 0.1]."""
-    dt = jnp.exp(jax.random.uniform(key, shape, dtype, math.log(0.001), math.log(0.1)))
-    return dt + jnp.log(-jnp.expm1(-dt))
-
-
-def _tenth_of_uniform(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
-    return 0.1 * jax.random.uniform(key, shape, dtype)
+    log_dt = _uniform(key, shape, dtype, math.log(0.001), math.log(0.1))
+    xp = np if isinstance(log_dt, np.ndarray) else jnp
+    dt = xp.exp(log_dt)
+    return jax.device_put(dt + xp.log(-xp.expm1(-dt)))
 
 
 class ScanInit(NamedTuple):
@@ -58,8 +131,6 @@ class ScanInit(NamedTuple):
 # The choices of VMamba's study (its table 11, ssm_init v0, v1 and v2 in the code).
 SCAN_INITS = {
     "mamba": ScanInit(),
-    "random": ScanInit(
-        dt_proj=nnx.initializers.normal(0.1), dt_bias=nnx.initializers.normal(0.1), a_log=nnx.initializers.normal(1.0)
-    ),
-    "zero": ScanInit(dt_proj=_tenth_of_uniform, dt_bias=_tenth_of_uniform, a_log=nnx.initializers.zeros),
+    "random": ScanInit(dt_proj=normal(0.1), dt_bias=normal(0.1), a_log=normal(1.0)),
+    "zero": ScanInit(dt_proj=uniform(0, 0.1), dt_bias=uniform(0, 0.1), a_log=zeros),
 }

@@ -7,12 +7,14 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
 
+from evmamba_jax.layers import initializers as init
+
 # Statistics in float32 or wider, epsilon 1e-5. The two-pass variance keeps float32 logits within a few units in the
 # last place of the official ones.
-LayerNorm = partial(nnx.LayerNorm, epsilon=1e-5, use_fast_variance=False)
+LayerNorm = partial(nnx.LayerNorm, epsilon=1e-5, use_fast_variance=False, bias_init=init.zeros, scale_init=init.ones)
 
 # Computed in the type of its input and scale: the compute type would round a float32 residual stream before its mean.
-RMSNorm = partial(nnx.RMSNorm, epsilon=1e-5)
+RMSNorm = partial(nnx.RMSNorm, epsilon=1e-5, scale_init=init.ones)
 
 
 class BatchNorm(nnx.Module):
@@ -40,10 +42,10 @@ class BatchNorm(nnx.Module):
         rngs: nnx.Rngs,
     ):
         del rngs
-        self.scale = nnx.Param(jnp.ones(features))
-        self.bias = nnx.Param(jnp.zeros(features))
-        self.mean = nnx.BatchStat(jnp.zeros(features))
-        self.var = nnx.BatchStat(jnp.ones(features))
+        self.scale = nnx.Param(init.full(features, 1))
+        self.bias = nnx.Param(init.full(features, 0))
+        self.mean = nnx.BatchStat(init.full(features, 0))
+        self.var = nnx.BatchStat(init.full(features, 1))
         self.momentum = momentum
         self.epsilon = epsilon
         self.dtype = dtype

@@ -14,7 +14,7 @@ from flax.typing import Dtype
 from evmamba_jax.layers import initializers as init
 
 # torch.nn.Linear in the official models: normal(0, .02), bias 0.
-Linear = functools.partial(nnx.Linear, kernel_init=init.linear_normal)
+Linear = functools.partial(nnx.Linear, kernel_init=init.linear_normal, bias_init=init.zeros)
 
 
 def pointwise_conv(

@@ -7,6 +7,7 @@ from flax import nnx
 from flax.typing import Dtype
 
 from evmamba_jax.errors import UserError
+from evmamba_jax.layers.blocks import run_blocks
 from evmamba_jax.layers.drop_path import drop_path_rates, fold_in
 from evmamba_jax.layers.norm import LayerNorm
 from evmamba_jax.layers.patches import Stem
@@ -16,15 +17,15 @@ from evmamba_jax.layers.projections import Linear
 class Stage(nnx.Module):
     """Blocks of one resolution, and the downsampling to the next (the last stage has none)."""
 
-    def __init__(self, blocks: Sequence[nnx.Module], downsample: nnx.Module | None):
+    def __init__(self, blocks: Sequence[nnx.Module], downsample: nnx.Module | None, *, remat: str = "none"):
         self.blocks = nnx.List(blocks)
         self.downsample = downsample
+        self.remat = remat
+        self.deterministic = True
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """Map (B, H, W, C) through the blocks to (B, H, W, C); ``key`` draws the drop path in training mode."""
-        for i, block in enumerate(self.blocks):
-            x = block(x, fold_in(key, i))
-        return x
+        return run_blocks(self.blocks, x, key, training=not self.deterministic, remat=self.remat)
 
 
 def stage_parts(

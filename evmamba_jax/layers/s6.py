@@ -6,8 +6,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from evmamba_jax.layers.initializers import ScanInit
+from evmamba_jax.layers.initializers import ScanInit, full
 from evmamba_jax.ops import scan2d
 from pallas_kernels import Chain, Order
 
@@ -47,7 +48,7 @@ class S6(nnx.Module):
         self.dt_proj = nnx.Param(init.dt_proj(rngs.params(), (sets, dt_rank, channels), jnp.float32))
         self.dt_bias = nnx.Param(init.dt_bias(rngs.params(), (sets, channels), jnp.float32))
         self.A_log = nnx.Param(init.a_log(rngs.params(), (sets, channels, d_state), jnp.float32))
-        self.D = nnx.Param(jnp.ones((sets, channels)))
+        self.D = nnx.Param(full((sets, channels), 1))
         self.dt_bias_factor = dt_bias_factor
         self.implementation = implementation
 
@@ -63,7 +64,7 @@ class S6(nnx.Module):
             return parameter[...] if sets is None else jnp.stack([parameter[...][i] for i in sets])
 
         a_log = chosen(self.A_log)
-        return scan2d(
+        y = scan2d(
             x,
             chosen(self.x_proj),
             chosen(self.dt_proj),
@@ -73,6 +74,7 @@ class S6(nnx.Module):
             orders=tuple(orders),
             implementation=self.implementation,
         )
+        return checkpoint_name(y, "scan")
 
 
 def default_dt_rank(width: int) -> int:

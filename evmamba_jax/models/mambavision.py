@@ -96,8 +96,7 @@ class MambaVisionMixer(nnx.Module):
                 dt_bias=lambda key, shape, dtype=jnp.float32: init.dt_bias(key, shape, dtype) / times,
             )
         else:
-            zeros = nnx.initializers.zeros
-            scan_init = init.ScanInit(x_proj=init.linear_normal, dt_proj=init.linear_normal, dt_bias=zeros)
+            scan_init = init.ScanInit(x_proj=init.linear_normal, dt_proj=init.linear_normal, dt_bias=init.zeros)
 
         def convolution() -> nnx.Conv:
             same = [((d_conv - 1) // 2, d_conv // 2)]

@@ -7,7 +7,8 @@ with Mamba's time steps (``mamba_dt_init_backward``), and resizing the position 
 class token's, which sits in the middle (``pos_embed_class_token``).
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import jax
@@ -19,7 +20,8 @@ from jax.typing import ArrayLike
 from evmamba_jax.errors import UserError, one_of
 from evmamba_jax.layers import initializers as init
 from evmamba_jax.layers.block import Block
-from evmamba_jax.layers.drop_path import drop_path_rates, fold_in
+from evmamba_jax.layers.blocks import run_blocks
+from evmamba_jax.layers.drop_path import drop_path_rates
 from evmamba_jax.layers.norm import RMSNorm
 from evmamba_jax.layers.projections import Linear, depthwise_conv
 from evmamba_jax.layers.pyramid import check_images
@@ -117,8 +119,8 @@ class VimMixer(nnx.Module):
             )
 
         mamba = init.ScanInit()
-        backward_init = mamba if mamba_dt_init_backward else mamba._replace(dt_bias=nnx.initializers.zeros)
-        out_init = init.uniform((inner * depth) ** -0.5)
+        backward_init = mamba if mamba_dt_init_backward else mamba._replace(dt_bias=init.zeros)
+        out_init = init.within((inner * depth) ** -0.5)
         self.in_proj = nnx.Linear(
             width, 2 * inner, use_bias=False, kernel_init=init.torch_default, dtype=dtype, rngs=rngs
         )
@@ -266,7 +268,8 @@ class Vim(nnx.Module):
             (patch_size, patch_size),
             strides=stride,
             padding=0,
-            kernel_init=nnx.initializers.normal(fan_in**-0.5 / 0.87962566103423978),
+            kernel_init=init.normal(fan_in**-0.5 / 0.87962566103423978),
+            bias_init=init.zeros,
             dtype=dtype,
             rngs=rngs,
         )
@@ -294,6 +297,8 @@ class Vim(nnx.Module):
 
         (rates,) = drop_path_rates(drop_path_rate, [depth])
         self.blocks = nnx.List([block(rate) for rate in rates])
+        self.remat = "none"
+        self.deterministic = True
         self.norm = RMSNorm(width, rngs=rngs)
         self.head = Linear(width, num_classes, dtype=dtype, rngs=rngs) if num_classes else None
 
@@ -321,14 +326,13 @@ class Vim(nnx.Module):
             class_token=self.pos_embed_class_token if self.cls_token is not None else None,
         )
 
-    def _streams(self, images: jax.Array, key: jax.Array | None) -> list[jax.Array]:
-        """Return the residual stream (B, L, C) after every block."""
+    def _streams(self, images: jax.Array, key: jax.Array | None, ends: Sequence[int]) -> Iterator[jax.Array]:
+        """Yield the residual stream (B, L, C) after each number of blocks in ``ends``, which rise."""
         x = self.tokens(images)
-        streams = []
-        for i, block in enumerate(self.blocks):
-            x = block(x, fold_in(key, i))
-            streams.append(x)
-        return streams
+        for start, end in itertools.pairwise((0, *ends)):
+            blocks = self.blocks[start:end]
+            x = run_blocks(blocks, x, key, training=not self.deterministic, remat=self.remat, first=start)
+            yield x
 
     def features(self, images: jax.Array, *, key: jax.Array | None = None) -> list[jax.Array]:
         """Return the residual stream after each quarter of the blocks as maps [(B, h, w, C), ...], without class token.
@@ -343,11 +347,9 @@ class Vim(nnx.Module):
         Raises:
             UserError: images of another rank, another number of channels, or smaller than a patch.
         """
-        streams = self._streams(images, key)
         rows, columns = self._grid_of(*images.shape[1:3])
         maps = []
-        for quarter in (1, 2, 3, 4):
-            x = streams[-(-len(streams) * quarter // 4) - 1]
+        for x in self._streams(images, key, [-(-len(self.blocks) * quarter // 4) for quarter in (1, 2, 3, 4)]):
             if self.cls_token is not None:
                 x, _ = _take_out(x, rows * columns // 2)
             maps.append(x.reshape(x.shape[0], rows, columns, -1))
@@ -355,7 +357,7 @@ class Vim(nnx.Module):
 
     def __call__(self, images: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         """Return the logits (B, num_classes); arguments and errors as for :meth:`features`."""
-        x = self._streams(images, key)[-1]
+        (x,) = self._streams(images, key, [len(self.blocks)])
         x = self.norm(x).mean(1) if self.cls_token is None else self.norm(x[:, (x.shape[1] - 1) // 2])
         return x if self.head is None else self.head(x)
 

@@ -1,0 +1,115 @@
+"""Blocks one after another: as they are, or equal ones as one loop, which is compiled once."""
+
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import checkpoint_policies as policies
+
+from evmamba_jax.errors import one_of
+from evmamba_jax.layers.drop_path import DropPath, fold_in
+
+# Which activations of a block the backward pass finds; it computes the others again. None: it finds all.
+REMAT: dict[str, Callable[..., Any] | None] = {
+    "none": None,
+    "block": policies.nothing_saveable,  # only the block's input
+    "dots_and_scans": policies.save_from_both_policies(
+        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names("scan")
+    ),
+}
+
+FEWEST = 3  # equal blocks that make a loop; two compile about as fast without one
+
+
+def run_blocks(
+    blocks: Sequence[Any], x: jax.Array, key: jax.Array | None, *, training: bool, remat: str, first: int = 0
+) -> jax.Array:
+    """Map ``x`` through ``blocks``, each from (B, ..., C) to the same shape.
+
+    Consecutive equal blocks are one ``jax.lax.scan`` over their stacked arrays where their activations are not kept: in
+    evaluation, and in training with rematerialisation. Training without it runs the blocks as they are, because a loop
+    stacks all that it keeps, in three times the memory. Arrays are stacked inside the traced function, so their paths
+    in the model and their shardings stay. Outside of a traced function nothing is compiled, and nothing looped.
+
+    Args:
+        blocks: modules with ``block(x, key)``.
+        x: (B, ..., C).
+        key: draws drop path in training; block ``i`` gets ``fold_in(key, first + i)``.
+        training: whether the blocks are in training mode.
+        remat: a name of ``REMAT``.
+        first: number of the first block.
+
+    Raises:
+        UserError: an unknown ``remat``.
+    """
+    policy = one_of("remat", remat, REMAT)
+    if not isinstance(x, jax.core.Tracer) or (training and policy is None):
+        for number, block in enumerate(blocks, first):
+            x = block(x, fold_in(key, number))
+        return x
+
+    parts = [_take_apart(number, block) for number, block in enumerate(blocks, first)]
+    for (structure, _), group in groupby(parts, key=lambda part: (part.structure, part.shapes)):
+        run = list(group)
+        loop = len(run) >= FEWEST
+        step = _step(structure, np.max([part.rates for part in run], axis=0), key, training)
+        if policy is not None:
+            # Within a loop the compiler cannot merge the second computation with the first, which would keep all.
+            step = jax.checkpoint(step, policy=policy, prevent_cse=not loop)
+        if loop:
+            stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *(part.inputs for part in run))
+            x, stats = jax.lax.scan(step, x, stacked)
+            stats = [jax.tree.map(lambda array, i=i: array[i], stats) for i in range(len(run))]
+        else:
+            stats = []
+            for part in run:
+                x, own = step(x, part.inputs)
+                stats.append(own)
+        if training:
+            for part, own in zip(run, stats, strict=True):
+                nnx.update(part.block, own)
+    return x
+
+
+class _Parts(NamedTuple):
+    """A block taken apart into its structure, which a loop's blocks share, and what differs from block to block."""
+
+    block: Any
+    structure: Any  # without the rates of drop path
+    shapes: list[tuple]
+    rates: list[float]
+    inputs: tuple[nnx.State, jax.Array, int]  # arrays, shares that drop path keeps, number
+
+
+def _take_apart(number: int, block: Any) -> _Parts:
+    structure, state = nnx.split(block)
+    twin = nnx.merge(structure, state)
+    drops = _drop_paths(twin)
+    rates = [drop.rate for drop in drops]
+    for drop in drops:
+        drop.rate = 0.0
+    # 1 - rate as the block itself computes it, in float64, then in the type that JAX gives a Python number.
+    keep = jnp.asarray([1 - rate for rate in rates], float)
+    shapes = [(array.shape, array.dtype) for array in jax.tree.leaves(state)]
+    return _Parts(block, nnx.graphdef(twin), shapes, rates, (state, keep, number))
+
+
+def _step(structure: Any, rates: Sequence[float], key: jax.Array | None, training: bool) -> Callable[..., Any]:
+    """Return ``step(x, inputs) -> (y, batch statistics)`` of blocks whose largest rates of drop path are ``rates``."""
+
+    def step(x, inputs):
+        state, keep, number = inputs
+        block = nnx.merge(structure, state)
+        for i, drop in enumerate(_drop_paths(block)):
+            drop.rate, drop.keep = float(rates[i]), nnx.data(keep[i])
+        return block(x, fold_in(key, number)), nnx.state(block, nnx.BatchStat) if training else None
+
+    return step
+
+
+def _drop_paths(block: Any) -> list[DropPath]:
+    return [module for _, module in nnx.iter_modules(block) if isinstance(module, DropPath)]
