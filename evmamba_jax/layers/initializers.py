@@ -40,11 +40,11 @@ def _bits(key: jax.Array, count: int) -> np.ndarray:
 def _uniform(key: jax.Array, shape: tuple[int, ...], dtype, low: float, high: float) -> jax.Array | np.ndarray:
     """Return numbers from ``low`` to below ``high``, of NumPy where it can draw those of ``jax.random.uniform``."""
     ours = not isinstance(key, jax.core.Tracer) and jax.random.key_impl(key) == "threefry2x32"
-    if not ours or dtype != jnp.float32 or not jax.config.jax_threefry_partitionable:
+    if not ours or dtype != jnp.float32:
         return jax.random.uniform(key, shape, dtype, low, high)
     unit = (_bits(key, math.prod(shape)) >> 9 | np.float32(1).view(np.uint32)).view(np.float32) - np.float32(1)
-    low, high = np.float32(low), np.float32(high)
-    return np.maximum(low, unit * (high - low) + low).reshape(shape)
+    lowest, highest = np.float32(low), np.float32(high)
+    return np.maximum(lowest, unit * (highest - lowest) + lowest).reshape(shape)
 
 
 def normal(deviation: float) -> Initializer:
