@@ -27,7 +27,8 @@ from lib import machine
 from lib.report import Cell, Report
 
 from evmamba_jax.preflight import aot, hlo
-from evmamba_jax.preflight.scans import BATCH, DETECTOR, Kernel, Scan, compile_scan, model_scans, read_schedule
+from evmamba_jax.preflight.kernels import BATCH, Kernel, Scan, compile_scan, read_schedule
+from evmamba_jax.preflight.scans import DETECTOR, model_scans
 from pallas_kernels import ATROUS, CROSS, Order, selective_scan
 
 GENERATIONS = ("v5e", "v6e")  # of the tables of three models
