@@ -3,10 +3,8 @@
 import json
 import logging
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import chex
@@ -197,11 +195,11 @@ def test_every_damage_to_every_file_is_named_or_harmless(tmp_path, caplog):
     whole = tmp_path / "whole"
     with Checkpoints(whole) as checkpoints:
         for step in (200, 300):
-            items = {name: make_items(step)[name] for name in ("model", "train")}
+            items = {"model": make_items(step)["model"]}
             checkpoints.save(step, items, meta={"step": step})
     target = abstract(items)
     names = [path.relative_to(whole) for path in files_of(whole / "300")]
-    assert len(names) > 20
+    assert len(names) > 10
     harmless = set()
     for name in names:
         for what, _ in damages(whole / name):
@@ -276,41 +274,6 @@ def test_another_model_is_an_error_and_not_damage(tmp_path):
 
 
 # Kills and storage
-
-
-CHILD = """
-import sys
-import jax.numpy as jnp
-from evmamba_jax.checkpoints import Checkpoints
-items = {"model": {"params": {f"w{i}": jnp.arange(20_000.0) + i for i in range(20)}, "batch_stats": {}}}
-with Checkpoints(sys.argv[1], keep_last=1, keep_best=1) as checkpoints:
-    start = max(checkpoints.steps(), default=0)
-    for step in range(start + 1, start + 10_000):
-        checkpoints.save(step, items, meta={"step": step}, metrics={"top1": step % 7})
-        checkpoints.wait()
-        print(step, flush=True)
-"""
-
-
-def test_a_kill_at_any_moment_loses_no_complete_checkpoint(tmp_path, caplog):
-    rng = np.random.default_rng(0)
-    expected = {f"w{i}": np.arange(20_000, dtype=np.float32) + i for i in range(20)}
-    remains = set()
-    for _ in range(6):
-        with subprocess.Popen([sys.executable, "-c", CHILD, str(tmp_path)], stdout=subprocess.PIPE, text=True) as child:
-            told = [int(child.stdout.readline())]  # however slow the machine is, there is something to lose
-            time.sleep(rng.uniform(0.0, 0.5))
-            child.send_signal(signal.SIGKILL)
-            told += [int(line) for line in child.stdout.read().splitlines() if line]
-        remains |= {path.suffix for path in tmp_path.iterdir()}
-        params, _, meta = load_model(tmp_path)
-        assert meta["step"] >= max(told)
-        chex.assert_trees_all_equal(params, expected)
-    assert remains > {""}, "no kill fell into a save, so this tested nothing"
-    assert not caplog.records
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(10**6, {"train": {"step": jnp.int32(1)}}, meta={})
-    assert all(path.name.isdecimal() for path in tmp_path.iterdir()), "the next run sweeps up"
 
 
 def test_what_kills_leave_is_ignored_and_swept(tmp_path):

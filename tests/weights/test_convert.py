@@ -1,8 +1,5 @@
 """from_torch and the convert command: every name used once, every parameter filled, mistakes named."""
 
-import subprocess
-import sys
-
 import chex
 import jax
 import ml_dtypes
@@ -13,12 +10,13 @@ from official_weights import manifest, weights, weights_of
 from recorded import MODELS, abstract, facts
 from safetensors.numpy import load_file, save_file
 
-from evmamba_jax import checkpoints, create_model, list_models
+from evmamba_jax import create_model, list_models
 from evmamba_jax.arrays import split
+from evmamba_jax.checkpoints import Checkpoints, load_model, save_model
 from evmamba_jax.errors import UserError
 from evmamba_jax.models import abstract_model
 from evmamba_jax.models.efficientvmamba import EfficientVMamba
-from evmamba_jax.weights import from_torch, to_torch
+from evmamba_jax.weights import from_torch, open_model, to_torch
 from evmamba_jax.weights.__main__ import main
 from evmamba_jax.weights.convert import table
 from pallas_kernels import Order
@@ -83,8 +81,10 @@ def test_a_backbone_takes_its_own_weights_and_those_of_a_classifier():
 
 
 def test_a_backbone_reads_the_checkpoint_of_a_classifier(tmp_path):
-    _, params, batch_stats = split(create_model("evmamba_t", **SMALL))
-    checkpoints.save_model(tmp_path / "saved", params=params, batch_stats=batch_stats, meta={})
+    classifier = small()
+    from_torch(classifier, weights_of(classifier))
+    _, params, batch_stats = split(classifier)
+    save_model(tmp_path / "saved", params=params, batch_stats=batch_stats, meta={})
     backbone = create_model("evmamba_t", **SMALL, out_norms=True, pretrained=tmp_path / "saved")
     arrays = arrays_of(backbone)
     shared = {path for path in params if not path.startswith(("norm.", "head."))}
@@ -94,12 +94,13 @@ def test_a_backbone_reads_the_checkpoint_of_a_classifier(tmp_path):
 
 def test_a_model_with_orders_of_its_own_goes_there_and_back():
     orders = (Order(), Order(reverse=True), Order(column_major=True))
-    model = create_model("vmamba_t", width=8, depths=(0, 1, 0, 0), num_classes=3, scan=orders)
-    official = to_torch(model)
-    assert official["layers.1.blocks.0.op.A_logs"].shape == (3 * 16, 1)
-    before = arrays_of(model)
-    from_torch(model, official)
-    chex.assert_trees_all_equal(arrays_of(model), before)
+    model, again = (
+        abstract_model("vmamba_t", width=8, depths=(0, 1, 0, 0), num_classes=3, scan=orders) for _ in range(2)
+    )
+    assert weights_of(model)["layers.1.blocks.0.op.A_logs"].shape == (3 * 16, 1)
+    from_torch(model, weights_of(model))
+    from_torch(again, to_torch(model))
+    chex.assert_trees_all_equal(arrays_of(again), arrays_of(model))
 
 
 def test_older_names_and_four_dimensional_matrices_are_understood():
@@ -132,7 +133,7 @@ def test_each_layout_element_by_element():
     model = small()
     official = weights_of(model)
     from_torch(model, official)
-    ours = arrays_of(model)
+    ours = {path: np.asarray(array) for path, array in arrays_of(model).items()}
     k, inner, states, rank = 4, 32, 2, 1
     for index in np.ndindex(4, 4, 3, 16):
         assert (
@@ -245,7 +246,7 @@ def test_the_command_makes_a_checkpoint_that_create_model_reads(tiny_file, tmp_p
     from_torch(direct, weights(facts(MODELS["evmamba_t"])["state_dict"]))
     restored = create_model("evmamba_t", pretrained=out)
     chex.assert_trees_all_equal(arrays_of(restored), arrays_of(direct))
-    assert checkpoints.load_model(out)[2] == {
+    assert load_model(out)[2] == {
         "model": "evmamba_t",
         "options": {},
         "converted_from": tiny_file.name,
@@ -276,6 +277,73 @@ def test_a_fine_tuned_file_goes_to_a_checkpoint_and_back_to_a_file(tmp_path, cap
     assert "--option 'width' must be NAME=VALUE" in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Return a run that found its moving average better, and the official weights of both."""
+    folder, (model, average) = tmp_path_factory.mktemp("run"), (small(), small())
+    official = weights_of(model)
+    half = {name: array / 2 for name, array in official.items()}
+    from_torch(model, official)
+    from_torch(average, half)
+    items = {
+        name: dict(zip(("params", "batch_stats"), split(part)[1:], strict=True))
+        for name, part in (("model", model), ("ema", average))
+    }
+    options = {name: value for name, value in SMALL.items() if name != "num_classes"}
+    meta = {
+        **{"model": "evmamba_t", "num_classes": 5, "class_names": list("abcde"), "ema": True},
+        **{"step": 9, "evaluated": 9, "figures": {"top1": 50.0, "ema_top1": 51.0}},
+        "config": {"data": {"in_channels": 3}, "model": {"options": options}},
+    }
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        checkpoints.save(9, items, meta=meta)
+    return folder, official, half
+
+
+@pytest.mark.parametrize(
+    ("flags", "part", "words"),
+    [
+        ([], "average", "moving average (top-1 51 against 50)"),
+        (["--ema", "better"], "average", "moving average (top-1 51 against 50)"),
+        (["--ema", "yes"], "average", "moving average"),
+        (["--ema", "no"], "parameters", "parameters"),
+    ],
+)
+def test_a_run_is_exported_and_converted_as_what_its_evaluation_found_better(run, tmp_path, capsys, flags, part, words):
+    """Neither needs a name or options, which the run has; what was taken is told."""
+    folder, official, half = run
+    expected = half if part == "average" else official
+    file, converted = tmp_path / "out.safetensors", tmp_path / "converted"
+    assert main(["export", "--checkpoint", str(folder), "--out", str(file), *flags]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told == [f"weights: {folder}/checkpoints/9, {words}", f"{file}: these weights under the official names"]
+    written = load_file(file)
+    chex.assert_trees_all_equal({name: written[name] for name in expected}, expected)
+
+    assert main(["convert", "--torch", f"{folder}/checkpoints/9", "--out", str(converted), *flags]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told == [f"weights: {folder}/checkpoints/9, {words}", f"{converted}: evmamba_t with these weights"]
+    model, name, meta = open_model(converted)
+    back = to_torch(model)
+    chex.assert_trees_all_equal({name: back[name] for name in expected}, expected)
+    assert (name, meta["class_names"], meta["converted_from"]) == ("evmamba_t", list("abcde"), "9")
+    assert not (converted / "0" / "ema").exists()
+
+
+def test_a_file_is_exported_and_a_converted_model_converted_again(tiny_file, tmp_path):
+    """Any place will do for either command."""
+    assert main(["convert", "--model", "evmamba_t", "--torch", str(tiny_file), "--out", str(tmp_path / "one")]) == 0
+    assert main(["convert", "--torch", str(tmp_path / "one"), "--out", str(tmp_path / "two")]) == 0
+    for place, model in ((tiny_file, ["--model", "evmamba_t"]), (tmp_path / "two", [])):
+        out = tmp_path / f"{place.stem}.safetensors"
+        assert main(["export", *model, "--checkpoint", str(place), "--out", str(out)]) == 0
+        written, official = load_file(out), weights(facts(MODELS["evmamba_t"])["state_dict"])
+        chex.assert_trees_all_equal(
+            {name: written[name] for name in official if "num_batches" not in name},
+            {name: array for name, array in official.items() if "num_batches" not in name},
+        )
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -304,12 +372,3 @@ def test_mistakes_at_the_command_line(tiny_file, tmp_path, capsys, changed, mess
     assert captured.err.count("\n") == 1
     assert not out.exists()
     assert [path.name for path in full.iterdir()] == ["precious"]
-
-
-def test_the_command_leaves_with_code_2_and_no_traceback(tmp_path):
-    command = [sys.executable, "-m", "evmamba_jax.weights", "convert", "--model", "evmamba_t"]
-    command += ["--torch", str(tmp_path / "absent.pth"), "--out", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: ")
-    assert "Traceback" not in done.stderr
