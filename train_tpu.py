@@ -7,7 +7,7 @@
     python train_tpu.py --config configs/evmamba_t.py --config.eval_only=True --config.init_from=FILE.pth
 
 --config FILE[:VARIANT]     a file of configs/
---config.NAME=VALUE         replace a value; evmamba_jax/training/config.py and data/config.py list the names
+--config.NAME=VALUE         replace a value; evmamba_jax/config.py and data/config.py list the names
 --workdir DIR               where everything is written (default: runs/NAME_OF_THE_CONFIG); started again with the
                             same folder, a run continues from its newest checkpoint
 """

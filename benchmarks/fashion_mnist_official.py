@@ -34,10 +34,11 @@ from evmamba_jax.arrays import fill, merge, split
 from evmamba_jax.data import device, loader
 from evmamba_jax.data.sources import open_source
 from evmamba_jax.reports.writer import Reporter
+from evmamba_jax.tasks.classification import Classification
 from evmamba_jax.training import parse_command
 from evmamba_jax.training.config import Config
-from evmamba_jax.training.layout import Layout
-from evmamba_jax.training.task import Task
+from evmamba_jax.training.mesh import make_mesh
+from evmamba_jax.training.setup import Setup
 from evmamba_jax.weights import to_torch
 from pallas_kernels import selective_scan
 
@@ -226,21 +227,22 @@ def augmenter(config: Config, num_classes: int):
     return on_host
 
 
-def evaluation(config: Config, task: Task) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+def evaluation(config: Config) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Yield images, labels and weights of the evaluation split."""
     normalize = jax.jit(lambda images: device.normalize(images, config.data.mean, config.data.std))
-    with loader.eval_batches(config.data, task.eval_source, global_batch=config.batch_size) as batches:
+    source = open_source(config.data, config.data.eval_split)
+    with loader.eval_batches(config.data, source, global_batch=config.batch_size) as batches:
         for batch in batches:
             images = as_torch(normalize(batch["image"]))
             yield images, torch.tensor(batch["label"]).long(), torch.tensor(batch["weight"])
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, config: Config, task: Task) -> dict[str, float]:
+def evaluate(model: nn.Module, config: Config) -> dict[str, float]:
     """Return top-1 in per cent and the loss."""
     model.eval()
     right = loss = total = 0.0
-    for images, labels, weight in evaluation(config, task):
+    for images, labels, weight in evaluation(config):
         logits = model(images)
         right += ((logits.argmax(1) == labels) * weight).sum().item()
         loss += (F.cross_entropy(logits, labels, reduction="none") * weight).sum().item()
@@ -255,29 +257,29 @@ def evaluate(model: nn.Module, config: Config, task: Task) -> dict[str, float]:
 
 def train(clone: Path, config: Config, workdir: Path) -> None:
     """Train from the official code's own initial values; write metrics.jsonl as our training does."""
-    task = Task(config)
     source = open_source(config.data, config.data.train_split)
-    layout = Layout(task, len(source))
-    report = Reporter(workdir, total_steps=layout.total_steps, steps_per_epoch=layout.steps_per_epoch, is_main=True)
+    task = Classification(config, source.class_names)
+    setup = Setup(task, make_mesh(config), len(source))
+    report = Reporter(workdir, total_steps=setup.total_steps, steps_per_epoch=setup.steps_per_epoch, is_main=True)
     report.rewind(0)
     torch.manual_seed(config.seed)
-    model = build(clone, config, task.num_classes)
+    model = build(clone, config, len(source.class_names))
     adamw = optimizer(model, config)
-    augment = augmenter(config, task.num_classes)
-    every = layout.in_steps(config.eval_every)
+    augment = augmenter(config, len(source.class_names))
+    every = setup.in_steps(config.eval_every)
     window, began = [], time.perf_counter()
     with loader.train_batches(config.data, source, seed=config.seed, global_batch=config.batch_size) as batches:
-        for step in range(layout.total_steps):
-            rate = float(layout.schedule(step))
+        for step in range(setup.total_steps):
+            rate = float(setup.schedule(step))
             window.append(update(model, adamw, config, rate, *augment(step, next(batches))))
             done = step + 1
-            if done % layout.log_every == 0 or done == layout.total_steps:
+            if done % setup.log_every == 0 or done == setup.total_steps:
                 loss, norm = np.mean(window, axis=0)
                 speed = {"images_per_second": len(window) * config.batch_size / (time.perf_counter() - began)}
                 report.log_train(done, {"loss": loss, "lr": rate, "grad_norm": norm}, speed)
                 window, began = [], time.perf_counter()
-            if done % every == 0 or done == layout.total_steps:
-                report.log_eval(done, evaluate(model, config, task))
+            if done % every == 0 or done == setup.total_steps:
+                report.log_eval(done, evaluate(model, config))
                 began = time.perf_counter()
     report.close()
 
@@ -295,23 +297,23 @@ def check(clone: Path, config: Config, workdir: Path, steps: int = 20) -> None:
     environment = {"machine": machine.cpu(), "versions": versions, "date": machine.today()}
     figures: dict[str, Any] = {"environment": environment, "scan": scan_error()}
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, drop_path_rate=0.0, dtype="float64"))
-    task = Task(config)
     source = open_source(config.data, config.data.train_split)
-    layout = Layout(task, len(source))
-    state = jax.tree.map(as_double, layout.fresh())
-    train_step = jax.jit(layout.step()[0])
+    task = Classification(config, source.class_names)
+    setup = Setup(task, make_mesh(config), len(source))
+    state = jax.tree.map(as_double, setup.first_state())
+    train_step = jax.jit(setup.step()[0])
     ours = task.build_model()
-    peer = build(clone, config, task.num_classes)
+    peer = build(clone, config, len(source.class_names))
     peer.load_state_dict(official_weights(state, ours))
     adamw = optimizer(peer, config)
-    augment = augmenter(config, task.num_classes)
+    augment = augmenter(config, len(source.class_names))
 
     losses, norms = [], []
     with loader.train_batches(config.data, source, seed=config.seed, global_batch=config.batch_size) as batches:
         rows = [next(batches) for _ in range(steps)]
     for step, batch in enumerate(rows):
         state = train_step(state, task.global_batch(batch))
-        theirs = update(peer, adamw, config, float(layout.schedule(step)), *augment(step, batch))
+        theirs = update(peer, adamw, config, float(setup.schedule(step)), *augment(step, batch))
         losses.append((float(state.last["loss"]), theirs[0]))
         norms.append((float(state.last["grad_norm"]), theirs[1]))
     figures["steps"] = steps

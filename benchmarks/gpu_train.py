@@ -41,7 +41,10 @@ SIDE, CLASSES, EXAMPLES = 224, 1000, 1_281_167
 WARM_UP, GROUP = 3, 5
 DEVICE = "cuda"  # of PyTorch
 # Modules of ours for what nothing here does, with stand-ins in their place: so their libraries need not be installed.
-UNUSED = ("data.loader", "data.sources", "training.command", "training.loop", "reports.predictions")
+UNUSED = (
+    *("data.loader", "data.sources", "training.command", "training.loop"),
+    *("reports.confusion", "reports.curves", "reports.predictions"),
+)
 LEARNING_RATE, DECAY, DROP_PATH, CLIP, AVERAGE = 1e-7, 0.04, 0.1, 1.0, 0.9999  # the first step's, as the config has it
 MODULE = "classification/models/vmamba_efficient.py"
 
@@ -55,11 +58,10 @@ def ours(scans, batch, runs):
     from flax import nnx
 
     from configs.evmamba_t import get_config
-    from evmamba_jax.arrays import split
     from evmamba_jax.layers.s6 import S6
+    from evmamba_jax.tasks import task_of
     from evmamba_jax.training import mesh
-    from evmamba_jax.training.layout import Layout
-    from evmamba_jax.training.task import Plan
+    from evmamba_jax.training.setup import Setup
 
     chosen = set()
     logger = logging.getLogger("pallas_kernels.dispatch")
@@ -68,14 +70,13 @@ def ours(scans, batch, runs):
 
     config = get_config()
     config.batch_size = batch
-    plan = Plan(config, mesh.make_mesh(config, jax.devices()[:1]), CLASSES)
+    task = task_of(config)(config, list(map(str, range(CLASSES))))
     if scans != "auto":
-        for _, part in nnx.iter_modules(plan.model):
+        for _, part in nnx.iter_modules(task.model):
             if isinstance(part, S6):
                 part.implementation = scans
-        plan.abstract = split(plan.model)
-    layout = Layout(plan, EXAMPLES)
-    compiled = layout.lower().compile()
+    setup = Setup(task, mesh.make_mesh(config, jax.devices()[:1]), EXAMPLES)
+    compiled = setup.lower().compile()
     rng = np.random.default_rng(0)
 
     def value(path, array):
@@ -85,13 +86,13 @@ def ours(scans, batch, runs):
             return rng.standard_normal(array.shape, np.float32) * (array.shape[-1] / array.size) ** 0.5
         return np.full(array.shape, kind in ("model", "ema") and name.endswith(("scale", "var")), array.dtype)
 
-    state = jax.device_put(jax.tree_util.tree_map_with_path(value, layout.abstract_state), layout.shardings)
+    state = jax.device_put(jax.tree_util.tree_map_with_path(value, setup.abstract_state), setup.shardings)
     arrays = {
         "image": rng.integers(0, 256, (batch, SIDE, SIDE, 3), np.uint8),
         "label": rng.integers(0, CLASSES, batch, np.int32),
         "corrupt": np.zeros(batch, np.int32),
     }
-    rows = jax.device_put(arrays, mesh.batch_sharding(plan.mesh))
+    rows = jax.device_put(arrays, mesh.batch_sharding(setup.mesh))
 
     def step():
         nonlocal state

@@ -32,10 +32,10 @@ MOVES = {
 def compile_step(model: str, implementation: str) -> None:
     """Compile one step in this process, and print its facts as a line of JSON."""
     from evmamba_jax.preflight import aot, hlo
+    from evmamba_jax.tasks import task_of
     from evmamba_jax.training import parse_command
-    from evmamba_jax.training.layout import Layout
     from evmamba_jax.training.mesh import make_mesh
-    from evmamba_jax.training.task import Plan
+    from evmamba_jax.training.setup import Setup
     from pallas_kernels.scan2d import KERNELS
 
     if implementation == "sequential":
@@ -43,7 +43,9 @@ def compile_step(model: str, implementation: str) -> None:
     config = f"configs/{model}.py"
     config, _ = parse_command(["train_tpu.py", "--config", config, f"--config.batch_size={BATCH}"])
     devices = aot.topology(TOPOLOGY).devices
-    compiled = Layout(Plan(config, make_mesh(config, devices), 1000), 1_281_167).lower().compile()
+    kind = task_of(config)
+    class_names, examples, _ = kind.describe(config)
+    compiled = Setup(kind(config, class_names), make_mesh(config, devices), examples).lower().compile()
     memory = compiled.memory_analysis()
     program = hlo.parse(compiled.as_text())
     found, _ = hlo.runs(program)

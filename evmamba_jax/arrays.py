@@ -5,6 +5,7 @@ Training, checkpoints and weight tables all speak of parameters as one flat dict
 in an error message. Modules are split once at the start and merged only inside a traced step.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,19 @@ class Split(NamedTuple):
     graphdef: Any
     params: Arrays
     batch_stats: Arrays
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Variables:
+    """The arrays of a model without its structure: what is trained, averaged and saved."""
+
+    params: Arrays
+    batch_stats: Arrays
+
+    def asdict(self) -> dict[str, Arrays]:
+        """Return both dictionaries under their names."""
+        return {"params": self.params, "batch_stats": self.batch_stats}
 
 
 def _flat(state: nnx.State) -> Arrays:

@@ -32,17 +32,19 @@ ROWS = {
     "weights": "arrays checkpoints cli errors layers models storage",
     "factory": "models weights",
     "evmamba_jax": "factory models",
+    "config": "data errors",
     "reports": "storage",
-    "training": "arrays checkpoints data errors evmamba_jax models reports storage weights",
+    "tasks": "arrays config data errors models reports weights",
+    "training": "arrays checkpoints config data errors evmamba_jax reports storage tasks",
     "predict": "arrays checkpoints cli data errors models reports storage training weights",
-    "preflight": "analysis cli data errors evmamba_jax models pallas_kernels pallas_kernels.tpu training",
+    "preflight": "analysis cli data errors evmamba_jax models pallas_kernels pallas_kernels.tpu tasks training",
     "recipes": "data errors training",
     "configs": "data recipes training",
     "train_tpu": "cli training",
     "benchmarks": """analysis arrays configs data errors evmamba_jax layers models pallas_kernels pallas_kernels.gpu
-                     pallas_kernels.tpu preflight reports training weights""",
-    "tests": """analysis arrays checkpoints cli configs data errors evmamba_jax layers models ops
-                pallas_kernels pallas_kernels.gpu pallas_kernels.tpu predict preflight reports storage train_tpu
+                     pallas_kernels.tpu preflight reports tasks training weights""",
+    "tests": """analysis arrays checkpoints cli config configs data errors evmamba_jax layers models ops
+                pallas_kernels pallas_kernels.gpu pallas_kernels.tpu predict preflight reports storage tasks train_tpu
                 training weights""",
 }
 TREES = ("pallas_kernels", "evmamba_jax", "configs", "benchmarks", "tests")

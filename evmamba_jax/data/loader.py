@@ -10,18 +10,19 @@ import math
 import re
 import threading
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import grain
 import numpy as np
 from absl import flags
 
 from evmamba_jax.data.config import DataConfig
-from evmamba_jax.data.sources import Source
-from evmamba_jax.data.transforms import CorruptImageError, decode, eval_image, train_view
+from evmamba_jax.data.readers import Example, LabelledImages, Reader
+from evmamba_jax.data.sources import Split
+from evmamba_jax.data.transforms import CorruptImageError
 from evmamba_jax.data.workers import Ledger, begin
 from evmamba_jax.errors import UserError
 
-Example = dict[str, np.ndarray | np.generic]
 Batch = Mapping[str, np.ndarray]
 
 
@@ -77,13 +78,14 @@ class Batches(Iterator[Batch]):
 
 def train_batches(
     config: DataConfig,
-    source: Source,
+    source: Split,
     *,
     seed: int,
     global_batch: int,
     start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
+    reader: Reader | None = None,
 ) -> Batches:
     """Read shuffled, augmented batches without end; every epoch has its own order and its own augmentation.
 
@@ -102,10 +104,11 @@ def train_batches(
         start_step: the first step to read.
         process_index: this process, as in ``jax.process_index()``.
         process_count: number of processes.
+        reader: makes the examples; by default, images with labels.
 
     Returns:
-        Iterator of ``image`` uint8 (b, H, W, C), ``label`` int32 (b,) and ``corrupt`` int32 (b,), the number of
-        unreadable records that were passed over for this example.
+        Iterator over the reader's examples, stacked (``image`` uint8 (b, H, W, C), ``label`` int32 (b,)), and
+        ``corrupt`` int32 (b,), the number of unreadable records that were passed over for each example.
 
     Raises:
         UserError: a batch that cannot be divided, more processes than examples, a bad seed; and from the iterator: an
@@ -118,12 +121,18 @@ def train_batches(
     if config.repeated_aug > 1:
         order = _Views(order, len(source), config.repeated_aug)
     ledger = Ledger(config, source)
-    examples = order.random_map(_TrainExample(config, source, ledger))
+    examples = order.random_map(_TrainExample(config, source, ledger, reader or LabelledImages(config)))
     return _read_ahead(_Parts(examples, rows, global_batch, start_step), config, ledger)
 
 
 def eval_batches(
-    config: DataConfig, source: Source, *, global_batch: int, process_index: int = 0, process_count: int = 1
+    config: DataConfig,
+    source: Split,
+    *,
+    global_batch: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    reader: Reader | None = None,
 ) -> Batches:
     """Read every example exactly once, in order; all processes get the same number of batches.
 
@@ -133,11 +142,13 @@ def eval_batches(
         global_batch: examples a step over all processes.
         process_index: this process, as in ``jax.process_index()``.
         process_count: number of processes.
+        reader: makes the examples; by default, images with labels.
 
     Returns:
-        Iterator over ceil(len(source) / global_batch) batches of ``image`` uint8 (b, H, W, C), ``label`` int32 (b,),
-        ``weight`` float32 (b,), ``index`` int32 (b,) and ``corrupt`` int32 (b,). ``weight`` is 1 where the example
-        counts; it is 0 for the padding of the last batch (``index`` -1) and for unreadable records (``corrupt`` 1).
+        Iterator over ceil(len(source) / global_batch) batches of the reader's examples, stacked (``image`` uint8 (b, H,
+        W, C), ``label`` int32 (b,)), with ``weight`` float32 (b,), ``index`` int32 (b,) and ``corrupt`` int32 (b,).
+        ``weight`` is 1 where the example counts; it is 0 for the padding of the last batch (``index`` -1) and for
+        unreadable records (``corrupt`` 1).
 
     Raises:
         UserError: as ``train_batches``.
@@ -145,7 +156,8 @@ def eval_batches(
     rows = _rows(source, global_batch, process_index, process_count)
     ledger = Ledger(config, source)
     padded = math.ceil(len(source) / global_batch) * global_batch
-    examples = grain.MapDataset.range(padded).map(_EvalExample(config, source, ledger))
+    example = _EvalExample(config, source, ledger, reader or LabelledImages(config))
+    examples = grain.MapDataset.range(padded).map(example)
     return _read_ahead(_Parts(examples, rows, global_batch), config, ledger)
 
 
@@ -194,8 +206,7 @@ class _Last(threading.local):
     """What a thread has decoded last: with repeated augmentation the next is often the same."""
 
     index: int = -1
-    pixels: np.ndarray
-    label: np.int32
+    decoded: Any = None
 
     def __reduce__(self):
         return _Last, ()
@@ -206,8 +217,9 @@ class _TrainExample(grain.transforms.RandomMap):
     """From an index to a training example."""
 
     config: DataConfig
-    source: Source
+    source: Split
     ledger: Ledger
+    reader: Reader
     last: _Last = dataclasses.field(default_factory=_Last)
 
     def random_map(self, element: int, rng: np.random.Generator) -> Example:  # pyrefly: ignore[bad-override]
@@ -217,13 +229,13 @@ class _TrainExample(grain.transforms.RandomMap):
                 if self.last.index != index:
                     record = self.source[index]
                     try:
-                        self.last.pixels = decode(record["image"], self.config.in_channels)
+                        self.last.decoded = self.reader.decode(record)
                     except CorruptImageError as error:
                         _stop_unless_skipping(self.config, self.source, record["id"], error)
                         continue
-                    self.last.index, self.last.label = index, np.int32(record["label"])
-                image = train_view(self.last.pixels, self.config, rng)
-            return {"image": image, "label": self.last.label, "corrupt": np.int32(passed_over)}
+                    self.last.index = index
+                example = self.reader.train(self.last.decoded, rng)
+            return example | {"corrupt": np.int32(passed_over)}
         raise UserError(f"not one image of {self.source.name}, split {self.source.split}, can be read")
 
 
@@ -232,31 +244,27 @@ class _EvalExample(grain.transforms.Map):
     """From an index, padding included, to an evaluation example."""
 
     config: DataConfig
-    source: Source
+    source: Split
     ledger: Ledger
+    reader: Reader
 
     def map(self, element: int) -> Example:  # pyrefly: ignore[bad-override]
-        size, channels = self.config.image_size, self.config.in_channels
-        example: Example = {
-            "image": np.zeros((size, size, channels), np.uint8),
-            "label": np.int32(0),
-            "weight": np.float32(0),
-            "index": np.int32(-1),
-            "corrupt": np.int32(0),
-        }
         if element >= len(self.source):
-            return example
+            return self.reader.blank(training=False) | _about(index=-1)
         with self.ledger.in_hand(element):
             record = self.source[element]
-            example |= {"label": np.int32(record["label"]), "index": np.int32(element)}
             try:
-                return example | {"image": eval_image(record["image"], self.config), "weight": np.float32(1)}
+                return self.reader.evaluate(self.reader.decode(record)) | _about(index=element, weight=1)
             except CorruptImageError as error:
                 _stop_unless_skipping(self.config, self.source, record["id"], error)
-                return example | {"corrupt": np.int32(1)}
+                return self.reader.blank(training=False) | _about(index=element, corrupt=1)
 
 
-def _stop_unless_skipping(config: DataConfig, source: Source, record_id: str, error: CorruptImageError) -> None:
+def _about(*, index: int, weight: float = 0, corrupt: int = 0) -> Example:
+    return {"weight": np.float32(weight), "index": np.int32(index), "corrupt": np.int32(corrupt)}
+
+
+def _stop_unless_skipping(config: DataConfig, source: Split, record_id: str, error: CorruptImageError) -> None:
     if config.on_corrupt == "error":
         raise UserError(
             f"corrupt image {record_id} in {source.name}, split {source.split}: {error};"
@@ -264,7 +272,7 @@ def _stop_unless_skipping(config: DataConfig, source: Source, record_id: str, er
         ) from error
 
 
-def _rows(source: Source, global_batch: int, process_index: int, process_count: int) -> range:
+def _rows(source: Split, global_batch: int, process_index: int, process_count: int) -> range:
     """Return the rows of one process in each global batch, after checking that it can be shared out."""
     if not 0 <= process_index < process_count:
         raise UserError(f"process_index={process_index} is not allowed: it must be 0 to {process_count - 1}")

@@ -12,7 +12,7 @@ import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol, TypedDict
+from typing import Any, NamedTuple, Protocol, TypedDict
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -45,6 +45,24 @@ class Record(TypedDict):
     image: bytes  # the encoded file
     label: int
     id: str  # its file name where the data set has one, else split[index]
+
+
+class Split(Protocol):
+    """One split of any data set, as the loader sees it: ``split[i]`` gives an undecoded record with an ``"id"``."""
+
+    @property
+    def name(self) -> str:
+        """Of the data set, with its version."""
+        ...
+
+    @property
+    def split(self) -> str:
+        """The split's name, slices included."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +138,47 @@ def open_source(config: DataConfig, split: str) -> Source:
         folder = find_folder(data_dir, config.name)
     assert folder is not None
     return _open_folder(folder, split)
+
+
+# Classes and training images of the data sets that need not be here: their own documentation.
+KNOWN = {"imagenet2012": (1000, 1_281_167), "digits": (10, 1437), "fashion_mnist_debian": (10, 60_000)}
+
+
+class Description(NamedTuple):
+    """What is known of a data set without opening a split.
+
+    Attributes:
+        class_names: in label order; numbers where they are not known.
+        examples: length of the training split.
+        known_from: a folder, or words.
+    """
+
+    class_names: tuple[str, ...]
+    examples: int
+    known_from: str
+
+
+def describe(config: DataConfig) -> Description:
+    """Describe the configured data set; nothing is opened or prepared.
+
+    Raises:
+        UserError: a data set that is neither here nor known.
+    """
+    data_dir = resolve_data_dir(config.data_dir)
+    folder = find_folder(data_dir, config.name)
+    if folder is not None:
+        info = tfds.builder_from_directory(folder).info
+        if config.train_split in info.splits or re.split(r"[\[+]", config.train_split)[0] in info.splits:
+            classes = _class_names(config.name, info.features)
+            return Description(classes, info.splits[config.train_split].num_examples, str(folder))
+    stem = re.split("[/:]", config.name)[0]
+    if stem not in KNOWN:
+        raise UserError(
+            f"data.name={config.name!r} is not prepared in {data_dir}, so its classes are not known: prepare it, or "
+            f"check with one of {', '.join(KNOWN)}, whose classes are"
+        )
+    classes, examples = KNOWN[stem]
+    return Description(tuple(map(str, range(classes))), examples, "known without the data")
 
 
 def find_folder(data_dir: Path, name: str) -> Path | None:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from evmamba_jax.data.config import DataConfig
-from evmamba_jax.data.sources import Source
+from evmamba_jax.data.sources import Split
 
 PATIENCE = 60.0  # seconds of waiting for data after which a line says who is waited for
 
@@ -38,7 +38,7 @@ class Ledger:
         threads: reading threads a process.
     """
 
-    def __init__(self, config: DataConfig, source: Source):
+    def __init__(self, config: DataConfig, source: Split):
         self.workers = config.num_workers
         self.threads = config.num_threads or min(16, math.ceil((os.cpu_count() or 1) / max(1, config.num_workers)))
         self._records = f"{source.name}, split {source.split}"

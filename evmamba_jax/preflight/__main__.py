@@ -32,6 +32,7 @@ from evmamba_jax.preflight import aot, gpu
 from evmamba_jax.preflight.batch import largest_batch
 from evmamba_jax.preflight.program import Request
 from evmamba_jax.preflight.report import needed, report
+from evmamba_jax.tasks import task_of
 from evmamba_jax.training import parse_command
 
 GRANULE = 8  # images: the search for a batch goes in rows of a TPU's registers
@@ -71,7 +72,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, Request]:
     if not options.topology:
         raise UserError("--topology is missing: v5e-8, v5e-256, v4-32, h100-8 ...; see --help")
     config, _ = parse_command(["train_tpu.py", *rest])
-    config.validate()
+    task_of(config)  # checks it
     if gpu.is_gpu(options.topology):
         gpu.parse_name(options.topology)
     else:

@@ -21,17 +21,13 @@ from typing import Any
 
 import jax
 
-from evmamba_jax.data.config import DataConfig, resolve_data_dir
-from evmamba_jax.data.sources import find_folder
 from evmamba_jax.errors import UserError
 from evmamba_jax.preflight import aot, gpu, hlo, schedules
+from evmamba_jax.tasks import task_of
 from evmamba_jax.training import parse_command
-from evmamba_jax.training.layout import Layout
 from evmamba_jax.training.mesh import make_mesh
-from evmamba_jax.training.task import Plan
+from evmamba_jax.training.setup import Setup
 
-# Classes and training images of the data sets that need not be here: their own documentation.
-KNOWN_DATA = {"imagenet2012": (1000, 1_281_167), "digits": (10, 1437), "fashion_mnist_debian": (10, 60_000)}
 LARGEST = 8  # arrays and places in the code that a report lists
 
 
@@ -74,30 +70,6 @@ def main() -> None:
         raise
 
 
-def described_data(config: DataConfig) -> tuple[int, int, str]:
-    """Return the number of classes and of training images, and where they are known from; nothing is opened.
-
-    Raises:
-        UserError: a data set that is neither here nor known.
-    """
-    folder = find_folder(resolve_data_dir(config.data_dir), config.name)
-    if folder is not None:
-        import tensorflow_datasets as tfds
-
-        info = tfds.builder_from_directory(folder).info
-        if config.train_split in info.splits or re.split(r"[\[+]", config.train_split)[0] in info.splits:
-            examples = info.splits[config.train_split].num_examples
-            return info.features["label"].num_classes, examples, str(folder)
-    stem = re.split("[/:]", config.name)[0]
-    if stem not in KNOWN_DATA:
-        raise UserError(
-            f"data.name={config.name!r} is not prepared in {resolve_data_dir(config.data_dir)}, so its classes are not "
-            f"known: prepare it, or check with one of {', '.join(KNOWN_DATA)}, whose classes are"
-        )
-    classes, examples = KNOWN_DATA[stem]
-    return classes, examples, "known without the data"
-
-
 def step_facts(request: Request, tell) -> dict[str, Any]:
     """Build, lower, compile and read the step."""
     config, _ = parse_command(["train_tpu.py", *request.arguments])
@@ -105,29 +77,30 @@ def step_facts(request: Request, tell) -> dict[str, Any]:
     target = gpu.target(request.topology) if gpu.is_gpu(request.topology) else _tpu(request.topology)
     if request.batch_per_device:
         config.batch_size = request.batch_per_device * len(target["devices"])
-    config.validate()
-    classes, examples, known_from = described_data(config.data)
+    kind = task_of(config)
+    class_names, examples, known_from = kind.describe(config)
     started = time.perf_counter()
     tell(stage="tracing the train step")
     mesh = make_mesh(config, target.pop("devices"))
-    layout = Layout(Plan(config, mesh, classes), examples)
-    lowered = layout.lower()
+    task = kind(config, class_names)
+    setup = Setup(task, mesh, examples)
+    lowered = setup.lower()
     facts: dict[str, Any] = {
         "model": config.model.name,
-        "data": f"{config.data.name}: {classes} classes, {examples:,} training images ({known_from})",
+        "data": f"{config.data.name}: {len(class_names)} classes, {examples:,} training images ({known_from})",
         "mesh": dict(mesh.shape),
         "devices": mesh.size,
         "batch_size": config.batch_size,
         "accumulation": config.accumulation,
         "dtype": config.model.dtype,
-        "image": [config.data.image_size, config.data.image_size, config.data.in_channels],
+        "image": list(task.reader().blank(training=True)["image"].shape),
         "versions": {"jax": jax.__version__, target["compiler"][0]: target["compiler"][1]},
         "trace_seconds": time.perf_counter() - started,
         **target,
     }
     if request.export:
         tell(stage=f"exporting to {request.export}")
-        Path(request.export).write_bytes(exported(layout, target["platform"]))
+        Path(request.export).write_bytes(exported(setup, target["platform"]))
     kernels = list(hlo.stablehlo_kernels(lowered)) if request.schedules else []
     with _reading(request, kernels) as schedules:
         tell(stage=f"compiling for {mesh.size} devices")
@@ -192,20 +165,20 @@ def _tpu(name: str) -> dict[str, Any]:
     }
 
 
-def exported(layout: Layout, platform: str) -> bytes:
+def exported(setup: Setup, platform: str) -> bytes:
     """Return the step, lowered for a platform, as ``jax.export`` writes it.
 
     It takes and gives flat lists, so that nothing needs to be known to read it back: all leaves of (state, batch) in
     the order of ``jax.tree.leaves``, and those of the new state.
     """
-    step, arguments = layout.step()
+    step, arguments = setup.step()
     leaves, structure = jax.tree.flatten(arguments)
 
     def flat(leaves):
         return jax.tree.leaves(step(*jax.tree.unflatten(structure, leaves)))
 
-    jitted = jax.jit(flat, out_shardings=jax.tree.leaves(layout.shardings))
-    with jax.set_mesh(layout.plan.mesh):
+    jitted = jax.jit(flat, out_shardings=jax.tree.leaves(setup.shardings))
+    with jax.set_mesh(setup.mesh):
         return bytes(jax.export.export(jitted, platforms=(platform,))(leaves).serialize())
 
 

@@ -1,7 +1,7 @@
-"""Training: configuration, mesh, optimizer, step, loop, reports."""
+"""Training: command, mesh, optimizer, state, setup, step, evaluator, loop."""
 
+from evmamba_jax.config import Config
 from evmamba_jax.training.command import parse_command
-from evmamba_jax.training.config import Config
 from evmamba_jax.training.loop import run
 
 __all__ = ["Config", "parse_command", "run"]

@@ -7,8 +7,8 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
+from evmamba_jax.config import Config
 from evmamba_jax.errors import UserError, nearest
-from evmamba_jax.training.config import Config
 
 
 def parse_command(argv: list[str]) -> tuple[Config, Path]:
@@ -20,7 +20,17 @@ def parse_command(argv: list[str]) -> tuple[Config, Path]:
     Raises:
         UserError: an unknown flag, name or variant, a value of the wrong type, a file that cannot be loaded.
     """
-    _check_names(argv)
+    without_overrides = [argument for argument in argv if not _is_override(argument)]
+    config, *_ = _parse(without_overrides)  # a task may have a Config with further fields
+    _check_names(argv, type(config))
+    config, workdir, rest = _parse(argv)
+    if rest:
+        raise UserError(f"unexpected argument {rest[0]!r}; options look like --config.optim.lr=1e-3, see --help")
+    return config, workdir
+
+
+def _parse(argv: list[str]) -> tuple[Config, Path, list[str]]:
+    """Return the configuration, the work folder and the arguments that no flag takes."""
     values = flags.FlagValues()
     file = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     workdir = flags.DEFINE_string("workdir", None, "work folder", flag_values=values)
@@ -34,11 +44,13 @@ def parse_command(argv: list[str]) -> tuple[Config, Path]:
         config = file.value
     except Exception as error:  # absl's own kinds, and whatever the user's file raises, which absl wraps in a traceback
         raise UserError(_in_one_line(error)) from error
-    if rest:
-        raise UserError(f"unexpected argument {rest[0]!r}; options look like --config.optim.lr=1e-3, see --help")
     if not isinstance(config, Config):
         raise UserError(f"--config {name}: get_config() returned a {type(config).__name__}; it must return a Config")
-    return config, Path(workdir.value or Path("runs") / Path(name.replace(".py:", "_")).stem)
+    return config, Path(workdir.value or Path("runs") / Path(name.replace(".py:", "_")).stem), rest
+
+
+def _is_override(argument: str) -> bool:
+    return argument.startswith(("--config.", "-config."))
 
 
 def _in_one_line(error: BaseException) -> str:
@@ -50,11 +62,11 @@ def _in_one_line(error: BaseException) -> str:
     return text if understood else f"--config cannot be loaded: {type(error).__name__}: {text}"
 
 
-def _check_names(argv: list[str]) -> None:
+def _check_names(argv: list[str], kind: type[Config]) -> None:
     """Name the first override that no field answers to, and the nearest that does."""
-    known = dict(_fields(Config))
+    known = dict(_fields(kind))
     for argument in argv[1:]:
-        if argument.startswith(("--config.", "-config.")):
+        if _is_override(argument):
             name = argument.lstrip("-").split("=", 1)[0].removeprefix("config.")
             if name not in known:
                 raise UserError(

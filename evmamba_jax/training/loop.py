@@ -5,30 +5,29 @@ import dataclasses
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from evmamba_jax import __version__
 from evmamba_jax.checkpoints import Checkpoints
+from evmamba_jax.config import Config
 from evmamba_jax.data import loader
-from evmamba_jax.data.sources import open_source
 from evmamba_jax.errors import UserError
-from evmamba_jax.reports.confusion import CONFUSION, confusion
 from evmamba_jax.reports.curves import curves
-from evmamba_jax.reports.per_class import PER_CLASS, write_per_class
 from evmamba_jax.reports.writer import Reporter
 from evmamba_jax.storage import storage_errors
+from evmamba_jax.tasks import Figure, Task, task_of
 from evmamba_jax.training import mesh as meshes
-from evmamba_jax.training.config import Config
-from evmamba_jax.training.layout import Layout
-from evmamba_jax.training.state import TrainState, Variables
-from evmamba_jax.training.tally import Tally
-from evmamba_jax.training.task import Task, told
+from evmamba_jax.training.evaluator import Evaluator, global_batch
+from evmamba_jax.training.setup import Setup
+from evmamba_jax.training.state import TrainState
 
 
 def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
@@ -45,67 +44,76 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
         UserError: any mistake of the user's, in one line; a loss that is not finite.
         SystemExit: after SIGTERM or SIGINT, once the state is saved; its code is 128 + the signal's number.
     """
-    config.validate()
+    kind = task_of(config)
     meshes.join_processes(config.distributed)
-    task = Task(config)
-    return _evaluate_only(task, Path(workdir)) if config.eval_only else _train(task, Path(workdir))
+    mesh = meshes.make_mesh(config)
+    source = kind.open_source(config, config.data.eval_split)
+    evaluator = Evaluator(kind(config, source.class_names), mesh, source)
+    if config.eval_only:
+        return _evaluate_only(evaluator, Path(workdir))
+    return _train(evaluator, kind.open_source(config, config.data.train_split), Path(workdir))
 
 
-def _evaluate_only(task: Task, workdir: Path) -> dict[str, float]:
-    """Evaluate ``init_from``, or the newest checkpoint of the work folder; write what each class is taken for."""
-    source = task.config.init_from or workdir
-    if source == workdir and not workdir.is_dir():
+def _is_main() -> bool:
+    return jax.process_index() == 0
+
+
+def _evaluate_only(evaluator: Evaluator, workdir: Path) -> dict[str, float]:
+    """Evaluate ``init_from``, or the newest checkpoint of the work folder; write the task's tables."""
+    task, config = evaluator.task, evaluator.task.config
+    place = config.init_from or workdir
+    if place == workdir and not workdir.is_dir():
         raise UserError(
             f"there is no run in {workdir} to evaluate; name its --workdir, or set --config.init_from to official "
             "weights or a folder of ours"
         )
-    weights = task.load(source, ema=False)
-    model, ema, taken = Variables(*weights[:2]), None, weights.taken
+    weights = task.load(place, ema=False)
+    model, ema, taken = weights.variables, None, weights.taken
     if weights.meta.get("ema"):
-        ema = Variables(*task.load(source, ema=True)[:2])
+        ema = task.load(place, ema=True).variables
         taken = f"{weights.place}, parameters and moving average"
-    if task.is_main:
+    if _is_main():
         with storage_errors(workdir):  # found out now, not after the evaluation
             workdir.mkdir(parents=True, exist_ok=True)
         print(f"weights: {taken}")
-    tally = Tally(task.mesh, task.num_classes)
-    figures = task.evaluate(*jax.device_put((model, ema), meshes.replicated(task.mesh)), tally=tally)
-    if task.is_main:
-        counts, class_names = tally.fetch(), task.eval_source.class_names
-        write_per_class(workdir, counts, class_names)
-        written = str(workdir / PER_CLASS)
-        if task.config.confusion:
-            best = "ema" if "ema" in counts else "model"
-            whose = f"{task.config.model.name} of {source}" + (", moving average" if best == "ema" else "")
-            confusion(workdir, counts[best].confusion, class_names, whose)
-            written += f" and {CONFUSION}"
-        print(f"{task.config.model.name} of {source} on {task.config.data.name}: {told(figures)}; see {written}")
-    return figures
+    evaluation = evaluator(*jax.device_put((model, ema), meshes.replicated(evaluator.mesh)), detailed=True)
+    if _is_main():
+        whose = f"{config.model.name} of {place}"
+        written = task.tables(workdir, evaluation.sums, whose)
+        see = f"; see {' and '.join(str(workdir / name) for name in written)}" if written else ""
+        print(f"{whose} on {config.data.name}: {task.told(evaluation.figures)}{see}")
+    return evaluation.figures
 
 
-def _train(task: Task, workdir: Path) -> dict[str, float]:
-    config = task.config
-    source = open_source(config.data, config.data.train_split)
-    layout = Layout(task, len(source))
-    total, log_every = layout.total_steps, layout.log_every
-    eval_every, save_every = layout.in_steps(config.eval_every), layout.in_steps(config.save_every)
+def _train(evaluator: Evaluator, source: Any, workdir: Path) -> dict[str, float]:
+    task, config = evaluator.task, evaluator.task.config
+    setup = Setup(task, evaluator.mesh, len(source))
+    total, log_every = setup.total_steps, setup.log_every
+    eval_every, save_every = setup.in_steps(config.eval_every), setup.in_steps(config.save_every)
 
     with contextlib.ExitStack() as stack:
         stopping = stack.enter_context(_Stopping())
         checkpoints = stack.enter_context(
-            Checkpoints(workdir / "checkpoints", keep_last=config.keep_last, keep_best=config.keep_best)
+            Checkpoints(
+                workdir / "checkpoints",
+                keep_last=config.keep_last,
+                keep_best=config.keep_best,
+                best_metric=task.chooses.name,
+                higher=task.chooses.higher,
+            )
         )
-        start, state, meta = _restore_or_init(layout, checkpoints, workdir)
+        start, state, meta = _restore_or_init(setup, checkpoints, workdir)
         figures, evaluated = meta["figures"], meta["evaluated"]  # of the last evaluation, and its step
         if start == evaluated == total:
             print(
-                f"the run in {workdir} has ended at step {total}: {told(figures)}; another --workdir starts a new one"
+                f"the run in {workdir} has ended at step {total}: {task.told(figures)}; "
+                "another --workdir starts a new one"
             )
             return figures
-        report = Reporter(workdir, total_steps=total, steps_per_epoch=layout.steps_per_epoch, is_main=task.is_main)
+        report = Reporter(workdir, total_steps=total, steps_per_epoch=setup.steps_per_epoch, is_main=_is_main())
         stack.callback(report.close)
         report.rewind(start)
-        if task.is_main:
+        if _is_main():
             with storage_errors(workdir):
                 (workdir / "config.json").write_text(config.to_json() + "\n")
         batches = stack.enter_context(
@@ -117,9 +125,10 @@ def _train(task: Task, workdir: Path) -> dict[str, float]:
                 start_step=start,
                 process_index=jax.process_index(),
                 process_count=jax.process_count(),
+                reader=task.reader(),
             )
         )
-        train_step = _compile(layout, report)
+        train_step = _compile(setup, report)
         clock = _Clock(config.batch_size)
 
         for step in range(start, total + 1):
@@ -130,13 +139,15 @@ def _train(task: Task, workdir: Path) -> dict[str, float]:
                 _check_finite(task, state, checkpoints, report)
 
             if evaluate:
-                figures = task.evaluate(state.model, state.ema, pictures_in=workdir if step == total else None)
+                figures, _, collector = evaluator(state.model, state.ema, pictures=step == total)
                 evaluated = step
+                if step == total and collector is not None and _is_main():
+                    task.pictures(workdir, collector)
                 report.log_eval(step, figures)
             if save:
                 report.flush()
-                metrics = {"top1": max(figures["top1"], figures.get("ema_top1", 0.0))} if evaluated == step else None
-                checkpoints.save(step, state.items(), meta=task.meta(step, figures, evaluated), metrics=metrics)
+                metrics = {task.chooses.name: _best(task.chooses, figures)} if evaluated == step else None
+                checkpoints.save(step, state.items(), meta=_meta(task, step, figures, evaluated), metrics=metrics)
                 clock.restart()
             if stop:
                 checkpoints.wait()
@@ -146,54 +157,73 @@ def _train(task: Task, workdir: Path) -> dict[str, float]:
                 break
 
             with clock.waiting_for_input():
-                batch = task.global_batch(next(batches))
+                batch = global_batch(setup.mesh, next(batches))
             state = train_step(state, batch)
             clock.steps += 1
 
             if (step + 1) % log_every == 0 or step + 1 == total:
                 _check_finite(task, state, checkpoints, report)
                 window = {name: float(value) for name, value in jax.device_get(state.window).items()}
-                metrics = {
-                    "loss": window["loss"] / window["steps"],
-                    "lr": float(np.asarray(layout.schedule(step))),
-                    "grad_norm": window["grad_norm"] / window["steps"],
-                }
+                mean = {name: window[name] / window["steps"] for name in ("loss", "grad_norm", *task.parts)}
+                metrics = {"loss": mean.pop("loss"), "lr": float(np.asarray(setup.schedule(step))), **mean}
                 if config.data.on_corrupt == "skip":
                     metrics["corrupt"] = window["corrupt"]
                 report.log_train(step + 1, metrics, clock.speed())
                 clock.restart()
 
         checkpoints.wait()
-        if task.is_main:
-            curves(workdir, "top1", "top-1 on the test images (%)")
-        report.summary(f"{config.model.name} on {config.data.name}, step {total}: {told(figures)}; see {workdir}")
+        if _is_main():
+            curves(workdir, task.chooses.name, task.chooses.title, task.parts)
+        report.summary(f"{config.model.name} on {config.data.name}, step {total}: {task.told(figures)}; see {workdir}")
     return figures
 
 
-def _compile(layout: Layout, report: Reporter) -> Callable[[TrainState, dict[str, jax.Array]], TrainState]:
+def _best(chooses: Figure, figures: Mapping[str, float]) -> float:
+    """Return the better of the parameters' figure and the moving average's."""
+    values = [figures[name] for name in (chooses.name, f"ema_{chooses.name}") if name in figures]
+    return max(values) if chooses.higher else min(values)
+
+
+def _meta(task: Task, step: int, figures: dict[str, float], evaluated: int | None) -> dict[str, Any]:
+    """Return what a checkpoint says about itself."""
+    config = task.config
+    return {
+        "model": config.model.name,
+        **task.meta(),
+        "step": step,
+        "figures": figures,
+        "evaluated": evaluated,
+        "ema": config.optim.ema_decay > 0,
+        "chooses": {"figure": task.chooses.name, "higher": task.chooses.higher},
+        "config": dataclasses.asdict(config),
+        "versions": {"evmamba-jax": __version__, "jax": jax.__version__, "flax": flax.__version__},
+    }
+
+
+def _compile(setup: Setup, report: Reporter) -> Callable[[TrainState, dict[str, jax.Array]], TrainState]:
     """Return the compiled train step and report the time it took."""
     started = time.perf_counter()
-    compiled = layout.lower().compile()
+    compiled = setup.lower().compile()
     seconds = time.perf_counter() - started
-    report.line(f"compiled the train step for {layout.plan.mesh.size} device(s) in {seconds:.1f} s")
+    report.line(f"compiled the train step for {setup.mesh.size} device(s) in {seconds:.1f} s")
     report.log_speed({"compile_seconds": seconds})
     return compiled
 
 
-def _restore_or_init(layout: Layout, checkpoints: Checkpoints, workdir: Path) -> tuple[int, TrainState, dict[str, Any]]:
+def _restore_or_init(setup: Setup, checkpoints: Checkpoints, workdir: Path) -> tuple[int, TrainState, dict[str, Any]]:
     """Return step, state and meta: of the newest whole checkpoint, of ``init_from``, or of a fresh model."""
     stored = checkpoints.restore_meta()
     if stored is not None:
         for name in ("batch_size", "seed"):
-            there, here = stored["config"][name], getattr(layout.plan.config, name)
+            there, here = stored["config"][name], getattr(setup.task.config, name)
             if there != here:
                 raise UserError(
                     f"config.{name} is {here}, but the run in {workdir} was started with {there}, on which the order "
                     f"of its data depends: set --config.{name}={there}, or choose another --workdir"
                 )
-    restored = checkpoints.restore(layout.abstract_state.items())
+    restored = checkpoints.restore(setup.abstract_state.items())
     if restored is None:
-        return 0, layout.fresh(), {"figures": {}, "evaluated": None}
+        return 0, setup.first_state(), {"figures": {}, "evaluated": None}
     step, items, meta = restored
     return step, TrainState.of_items(items), meta
 
@@ -207,7 +237,7 @@ def _check_finite(task: Task, state: TrainState, checkpoints: Checkpoints, repor
     step = int(state.step)
     before = dataclasses.replace(state, last=jax.tree.map(jnp.zeros_like, state.last))
     report.flush()
-    checkpoints.save(step, before.items(), meta=task.meta(step, {}, None))
+    checkpoints.save(step, before.items(), meta=_meta(task, step, {}, None))
     checkpoints.wait()
     raise UserError(
         f"{bad} is {last[bad]} at step {step + 1}; the state before it, step {step}, is saved: "

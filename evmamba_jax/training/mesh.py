@@ -8,8 +8,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from evmamba_jax.config import Config, DistributedConfig
 from evmamba_jax.errors import UserError
-from evmamba_jax.training.config import Config, DistributedConfig
 
 
 def join_processes(config: DistributedConfig) -> None:

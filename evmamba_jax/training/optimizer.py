@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 import optax
 
+from evmamba_jax.config import OptimConfig
 from evmamba_jax.errors import UserError
-from evmamba_jax.training.config import OptimConfig
 
 # The official trainers spare 1-D tensors and names ending in ".bias". That leaves A_log and the stacked dt biases
 # decayed although their code marks them otherwise; D is 1-D there and a matrix here. Vim also spares its position

@@ -1,27 +1,14 @@
 """Everything that a run changes, as one pytree."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from evmamba_jax.arrays import Arrays
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Variables:
-    """The arrays of a model, by path."""
-
-    params: Arrays
-    batch_stats: Arrays
-
-    def asdict(self) -> dict[str, Arrays]:
-        """Return both dictionaries under their names."""
-        return {"params": self.params, "batch_stats": self.batch_stats}
+from evmamba_jax.arrays import Variables
 
 
 @jax.tree_util.register_dataclass
@@ -67,6 +54,7 @@ def init_state(
     tx: optax.GradientTransformation,
     *,
     ema: bool,
+    parts: Sequence[str] = (),
     extra: Mapping[str, Any] | None = None,
 ) -> TrainState:
     """Return the state before the first step.
@@ -75,6 +63,7 @@ def init_state(
         model: its initial values.
         tx: the optimizer.
         ema: whether to keep a moving average.
+        parts: names of the loss's parts.
         extra: further items of the state.
     """
     zero = lambda *names: {name: jnp.zeros(()) for name in names}  # noqa: E731
@@ -83,7 +72,7 @@ def init_state(
         ema=jax.tree.map(jnp.copy, model) if ema else None,
         opt_state=tx.init(model.params),
         step=jnp.zeros((), jnp.int32),
-        window=zero("loss", "grad_norm", "corrupt", "steps"),
+        window=zero("loss", "grad_norm", *parts, "corrupt", "steps"),
         last=zero("loss", "grad_norm"),
         extra=dict(extra or {}),
     )

@@ -19,7 +19,7 @@ from etils import epath
 from flax import nnx
 
 from evmamba_jax import checkpoints
-from evmamba_jax.arrays import check_same_shapes, fill, split
+from evmamba_jax.arrays import Variables, check_same_shapes, fill, split
 from evmamba_jax.checkpoints import Saved
 from evmamba_jax.errors import UserError
 from evmamba_jax.models import abstract_model
@@ -51,6 +51,11 @@ class Weights(NamedTuple):
     meta: dict[str, Any]
     place: str
     part: str
+
+    @property
+    def variables(self) -> Variables:
+        """Both dictionaries as one pytree."""
+        return Variables(self.params, self.batch_stats)
 
     @property
     def taken(self) -> str:

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from evmamba_jax.data.sources import describe
 from evmamba_jax.errors import UserError
 from evmamba_jax.preflight import __main__ as command
 from evmamba_jax.preflight import aot, gpu, program
@@ -103,12 +103,13 @@ def test_a_mistake_in_the_other_process_is_told_in_one_line(capsys):
 
 def test_data_that_is_nowhere(tmp_path):
     config, _ = parse_command(["x", "--config", TINY, f"--config.data.data_dir={tmp_path}"])
-    assert program.described_data(config.data)[:2] == (10, 1437)
+    names, examples, _ = describe(config.data)
+    assert (len(names), examples) == (10, 1437)
     config.data.name = "imagenet2012:5.1.0"
-    assert program.described_data(config.data) == (1000, 1_281_167, "known without the data")
+    assert describe(config.data) == (tuple(map(str, range(1000))), 1_281_167, "known without the data")
     config.data.name = "flowers"
     with pytest.raises(UserError, match="data.name='flowers' is not prepared in .*, so its classes are not known"):
-        program.described_data(config.data)
+        describe(config.data)
 
 
 @pytest.mark.parametrize(
@@ -195,16 +196,16 @@ def test_the_largest_batch_in_words(monkeypatch):
 
 
 def test_what_is_exported_does_what_the_step_does():
-    """A layout of a toy's step, exported for the CPU, read back and run on four devices."""
+    """A setup of a toy's step, exported for the CPU, read back and run on four devices."""
     pytest.importorskip("flatbuffers", reason="--export needs flatbuffers: pip install -e '.[preflight]'")
-    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "fsdp"))
+    mesh = toy_mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "fsdp"))
     split, whole = NamedSharding(mesh, PartitionSpec("fsdp")), NamedSharding(mesh, PartitionSpec())
 
     def step(state, batch):
         return {"w": state["w"] + batch["x"].T @ batch["x"], "step": state["step"] + 1}
 
     class Toy:
-        plan = types.SimpleNamespace(mesh=mesh)
+        mesh = toy_mesh
         shardings = {"w": split, "step": whole}  # noqa: RUF012
 
         def step(self):
@@ -212,11 +213,11 @@ def test_what_is_exported_does_what_the_step_does():
             state = {"w": shape((8, 8), "float32", sharding=split), "step": shape((), "int32", sharding=whole)}
             return step, (state, {"x": shape((16, 8), "float32", sharding=NamedSharding(mesh, PartitionSpec("data")))})
 
-    layout: Any = Toy()
-    read = jax.export.deserialize(bytearray(program.exported(layout, "cpu")))
+    setup: Any = Toy()
+    read = jax.export.deserialize(bytearray(program.exported(setup, "cpu")))
     x, w = np.arange(128.0, dtype=np.float32).reshape(16, 8), np.eye(8, dtype=np.float32)
     arguments = jax.device_put(
-        ({"w": w, "step": np.int32(3)}, {"x": x}), jax.tree.map(lambda a: a.sharding, layout.step()[1])
+        ({"w": w, "step": np.int32(3)}, {"x": x}), jax.tree.map(lambda a: a.sharding, setup.step()[1])
     )
     count, total = jax.jit(read.call)(jax.tree.leaves(arguments))
     assert int(count) == 4

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from evmamba_jax.models import list_models, model_card
-from evmamba_jax.training.layout import Layout
+from evmamba_jax.tasks import task_of
 from evmamba_jax.training.mesh import make_mesh
-from evmamba_jax.training.task import Plan
+from evmamba_jax.training.setup import Setup
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = sorted(path.stem for path in CONFIGS.glob("[a-z]*.py"))
@@ -27,7 +27,7 @@ def told(config) -> str:
 def test_docstrings_say_what_the_card_and_the_recipe_say(name):
     module = importlib.import_module(f"configs.{name}")
     config = module.get_config()
-    config.validate()
+    task_of(config)  # checks it
     text = " ".join(module.__doc__.split())
     assert told(config) in text
     if name in list_models():
@@ -44,10 +44,13 @@ def test_docstrings_say_what_the_card_and_the_recipe_say(name):
 @pytest.mark.parametrize("name", ["digits", "fashion_mnist"])
 def test_small_recipes_fit_together(name):
     config = importlib.import_module(f"configs.{name}").get_config()
-    layout = Layout(Plan(config, make_mesh(config), num_classes=10), EXAMPLES[config.data.name])
-    assert f"{layout.total_steps:,} steps of" in told(config)
+    kind = task_of(config)
+    class_names, examples, _ = kind.describe(config)
+    assert (len(class_names), examples) == (10, EXAMPLES[config.data.name])
+    setup = Setup(kind(config, class_names), make_mesh(config), examples)
+    assert f"{setup.total_steps:,} steps of" in told(config)
     assert config.data.eval_split == "test"
-    rates = [float(layout.schedule(step)) for step in range(0, layout.total_steps, 10)]
+    rates = [float(setup.schedule(step)) for step in range(0, setup.total_steps, 10)]
     assert max(rates) == pytest.approx(config.optim.lr, rel=1e-3)
     assert rates[0] < 0.01 * config.optim.lr  # a warm-up
     assert rates[-1] < 0.01 * config.optim.lr

@@ -11,9 +11,10 @@ import optax
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
+from evmamba_jax.arrays import Variables
 from evmamba_jax.checkpoints import Checkpoints
 from evmamba_jax.training.mesh import state_shardings
-from evmamba_jax.training.state import TrainState, Variables, init_state
+from evmamba_jax.training.state import TrainState, init_state
 
 SHAPES = {"a.kernel": (64, 128), "a.bias": (128,)}
 

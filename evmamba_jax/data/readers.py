@@ -1,0 +1,65 @@
+"""How a record becomes an example: what one task reads otherwise than another."""
+
+import dataclasses
+from typing import Any, Protocol
+
+import numpy as np
+
+from evmamba_jax.data.config import DataConfig
+from evmamba_jax.data.transforms import decode, eval_crop, train_view
+
+Example = dict[str, np.ndarray | np.generic]
+
+
+class Reader(Protocol):
+    """From the records of a source to examples, whose arrays the loader stacks to batches.
+
+    All examples for training have the same names, shapes and dtypes, and so have all for evaluation; ``image`` is among
+    the names. Worker processes get a copy of the reader, so it can be pickled.
+    """
+
+    def decode(self, record: Any) -> Any:
+        """Return what is in a record. Raises ``CorruptImageError`` where it cannot be decoded."""
+        ...
+
+    def train(self, decoded: Any, rng: np.random.Generator) -> Example:
+        """Return an augmented example for training; the draws of ``rng`` alone decide the result."""
+        ...
+
+    def evaluate(self, decoded: Any) -> Example:
+        """Return an example for evaluation."""
+        ...
+
+    def blank(self, *, training: bool) -> Example:
+        """Return an example of zeros: the shapes of all others, and what fills the last batch of an evaluation."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelledImages:
+    """Images with a class each: ``image`` uint8 (H, W, C) and ``label`` int32 ().
+
+    Attributes:
+        config: reads the host-side fields.
+    """
+
+    config: DataConfig
+
+    def decode(self, record: Any) -> Any:
+        """Return pixels and label."""
+        return decode(record["image"], self.config.in_channels), np.int32(record["label"])
+
+    def train(self, decoded: Any, rng: np.random.Generator) -> Example:
+        """Return a random crop, augmented."""
+        pixels, label = decoded
+        return {"image": train_view(pixels, self.config, rng), "label": label}
+
+    def evaluate(self, decoded: Any) -> Example:
+        """Return the crop of the middle."""
+        pixels, label = decoded
+        return {"image": eval_crop(pixels, self.config), "label": label}
+
+    def blank(self, *, training: bool) -> Example:
+        """Return a black image of class 0."""
+        size = self.config.image_size
+        return {"image": np.zeros((size, size, self.config.in_channels), np.uint8), "label": np.int32(0)}

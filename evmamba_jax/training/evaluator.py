@@ -1,0 +1,127 @@
+"""Evaluations of any task: every example exactly once, by the parameters and by their moving average."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from evmamba_jax.arrays import Variables, merge, split
+from evmamba_jax.data import loader
+from evmamba_jax.errors import UserError
+from evmamba_jax.tasks import Collector, Task
+from evmamba_jax.tasks.base import Batch
+from evmamba_jax.training import mesh as meshes
+
+
+class Evaluation(NamedTuple):
+    """What an evaluation found.
+
+    Attributes:
+        figures: the task's metrics by name; those of the moving average have ``ema_`` before their names.
+        sums: the task's sums, of ``model`` and, where there is one, ``ema``.
+        collector: of the moving average where there is one, else of the model; None where the task has none.
+    """
+
+    figures: dict[str, float]
+    sums: dict[str, dict[str, Any]]
+    collector: Collector | None
+
+
+class Evaluator:
+    """Evaluates weights of a task's model on the examples of a source, on a mesh.
+
+    Args:
+        task: gives sums and metrics.
+        mesh: of this run's devices.
+        source: the evaluation split.
+    """
+
+    def __init__(self, task: Task, mesh: Mesh, source: Any):
+        self.task = task
+        self.mesh = mesh
+        self.source = source
+        self._reader = task.reader()
+        self._graphdef = split(task.model).graphdef
+        whole = meshes.replicated(mesh)
+        self._step = jax.jit(self._one_batch, static_argnames="detailed", out_shardings=whole)
+        self._add = jax.jit(functools.partial(jax.tree.map, jnp.add), donate_argnums=0, out_shardings=whole)
+
+    def _one_batch(self, variables: Variables, batch: Batch, *, detailed: bool) -> tuple[dict[str, Any], Any]:
+        sums, answers = self.task.evaluate(merge(self._graphdef, **variables.asdict()), batch, detailed=detailed)
+        counts = {"examples": batch["weight"].sum(), "corrupt": batch["corrupt"].sum().astype(jnp.float32)}
+        return sums | counts, answers
+
+    def __call__(
+        self, model: Variables, ema: Variables | None, *, detailed: bool = False, pictures: bool = False
+    ) -> Evaluation:
+        """Evaluate a model and, where there is one, its moving average.
+
+        Args:
+            model: its arrays.
+            ema: those of the average.
+            detailed: sum what the task's tables need.
+            pictures: collect what the task's pictures need.
+
+        Raises:
+            UserError: not one example can be read.
+        """
+        variants = {"model": model} | ({} if ema is None else {"ema": ema})
+        collectors = {name: self.task.collector(pictures=pictures) for name in variants}
+        totals: dict[str, Any] = {}
+        with self._batches() as batches:
+            for rows in batches:
+                batch = global_batch(self.mesh, {name: rows[name] for name in rows if name != "index"})
+                for name, variables in variants.items():
+                    with jax.set_mesh(self.mesh):  # kernels find their shards by it
+                        sums, answers = self._step(variables, batch, detailed=detailed)
+                    totals[name] = self._add(totals[name], sums) if name in totals else sums
+                    collector = collectors[name]
+                    if collector is not None:
+                        collector.add(rows, _own(answers, len(rows["weight"])))
+        sums = {name: jax.device_get(total) for name, total in totals.items()}
+        return Evaluation(self._figures(sums, collectors), sums, collectors[list(variants)[-1]])
+
+    def _batches(self) -> loader.Batches:
+        return loader.eval_batches(
+            self.task.config.data,
+            self.source,
+            global_batch=self.task.config.batch_size,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            reader=self._reader,
+        )
+
+    def _figures(
+        self, sums: Mapping[str, dict[str, Any]], collectors: Mapping[str, Collector | None]
+    ) -> dict[str, float]:
+        examples, corrupt = float(sums["model"]["examples"]), float(sums["model"]["corrupt"])
+        if not examples:
+            raise UserError(
+                f"not one of the {len(self.source)} images of {self.source.name}, split {self.source.split}, can be "
+                "read; prepare the data set again"
+            )
+        figures = {}
+        for variant, total in sums.items():
+            prefix = "" if variant == "model" else f"{variant}_"
+            metrics = self.task.metrics(total, collectors[variant])
+            figures |= {prefix + name: value for name, value in metrics.items()}
+        figures["examples"] = examples
+        if self.task.config.data.on_corrupt == "skip":
+            figures["eval_corrupt"] = corrupt
+        return figures
+
+
+def global_batch(mesh: Mesh, rows: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Make this process's rows part of a batch that lies over all devices."""
+    sharding = meshes.batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in rows.items()}
+
+
+def _own(answers: Any, count: int) -> Any:
+    """Return the answers to this process's rows, of which each process has as many."""
+    first = jax.process_index() * count
+    return jax.tree.map(lambda array: array[first : first + count], jax.device_get(answers))

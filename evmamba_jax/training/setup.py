@@ -1,0 +1,94 @@
+"""A training run settled from shapes alone: where every array of its state lies, and the exact step, lowered."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from evmamba_jax.arrays import Variables, split
+from evmamba_jax.config import Duration
+from evmamba_jax.tasks import Task
+from evmamba_jax.tasks.base import Batch
+from evmamba_jax.training import mesh as meshes
+from evmamba_jax.training import optimizer
+from evmamba_jax.training.state import TrainState, init_state
+from evmamba_jax.training.step import make_train_step
+
+
+class Setup:
+    """The state's structure, its place on a mesh, and the step over it. Nothing is read, placed or computed.
+
+    Args:
+        task: gives the model and the loss.
+        mesh: of devices that may be only described.
+        examples: length of the training split, from which lengths in epochs become steps.
+
+    Attributes:
+        steps_per_epoch: whole batches in the training split.
+        total_steps: updates in the run.
+        log_every: updates from one log line to the next.
+        schedule: the learning rate by step.
+        tx: the optimizer.
+        shardings: of the state.
+        abstract_state: the state, with ``jax.ShapeDtypeStruct`` for every array.
+
+    Raises:
+        UserError: a schedule that cannot be.
+    """
+
+    def __init__(self, task: Task, mesh: Mesh, examples: int):
+        config = task.config
+        self.task = task
+        self.mesh = mesh
+        self.steps_per_epoch = max(1, examples // config.batch_size)
+        self.total_steps, self.log_every = map(self.in_steps, (config.duration, config.log_every))
+        lengths = {"total_steps": self.total_steps, "steps_per_epoch": self.steps_per_epoch}
+        task.check_lengths(**lengths)
+        self.schedule = optimizer.learning_rate(config.optim, **lengths)
+        self.tx = optimizer.make_optimizer(config.optim, self.schedule)
+        _, params, batch_stats = split(task.model)
+        shapes = jax.eval_shape(self._first, Variables(params, batch_stats))
+        self.shardings: TrainState = meshes.state_shardings(mesh, shapes)
+        self.abstract_state: TrainState = jax.tree.map(
+            lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), shapes, self.shardings
+        )
+
+    def in_steps(self, length: Duration) -> int:
+        """Return a length of training in steps, at least one."""
+        return max(1, length.in_steps(self.steps_per_epoch))
+
+    def _first(self, model: Variables) -> TrainState:
+        ema = self.task.config.optim.ema_decay > 0
+        return init_state(model, self.tx, ema=ema, parts=self.task.parts, extra=self.task.extra(model))
+
+    def first_state(self) -> TrainState:
+        """Return the state of step 0: initial values, or those of ``init_from``."""
+        place = self.task.config.init_from
+        if place:
+            weights = self.task.load(place)
+            if jax.process_index() == 0:
+                print(f"weights: {weights.taken}")
+            return jax.jit(self._first, out_shardings=self.shardings)(weights.variables)
+        drawn = lambda: self._first(Variables(*split(self.task.build_model())[1:]))  # noqa: E731
+        return jax.jit(drawn, out_shardings=self.shardings)()
+
+    def step(self) -> tuple[Callable[[TrainState, Batch], TrainState], tuple[TrainState, Any]]:
+        """Return the train step and its abstract arguments, each with its place on the mesh."""
+        step = make_train_step(self.task, self.tx, steps_per_epoch=self.steps_per_epoch, log_every=self.log_every)
+        size, sharding = self.task.config.batch_size, meshes.batch_sharding(self.mesh)
+        # The loader adds to each example how many unreadable records it passed over.
+        example = self.task.reader().blank(training=True) | {"corrupt": np.int32(0)}
+        batch = {
+            name: jax.ShapeDtypeStruct((size, *array.shape), array.dtype, sharding=sharding)
+            for name, array in example.items()
+        }
+        return step, (self.abstract_state, batch)
+
+    def lower(self) -> jax.stages.Lowered:
+        """Return the step, traced and lowered for the mesh."""
+        step, arguments = self.step()
+        # The ambient mesh tells kernels how their arguments are sharded and which kind of device they are lowered for.
+        with jax.set_mesh(self.mesh):
+            return jax.jit(step, out_shardings=self.shardings, donate_argnums=0).lower(*arguments)
