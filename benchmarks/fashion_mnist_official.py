@@ -7,7 +7,7 @@ what cannot run or is not needed here: the CUDA kernel of the scan, by its formu
 truncated normal; counters of FLOPs, which nothing here calls.
 
 Both sides are fed the very same arrays: batches of our loader in the same order, normalised and mixed by our
-augmentation with the same random numbers. The learning rate of every step is that of our schedule. Initial values,
+augmentation with the same random numbers. The learning rate of every step is from our schedule. Initial values,
 drop path, clipping, AdamW and its groups are PyTorch's and the official code's own.
 """
 
@@ -52,7 +52,7 @@ class Scan:
     States are kept for all tokens, tokens first: (L, B, G, N, D / G).
     """
 
-    CHUNK = 16  # images at a time, whose states fit into a core's cache
+    CHUNK = 16  # images at a time: their states fit into a core's cache
 
     @staticmethod
     def fwd(u, delta, A, B, C, D, bias, softplus, rows):

@@ -68,7 +68,7 @@ def torch_time(function, runs):
 
 @functools.partial(jax.jit, static_argnums=range(6))
 def arrays(orders, height, width, channels, rank, state):
-    """Return random arguments of ``scan2d``, and those of a scan of all orders alone; streams are bfloat16."""
+    """Return random arguments of ``scan2d``, and of a scan of all orders alone; streams are bfloat16."""
     keys, sets = iter(jax.random.split(jax.random.key(0), 16)), len(orders)
     length = orders[0].length(height, width)
 

@@ -50,7 +50,7 @@ MODULE = "classification/models/vmamba_efficient.py"
 
 
 def ours(scans, batch, runs):
-    """Return the facts of our train step, whose scans are those of an implementation, or "auto"."""
+    """Return the facts of our train step with the scans of an implementation, or "auto"."""
     for name in UNUSED:
         sys.modules[f"evmamba_jax.{name}"] = mock.MagicMock()
     import jax

@@ -131,8 +131,8 @@ def make_images(folder: Path) -> int:
 
 
 # --- The three pipelines ---------------------------------------------------------------------------------------------
-# Each is a function of the folder and of what is asked for, and returns an endless iterator, a step of which does one
-# image or one batch; or, for "pixels", a decoded image and a resized crop of it.
+# Each is a function of the folder and of what is asked for. It returns an endless iterator: a step does one image or
+# one batch. For "pixels" it returns a decoded image and a resized crop of it.
 
 
 def encoded(folder):
@@ -288,7 +288,7 @@ def family() -> list[int]:
 
 
 def cpu_seconds(members: list[int]) -> float:
-    """Return user and system time; the system counts that of other processes in hundredths of a second."""
+    """Return user and system time; the system counts other processes in hundredths of a second."""
     ticks = 0
     for member in members[1:]:
         ticks += sum(map(int, Path(f"/proc/{member}/stat").read_text().rpartition(")")[2].split()[11:13]))
@@ -381,7 +381,7 @@ def measure(pythons: dict[str, str], folder: Path, rounds: int, out: Path | None
     report.text(
         f"{IMAGES} JPEGs of 500 x 375, {total / IMAGES / 1e3:.0f} kB on average; crops of {SIDE} x {SIDE}, bicubic; "
         f"batches of {BATCH}. CPU time, user and system, of the process and its workers: median of {rounds} rounds, in "
-        "which the pipelines take turns. Ratio: the row's time over that of the first row, median of the rounds: how "
+        "which the pipelines take turns. Ratio: the row's time over the first row's, median of the rounds: how "
         "many times as many images the first does. Memory: of the process and its workers with all their libraries; "
         "what they share is counted once. Written by `benchmarks/input_pipeline.py`."
     )

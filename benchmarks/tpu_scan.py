@@ -1,13 +1,13 @@
 """Static estimates of the TPU kernels' times, against what the chip allows and against XLA's scans.
 
-Nothing runs on a TPU: cycles are those of the compiler's schedule, over clocks and bandwidths of ``aot.GENERATIONS``.
+Nothing runs on a TPU: cycles come from the compiler's schedule, clocks and bandwidths from ``aot.GENERATIONS``.
 
     python benchmarks/tpu_scan.py [--out FILE]  # the scans of three models, and XLA's implementations
     python benchmarks/tpu_scan.py --all training [--generations v5e] [--work FILE] [--out FILE]  # of every model
 
 The second, for images as in training or (``--all detector``) of a detector, takes half an hour of a core or more for
 each generation. What it has compiled is kept in the work file, so it can be stopped and started again; after a change
-of the kernels or of libtpu the file is to be deleted.
+of the kernels or of libtpu delete the file.
 """
 
 import argparse
@@ -300,7 +300,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--all", choices=list(EVERY_SCAN), help="every scan of every registered model, for such images")
     every = list(aot.GENERATIONS)
-    parser.add_argument("--generations", nargs="+", choices=every, default=every, metavar="TPU", help="those of --all")
+    parser.add_argument(
+        "--generations", nargs="+", choices=every, default=every, metavar="TPU", help="the TPUs of --all"
+    )
     parser.add_argument("--work", type=Path, default=Path("runs/every_scan.jsonl"), help="what --all has done")
     parser.add_argument("--out", type=Path, help="also write the results to this JSON file, and Markdown beside it")
     options = parser.parse_args()

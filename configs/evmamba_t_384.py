@@ -2,7 +2,7 @@
 
 30 epochs: 37,530 steps of 1,024 images, 38,430,720 in all.
 
-Not published, not yet run here. Rates, weight decay and length are those of Swin's fine-tuning at that size
+Not published, not yet run here. Rates, weight decay and length are from Swin's fine-tuning at this size
 (swin_base_patch4_window12_384_finetune.yaml, after its scaling with the batch size), the rest is as in the training of
 EfficientVMamba's released weights. It starts from official weights, a converted model or a run:
 

@@ -32,7 +32,7 @@ _CHANNELS = PartitionSpec("channels")
 def scan2d(x: jax.Array, *parameters: jax.Array, **options: Any) -> jax.Array:
     """Scan images (B, H, W, E) along orders of their pixels.
 
-    Arguments are those of :func:`pallas_kernels.scan2d`, but for ``axis_name``, which follows from the mesh.
+    Takes the arguments of :func:`pallas_kernels.scan2d` without ``axis_name``, which follows from the mesh.
     """
 
     def scan(axes, *arrays):
@@ -56,7 +56,7 @@ def selective_scan(
     return_final_state: bool = False,
     **options: Any,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """Scan sequences (batch, length, channels); arguments are those of :func:`pallas_kernels.selective_scan`."""
+    """Scan sequences (batch, length, channels); takes the arguments of :func:`pallas_kernels.selective_scan`."""
 
     def scan(_, u, delta, A, B, C, D, delta_bias, initial_state):
         more = {"delta_bias": delta_bias, "initial_state": initial_state, "return_final_state": return_final_state}
@@ -74,11 +74,11 @@ def _over_devices(function: Callable, arrays: tuple, places: tuple[PartitionSpec
         function: takes first the axes of the mesh over which its channels are divided.
         arrays: as the caller of this module has them; None stays None.
         places: what the axes of each array are.
-        results: what those of each result are.
+        results: what the axes of each result are.
     """
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    # Those of one device too: a kernel must find no axis left to XLA.
+    # Axes of one device count too: a kernel must find no axis left to XLA.
     free = {name: mesh.shape[name] for name, kind in kinds if kind == AxisType.Auto}
     if math.prod(free.values()) == 1:
         return function((), *arrays)

@@ -24,7 +24,7 @@ def interleaved(programs: Mapping[Any, Callable[[], None]], runs: int) -> dict[A
 def groups(
     step: Callable[[], None], wait: Callable[[], None], *, warm_up: int, size: int, runs: int, reset=lambda: None
 ) -> list[float]:
-    """Return the mean seconds of a step in each group of so many, none of which waits before its group ends."""
+    """Return the mean seconds of a step in each group of ``size``; steps of a group do not wait for one another."""
     for _ in range(warm_up):
         step()
     wait()

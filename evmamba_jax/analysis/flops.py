@@ -44,7 +44,7 @@ def count_flops(model: str | nnx.Module, image_size: Size | None = None) -> int:
 
     Args:
         model: a name of :func:`evmamba_jax.list_models`, or a module, which may be abstract (``nnx.eval_shape``).
-        image_size: side of a square image, or (height, width); None for that of the model's card, 224 without a card.
+        image_size: side of a square image, or (height, width); None takes the card's size, 224 without a card.
 
     Raises:
         UserError: an unknown name, an image that the model does not take.

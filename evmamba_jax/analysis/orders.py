@@ -121,7 +121,7 @@ def _places(order: Order, height: int, width: int) -> np.ndarray:
 
 
 def _panels(parts: tuple[Order, ...], places: list[np.ndarray]) -> list[tuple[int, int]]:
-    """Return first and end of each longest stretch of walks none of which crosses another."""
+    """Cut the walks into the longest stretches without a crossing; return first and end of each."""
     borders, crossed = [0], set()
     for i, (part, tokens) in enumerate(zip(parts, places, strict=True)):
         rows, columns = (np.unique(axis) for axis in tokens.T)

@@ -1,4 +1,4 @@
-"""The equations of traced programs, those of programs inside them included."""
+"""The equations of traced programs, and of the programs inside them."""
 
 from collections.abc import Iterator
 

@@ -112,7 +112,7 @@ def solarize_add(image: Image.Image, amount: float, *_) -> Image.Image:
 
 
 def posterize(image: Image.Image, bits: float, *_) -> Image.Image:
-    """Keep the highest ``bits`` of every value; none leave black, which Pillow since version 13 refuses to make."""
+    """Keep the highest ``bits`` of every value; 0 bits give black, which Pillow 13 and later refuse to make."""
     mask = 0xFF00 >> min(8, max(0, int(bits)))
     return _look_up(image, bytes(v & mask for v in range(256)))
 
@@ -159,7 +159,7 @@ def sharpness(image: Image.Image, factor: float, *_) -> Image.Image:
 
 
 def blur(image: Image.Image, radius: float, *_) -> Image.Image:
-    """Blur with a Gaussian, of which Pillow uses the square of the radius alone."""
+    """Blur with a Gaussian; Pillow squares the radius, so its sign has no meaning."""
     return image.filter(ImageFilter.GaussianBlur(abs(radius)))
 
 
@@ -330,7 +330,7 @@ def skew(image: Image.Image, amount: float, *_) -> Image.Image:
     """Push each corner of a square image along one of its sides, by ``amount`` of the side, all the same way round.
 
     A square goes over into a square, so this turns and scales. The official code writes it as a general perspective and
-    solves for that in single precision, whose result is off by less than a thousandth of a pixel.
+    solves for it in single precision; its result is off by less than a thousandth of a pixel.
     """
     half, side = image.width / 2, image.width
     corner, pushed = complex(-half, -half), complex(-half - math.ceil(side * amount), -half)  # from the centre

@@ -26,8 +26,8 @@ from evmamba_jax.errors import UserError
 Batch = Mapping[str, np.ndarray]
 
 
-# A batch is read in parts of at most so many rows. Threads share one batch, which then takes no longer to begin than to
-# go on, and what has been read ahead is measured in parts.
+# A batch is built in parts of at most so many rows. All threads work on the batch that is needed next, so the first one
+# comes soon, and reading ahead is bounded in parts, not in batches.
 _PART = 32
 _GOODBYE = 60.0  # seconds that worker processes have to end by themselves
 
@@ -184,7 +184,7 @@ class _Views(grain.MapDataset[int]):
 
 
 class _Parts(grain.MapDataset[Batch]):
-    """The rows of one process, step after step; those of a step in parts of nearly equal size."""
+    """The rows of one process, step after step. The rows of a step come in parts of nearly equal size."""
 
     def __init__(self, examples: grain.MapDataset[Example], rows: range, global_batch: int, start_step: int = 0):
         super().__init__(examples)

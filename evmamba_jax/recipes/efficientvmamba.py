@@ -12,7 +12,7 @@ VARIANTS = ("released", "paper", "readme")
 
 
 def recipe(model: str, *, batch_size: int, variant: str) -> Config:
-    """Return a recipe for ``model``; ``batch_size`` is that of its released run."""
+    """Return a recipe for ``model``; ``batch_size`` is what its released run had."""
     if variant not in VARIANTS:
         raise UserError(f"unknown variant {variant!r}{nearest(variant, VARIANTS)}; known: {', '.join(VARIANTS)}")
     config = Config(

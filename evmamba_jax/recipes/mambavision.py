@@ -1,7 +1,8 @@
 """The recipe of MambaVision's released 1K models: LAMB, MESA's self-distillation, and a cool-down.
 
-The 320 epochs are 310 of a cosine, whose beginning the warm-up hides, and 10 at the smallest rate. MESA begins with the
-first epoch after a quarter of the 310, for B after three tenths. The paper's text has 300 epochs at 4e-3.
+The 320 epochs are 310 of a cosine and 10 at the smallest rate; the warm-up hides the beginning of the cosine. MESA
+begins with the first epoch after a quarter of the 310, for B after three tenths. The paper's text has 300 epochs at
+4e-3.
 
 Pictures are evaluated as the official model cards say, which is not always what the training files say: the short side
 is resized to the input size over the card's crop ratio. The two 512 px cards squash both sides to it instead.

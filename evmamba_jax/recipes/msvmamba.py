@@ -1,6 +1,6 @@
 """The recipe of MSVMamba, in both versions: VMamba's, with other rates for Base.
 
-The learning rates are those of the official code after its scaling with the batch size: 5e-4 for every 512 images, 3e-4
+The learning rates are what the official code has after scaling with the batch size: 5e-4 for every 512 images, 3e-4
 for Base. Its colour jitter of 0.4 has no effect beside RandAugment.
 """
 

@@ -4,8 +4,8 @@ Augmentation is repeated: an epoch shows a third of the images, each three times
 epoch, one epoch late, and the warm-up hides the first epochs of a cosine over all of them. The paper differs from the
 scripts: weight decay 0.05 for Ti too, batches of 1024 for S too.
 
-Fine-tuning starts from ``config.init_from``, official weights or a run of the model of stride 16, whose position
-embedding is resized as the official code does it.
+Fine-tuning starts from ``config.init_from``: official weights or a run of the model of stride 16. The position
+embedding is resized as in the official code.
 """
 
 from evmamba_jax.data.config import DataConfig

@@ -1,6 +1,6 @@
 """The recipe of VMamba: Swin's, with more drop path in larger models and an average of the weights.
 
-The learning rates are those of the official code after its scaling with the batch size: 5e-4 for every 512 images. Its
+The learning rates are what the official code has after scaling with the batch size: 5e-4 for every 512 images. Its
 colour jitter of 0.4 has no effect beside RandAugment.
 """
 
