@@ -1,7 +1,8 @@
 """What every test process needs before JAX starts: eight virtual CPU devices, and programs compiled once a session.
 
-Also the order of the files: each is done by one worker, which alone makes what its tests share. And at the end a table
-of the minutes that each folder took, all processes together.
+Also the order of the files: the first worker begins with the first half, the second with the other, and who is done
+takes over some of the other's last tests; so most files stay with one worker, which alone makes what their tests share.
+And at the end a table of the minutes that each folder took, all processes together.
 """
 
 import collections
@@ -30,13 +31,8 @@ if _OWN:
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 _HERE = Path(__file__).parent
-# Files that take minutes, the longest first: begun last, one of them would leave the other worker idle at the end.
-_LONG = (
-    *("kernels/test_tpu_compile.py", "models/test_registered.py", "kernels/test_tpu.py", "training/test_resume.py"),
-    *("weights/test_parity_kernels.py", "training/test_processes.py", "training/test_end_to_end.py"),
-    *("weights/test_parity_vmamba.py", "weights/test_parity_msvmamba.py", "training/test_step.py"),
-    *("kernels/test_properties.py", "test_docs.py"),
-)
+# Files with single tests of a minute or more: begun last, one of them would leave the other worker idle at the end.
+_LONG = ("kernels/test_tpu_compile.py", "training/test_processes.py", "training/test_end_to_end.py", "test_docs.py")
 
 
 def pytest_addoption(parser):
