@@ -43,12 +43,7 @@ def create_model(
     from evmamba_jax.weights.load import fill_model, load_weights
 
     model = abstract_model(name, **options)
-    weights = load_weights(
-        model,
-        pretrained,
-        name,
-        ema=ema,
-        initial=lambda: build_model(name, rngs=nnx.clone(rngs) if rngs else None, **options),
-    )
+    initial = lambda: build_model(name, rngs=rngs, **options)  # noqa: E731
+    weights = load_weights(model, pretrained, name, ema=ema, initial=initial)
     fill_model(model, weights)
     return model

@@ -235,8 +235,6 @@ def _fitted(model: Any, found: _Found, name: str, initial: Callable[[], nnx.Modu
     params, batch_stats = ({path: np.asarray(arrays[path]) for path in part} for part in wanted)
     if note and initial is not None:
         logger.warning(note)
-        new = split(model).params.keys() - params.keys()
-        # Compiled, so that of the whole model only the head is drawn.
-        fresh = jax.jit(lambda: {path: array for path, array in split(initial()).params.items() if path in new})()
-        params |= {path: np.asarray(array) for path, array in fresh.items()}
+        fresh = split(initial()).params
+        params |= {path: np.asarray(array) for path, array in fresh.items() if path not in params}
     return Weights(params, batch_stats, found.meta, found.place, found.part)

@@ -1,5 +1,7 @@
 """from_torch and the convert command: every name used once, every parameter filled, mistakes named."""
 
+import functools
+
 import chex
 import jax
 import ml_dtypes
@@ -11,11 +13,10 @@ from recorded import MODELS, abstract, facts
 from safetensors.numpy import load_file, save_file
 
 from evmamba_jax import create_model, list_models
-from evmamba_jax.arrays import split
+from evmamba_jax.arrays import merge, split
 from evmamba_jax.checkpoints import Checkpoints, load_model, save_model
 from evmamba_jax.errors import UserError
 from evmamba_jax.models import abstract_model
-from evmamba_jax.models.efficientvmamba import EfficientVMamba
 from evmamba_jax.weights import from_torch, open_model, to_torch
 from evmamba_jax.weights.__main__ import main
 from evmamba_jax.weights.convert import table
@@ -24,8 +25,11 @@ from pallas_kernels import Order
 SMALL = {"width": 16, "depths": (1, 2, 1, 3), "num_classes": 5, "d_state": 2}
 
 
+traced = functools.cache(abstract_model)  # once a module: tracing is most of what these tests take
+
+
 def small(**options):
-    return nnx.eval_shape(lambda: EfficientVMamba(**{**SMALL, **options}, rngs=nnx.Rngs(0)))
+    return merge(*split(traced("evmamba_t", **SMALL | options)))
 
 
 def arrays_of(model):
