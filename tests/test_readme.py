@@ -7,7 +7,7 @@ import pytest
 
 from evmamba_jax import list_models
 from evmamba_jax.models.__main__ import main
-from evmamba_jax.models.cards import CARDS
+from evmamba_jax.models.registry import VARIANTS
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [
@@ -67,7 +67,7 @@ def test_the_table_of_models_is_what_the_command_prints(capsys):
     """``python -m evmamba_jax.models --markdown`` writes it again."""
     assert main(["--markdown"]) == 0
     table = capsys.readouterr().out
-    assert [line.split("`")[1] for line in table.splitlines()[2:]] == list(CARDS)
+    assert [line.split("`")[1] for line in table.splitlines()[2:]] == list(VARIANTS)
     text = (ROOT / "README.md").read_text()
     assert f"\n\n{table}\n" in text
     assert f"{len(list_models())} in all" in text

@@ -5,7 +5,7 @@ import sys
 
 from evmamba_jax import cli
 from evmamba_jax.analysis.flops import count_flops, count_parameters, flops_by_operation, xla_flops
-from evmamba_jax.models.cards import model_card
+from evmamba_jax.models import model_card
 
 _OPERATIONS = ("products", "convolutions", "scans", "attention")
 

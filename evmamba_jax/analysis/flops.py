@@ -27,8 +27,7 @@ from jax.extend.core import Jaxpr, JaxprEqn, Var
 
 from evmamba_jax.analysis.program import inner_programs
 from evmamba_jax.layers.s6 import S6
-from evmamba_jax.models.cards import CARDS
-from evmamba_jax.models.registry import abstract_model
+from evmamba_jax.models.registry import VARIANTS, abstract_model
 
 Size = int | tuple[int, int]
 
@@ -88,7 +87,7 @@ def _program(model: str | nnx.Module, image_size: Size | None, implementation: s
     """Return a function from weights and one image to the model's result, and the shapes of both."""
     module = _abstract(model)
     if image_size is None:
-        image_size = CARDS[model].input_size if isinstance(model, str) and model in CARDS else 224
+        image_size = VARIANTS[model].card.input_size if isinstance(model, str) and model in VARIANTS else 224
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     structure, weights = nnx.split(module)
 

@@ -74,17 +74,11 @@ def full(shape: int | tuple[int, ...], value: float, dtype=jnp.float32) -> jax.A
     return jax.device_put(np.full(shape, value, dtype))
 
 
-def zeros(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
-    """All 0."""
-    del key
-    return full(shape, 0, dtype)
+def _constant(value: float) -> Initializer:
+    return lambda key, shape, dtype=jnp.float32: full(shape, value, dtype)
 
 
-def ones(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
-    """All 1."""
-    del key
-    return full(shape, 1, dtype)
-
+zeros, ones = _constant(0), _constant(1)
 
 # timm's trunc_normal_(std=.02) cuts at the absolute values -2 and 2, a hundred deviations away: a plain normal.
 linear_normal = normal(0.02)

@@ -6,8 +6,7 @@ import sys
 import textwrap
 
 from evmamba_jax import cli
-from evmamba_jax.models.cards import CARDS, ModelCard, model_card
-from evmamba_jax.models.registry import list_models
+from evmamba_jax.models.registry import VARIANTS, ModelCard, list_models, model_card
 
 _TITLES = ("model", "parameters", "FLOPs", "published", "top-1", "input", "crop", "licence", "source of the weights")
 _NUMBERS = _TITLES[1:7]
@@ -29,7 +28,7 @@ def _print_cards(options: argparse.Namespace) -> None:
     # What matches nothing is taken for a name, and refused as one.
     cards = [model_card(name) for given in models or ["*"] for name in list_models(given) or [given]]
     if options.markdown:
-        print(markdown([card for card in CARDS.values() if card in cards]))
+        print(markdown([variant.card for variant in VARIANTS.values() if variant.card in cards]))
         return
     print(card_text(cards[0]) if models == [cards[0].name] else table(list(dict.fromkeys(cards))))
 

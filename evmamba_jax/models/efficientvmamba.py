@@ -4,22 +4,23 @@ Source: Pei, Huang, Xu, EfficientVMamba (arXiv:2403.09977); TerryPei/EfficientVM
 ``classification/models/vmamba_efficient.py`` at 0bc5ee2, whose released weights this file computes exactly.
 """
 
+import dataclasses
 import functools
-from collections.abc import Sequence
+from typing import Any
 
 import jax
 from flax import nnx
 from flax.typing import Dtype
 
+from evmamba_jax.layers.backbone import StagedBackbone, StagedConfig
 from evmamba_jax.layers.drop_path import DropPath
 from evmamba_jax.layers.mlp import gelu
 from evmamba_jax.layers.norm import BatchNorm, LayerNorm
 from evmamba_jax.layers.patches import PatchEmbed, PatchMerging
 from evmamba_jax.layers.projections import depthwise_conv, pointwise_conv
-from evmamba_jax.layers.pyramid import Pyramid, Stage, stage_parts
 from evmamba_jax.layers.squeeze_excite import SqueezeExcite
 from evmamba_jax.layers.ss2d import SS2D
-from evmamba_jax.models.registry import register
+from evmamba_jax.models.registry import ModelCard, register
 from pallas_kernels import ATROUS
 
 
@@ -37,13 +38,14 @@ class ConvBranch(nnx.Module):
 
 
 class EVSSBlock(nnx.Module):
-    """Efficient visual state-space block: atrous scan and convolution side by side, one gate shared by both."""
+    """Efficient visual state-space block: atrous scan and convolution side by side, one gate shared by both.
 
-    def __init__(
-        self, width: int, *, d_state: int, ssm_ratio: float, drop_path: float, dtype: Dtype | None, rngs: nnx.Rngs
-    ):
+    ``scan`` holds options of :class:`~evmamba_jax.layers.ss2d.SS2D`.
+    """
+
+    def __init__(self, width: int, *, drop_path: float, dtype: Dtype | None, rngs: nnx.Rngs, **scan: Any):
         self.norm = LayerNorm(width, dtype=dtype, rngs=rngs)
-        self.op = SS2D(width, ATROUS, d_state=d_state, ssm_ratio=ssm_ratio, dtype=dtype, rngs=rngs)
+        self.op = SS2D(width, ATROUS, **scan, dtype=dtype, rngs=rngs)
         self.conv_branch = ConvBranch(width, dtype=dtype, rngs=rngs)
         self.se = SqueezeExcite(width, norm=True, act="gelu", dtype=dtype, rngs=rngs)  # half of the official BiAttn
         self.drop_path = DropPath(drop_path)
@@ -83,59 +85,57 @@ class InvertedResidual(nnx.Module):
         return x + self.drop_path(self.norm3(self.pw2(y)), key)
 
 
-class EfficientVMamba(Pyramid):
+@dataclasses.dataclass(frozen=True)
+class EfficientVMambaConfig(StagedConfig):
+    """Options of EfficientVMamba, beside those of all families of four stages.
+
+    Attributes:
+        patch_size: stride of the stem.
+        d_state: state size N of the scans.
+        ssm_ratio: inner width of the scans over C.
+    """
+
+    width: int = 48
+    patch_size: int = 4
+    d_state: int = 16
+    ssm_ratio: float = 2.0
+
+
+class EfficientVMamba(StagedBackbone):
     """EfficientVMamba: EVSS blocks in the first two stages, inverted residuals in the last two.
 
     Images of any size from one patch up; odd maps are padded with zeros below and right, and the padding advances the
     states, as it does in the official code.
-
-    Args:
-        width: channels C of the first stage; every stage doubles them.
-        depths: blocks of each of the four stages.
-        patch_size: stride of the stem.
-        d_state: state size N of the scans.
-        ssm_ratio: inner width of the scans over C.
-        num_classes, in_channels, drop_path_rate, out_norms, dtype, rngs: as all four-stage families have them, see
-            :class:`~evmamba_jax.layers.pyramid.Pyramid`.
     """
 
-    def __init__(
-        self,
-        *,
-        width: int = 48,
-        depths: Sequence[int] = (2, 2, 4, 2),
-        num_classes: int = 1000,
-        in_channels: int = 3,
-        patch_size: int = 4,
-        d_state: int = 16,
-        ssm_ratio: float = 2.0,
-        drop_path_rate: float = 0.0,
-        out_norms: bool = False,
-        dtype: Dtype | None = None,
-        rngs: nnx.Rngs,
-    ):
-        patch_embed = PatchEmbed(in_channels, width, patch_size, dtype=dtype, rngs=rngs)
+    def __init__(self, config: EfficientVMambaConfig, *, rngs: nnx.Rngs):
+        layer = {"dtype": config.dtype, "rngs": rngs}
+        scan = config.pick("d_state", "ssm_ratio", "implementation")
 
         def block(stage: int, _: int, c: int, drop_path: float) -> nnx.Module:
             if stage < 2:
-                return EVSSBlock(c, d_state=d_state, ssm_ratio=ssm_ratio, drop_path=drop_path, dtype=dtype, rngs=rngs)
-            return InvertedResidual(c, drop_path=drop_path, dtype=dtype, rngs=rngs)
+                return EVSSBlock(c, drop_path=drop_path, **scan, **layer)
+            return InvertedResidual(c, drop_path=drop_path, **layer)
 
-        downsample = functools.partial(PatchMerging, dtype=dtype, rngs=rngs)
-        parts = stage_parts(width, depths, drop_path_rate, block, downsample)
-        super().__init__(
-            patch_embed,
-            [Stage(*part) for part in parts],
-            width,
-            num_classes=num_classes,
-            out_norms=out_norms,
-            in_channels=in_channels,
-            dtype=dtype,
-            rngs=rngs,
-        )
+        stem = PatchEmbed(config.in_channels, config.width, config.patch_size, **layer)
+        super().__init__(config, stem, block, functools.partial(PatchMerging, **layer), rngs=rngs)
 
+
+_card = functools.partial(
+    ModelCard,
+    paper="2403.09977",
+    licence="Apache-2.0",
+    licence_note="as README and Hugging Face pages say; the repository has no LICENSE file",
+)
+_HUB = "https://huggingface.co/TerryPei/EfficientVMamba-"
 
 # The yaml of S says width 96; its training log and its weights have 64, which alone gives the published 11 M.
-register("evmamba_t", EfficientVMamba, width=48, depths=(2, 2, 4, 2))
-register("evmamba_s", EfficientVMamba, width=64, depths=(2, 2, 4, 2))
-register("evmamba_b", EfficientVMamba, width=96, depths=(2, 2, 9, 2))
+# fmt: off
+register("evmamba_t", EfficientVMamba, EfficientVMambaConfig(width=48),
+         _card(6_493_660, 787_921_152, 0.8e9, 76.5, None, _HUB + "Tiny/tree/main", "efficient_vmamba_tiny.ckpt"))
+register("evmamba_s", EfficientVMamba, EfficientVMambaConfig(width=64),
+         _card(11_273_688, 1_317_888_000, 1.3e9, 78.7, None, _HUB + "Small/tree/main", "efficient_vmamba_small.ckpt",
+               note="The official yaml says width 96; these weights have width 64."))
+register("evmamba_b", EfficientVMamba, EfficientVMambaConfig(width=96, depths=(2, 2, 9, 2)),
+         _card(33_717_136, 3_951_363_072, 4.0e9, 81.8, None, _HUB + "Base/tree/main", "efficient_vmamba_base.ckpt"))
+# fmt: on

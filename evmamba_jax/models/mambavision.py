@@ -6,7 +6,10 @@ default: the bias of the time step enters twice (``double_dt_bias``), and the la
 initial time steps of Mamba (``mamba_dt_init``).
 """
 
+import dataclasses
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +19,15 @@ from flax.typing import Dtype
 
 from evmamba_jax.errors import UserError
 from evmamba_jax.layers import initializers as init
+from evmamba_jax.layers.backbone import Stage, StagedBackbone, StagedConfig
 from evmamba_jax.layers.block import Block
 from evmamba_jax.layers.drop_path import DropPath
 from evmamba_jax.layers.mlp import Mlp
 from evmamba_jax.layers.norm import BatchNorm
 from evmamba_jax.layers.patches import Stem
 from evmamba_jax.layers.projections import Linear, conv, depthwise_conv
-from evmamba_jax.layers.pyramid import Pyramid, Stage, stage_parts
 from evmamba_jax.layers.s6 import S6, default_dt_rank
-from evmamba_jax.models.registry import register
+from evmamba_jax.models.registry import ModelCard, register
 from pallas_kernels import Order
 
 
@@ -71,6 +74,7 @@ class MambaVisionMixer(nnx.Module):
         double_dt_bias: add the bias of the time step twice.
         mamba_dt_init: initial time steps of Mamba, log-uniform between 0.001 and 0.1, however often the bias enters;
             otherwise the bias starts at zero, and the time steps near softplus(0) = 0.69.
+        implementation: passed to :func:`pallas_kernels.scan2d`.
         dtype: compute type; the recurrence is float32 or wider whatever it says.
         rngs: source of the initial values.
 
@@ -85,6 +89,7 @@ class MambaVisionMixer(nnx.Module):
         d_conv: int = 3,
         double_dt_bias: bool = True,
         mamba_dt_init: bool = False,
+        implementation: str | None = None,
         dtype: Dtype | None = None,
         rngs: nnx.Rngs,
     ):
@@ -111,6 +116,7 @@ class MambaVisionMixer(nnx.Module):
             dt_rank=default_dt_rank(width),
             init=scan_init,
             dt_bias_factor=times,
+            implementation=implementation,
             rngs=rngs,
         )
         self.out_proj = Linear(2 * half, width, use_bias=False, dtype=dtype, rngs=rngs)
@@ -176,8 +182,8 @@ class WindowStage(Stage):
     Zeros that fill the last windows are tokens like any other within the stage, and are cut off at its end.
     """
 
-    def __init__(self, blocks: Sequence[nnx.Module], downsample: nnx.Module | None, window: int):
-        super().__init__(blocks, downsample)
+    def __init__(self, blocks: Sequence[nnx.Module], downsample: nnx.Module | None, *, window: int, remat: str):
+        super().__init__(blocks, downsample, remat=remat)
         self.window = window
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
@@ -187,7 +193,47 @@ class WindowStage(Stage):
         return from_windows(x, self.window, height, width)
 
 
-class MambaVision(Pyramid):
+@dataclasses.dataclass(frozen=True)
+class MambaVisionConfig(StagedConfig):
+    """Options of MambaVision, beside those of all families of four stages.
+
+    Attributes:
+        stem_width: channels between the two convolutions of the stem.
+        num_heads: attention heads of each stage; the first two stages use none.
+        window_size: side of the windows of each stage, pixels of its map; the first two stages use none.
+        mlp_ratio: hidden width of the MLP over C.
+        layer_scale: initial value of a learned factor for each channel of each branch, in the last two stages; None
+            for no factor.
+        d_state: state size N of the scans.
+        d_conv: kernel of the mixers' convolutions.
+        double_dt_bias: add the bias of the time step twice, as the released weights want it.
+        mamba_dt_init: start from Mamba's time steps, 0.001 to 0.1, which the official code overwrites.
+
+    Raises:
+        UserError: depths, heads or windows that are not four positive numbers.
+    """
+
+    width: int = 80
+    stem_width: int = 32
+    depths: Sequence[int] = (1, 3, 8, 4)
+    num_heads: Sequence[int] = (2, 4, 8, 16)
+    window_size: Sequence[int] = (8, 8, 14, 7)
+    mlp_ratio: float = 4.0
+    layer_scale: float | None = None
+    d_state: int = 8
+    d_conv: int = 3
+    double_dt_bias: bool = True
+    mamba_dt_init: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("num_heads", "window_size"):
+            numbers = getattr(self, name)
+            if len(numbers) != 4 or min(numbers) < 1:
+                raise UserError(f"{name} must give one positive number for each of four stages; got {numbers}")
+
+
+class MambaVision(StagedBackbone):
     """MambaVision: convolutional blocks in the first two stages, mixers and then attention in the last two.
 
     Images of any size from one pixel up, rectangles included. A map that does not divide into windows, or is smaller
@@ -196,100 +242,77 @@ class MambaVision(Pyramid):
     without padding. The official detectors take windows (8, 8, 112, 56), the segmenters (8, 8, 64, 32) and, with S,
     (8, 8, 160, 56); no weight depends on them.
 
-    Args:
-        width: channels C of the first stage; every stage doubles them.
-        stem_width: channels between the two convolutions of the stem.
-        depths: blocks of each of the four stages.
-        num_heads: attention heads of each stage; those of the first two are not used.
-        window_size: side of the windows of each stage, pixels of its map; those of the first two are not used.
-        mlp_ratio: hidden width of the MLP over C.
-        layer_scale: initial value of a learned factor for each channel of each branch, in the last two stages; None
-            for no factor.
-        d_state: state size N of the scans.
-        d_conv: kernel of the mixers' convolutions.
-        double_dt_bias: add the bias of the time step twice, as the released weights want it.
-        mamba_dt_init: start from Mamba's time steps, 0.001 to 0.1, which the official code overwrites.
-        num_classes, in_channels, drop_path_rate, out_norms, dtype, rngs: as all four-stage families have them, see
-            :class:`~evmamba_jax.layers.pyramid.Pyramid`.
-
     Raises:
-        UserError: depths, heads or windows that are not four positive numbers; heads that do not divide their width.
+        UserError: heads that do not divide their width.
     """
 
-    def __init__(
-        self,
-        *,
-        width: int = 80,
-        stem_width: int = 32,
-        depths: Sequence[int] = (1, 3, 8, 4),
-        num_heads: Sequence[int] = (2, 4, 8, 16),
-        window_size: Sequence[int] = (8, 8, 14, 7),
-        mlp_ratio: float = 4.0,
-        layer_scale: float | None = None,
-        d_state: int = 8,
-        d_conv: int = 3,
-        double_dt_bias: bool = True,
-        mamba_dt_init: bool = False,
-        num_classes: int = 1000,
-        in_channels: int = 3,
-        drop_path_rate: float = 0.0,
-        out_norms: bool = False,
-        dtype: Dtype | None = None,
-        rngs: nnx.Rngs,
-    ):
-        for name, numbers in (("num_heads", num_heads), ("window_size", window_size)):
-            if len(numbers) != 4 or min(numbers) < 1:
-                raise UserError(f"{name} must give one positive number for each of four stages; got {tuple(numbers)}")
-        patch_embed = ConvStem(in_channels, stem_width, width, dtype=dtype, rngs=rngs)
+    def __init__(self, config: MambaVisionConfig, *, rngs: nnx.Rngs):
+        layer = {"dtype": config.dtype, "rngs": rngs}
+        scan = config.pick("d_state", "d_conv", "double_dt_bias", "mamba_dt_init", "implementation")
 
         def block(stage: int, number: int, c: int, drop_path: float) -> nnx.Module:
             if stage < 2:
-                return ConvBlock(c, drop_path=drop_path, dtype=dtype, rngs=rngs)
-            if number < -(-depths[stage] // 2):  # of an odd number of blocks the middle one is a mixer
-                mixer = MambaVisionMixer(
-                    c,
-                    d_state=d_state,
-                    d_conv=d_conv,
-                    double_dt_bias=double_dt_bias,
-                    mamba_dt_init=mamba_dt_init,
-                    dtype=dtype,
-                    rngs=rngs,
-                )
+                return ConvBlock(c, drop_path=drop_path, **layer)
+            if number < -(-config.depths[stage] // 2):  # of an odd number of blocks the middle one is a mixer
+                mixer = MambaVisionMixer(c, **scan, **layer)
             else:
-                mixer = Attention(c, num_heads[stage], dtype=dtype, rngs=rngs)
-            mlp = Mlp(c, int(mlp_ratio * c), dtype=dtype, rngs=rngs)
-            return Block(c, mixer, mlp, drop_path=drop_path, layer_scale=layer_scale, dtype=dtype, rngs=rngs)
+                mixer = Attention(c, config.num_heads[stage], **layer)
+            mlp = Mlp(c, int(config.mlp_ratio * c), **layer)
+            return Block(c, mixer, mlp, drop_path=drop_path, layer_scale=config.layer_scale, **layer)
 
         def downsample(c: int) -> nnx.Conv:
-            return conv(c, 2 * c, 3, stride=2, padding=1, use_bias=False, dtype=dtype, rngs=rngs)
+            return conv(c, 2 * c, 3, stride=2, padding=1, use_bias=False, **layer)
 
-        parts = stage_parts(width, depths, drop_path_rate, block, downsample)
-        stages = [Stage(*part) if i < 2 else WindowStage(*part, window_size[i]) for i, part in enumerate(parts)]
-        super().__init__(
-            patch_embed,
-            stages,
-            width,
-            norm=BatchNorm,
-            num_classes=num_classes,
-            out_norms=out_norms,
-            in_channels=in_channels,
-            dtype=dtype,
-            rngs=rngs,
-        )
+        def stage(i: int, *parts: Any, **options: Any) -> Stage:
+            return Stage(*parts, **options) if i < 2 else WindowStage(*parts, window=config.window_size[i], **options)
+
+        stem = ConvStem(config.in_channels, config.stem_width, config.width, **layer)
+        super().__init__(config, stem, block, downsample, norm=BatchNorm, stage=stage, rngs=rngs)
 
 
-_B = {"width": 128, "stem_width": 64, "depths": (3, 3, 10, 5), "layer_scale": 1e-5}
-_L = _B | {"width": 196, "num_heads": (4, 8, 16, 32)}
-_L2 = _L | {"depths": (3, 3, 12, 5)}
-_L3 = _L | {"width": 256, "depths": (3, 3, 20, 10)}
+_card = functools.partial(
+    ModelCard,
+    paper="2407.08083",
+    licence="CC-BY-NC-SA-4.0",
+    licence_note="as the README says: not for commercial use; the Hugging Face pages name the code's licence, "
+    "NVIDIA Source Code License-NC, which is not for commercial use either",
+    crop=1.0,
+)
+_hub = "https://huggingface.co/nvidia/MambaVision-{}/resolve/main/".format
+_21K = "Pre-trained on ImageNet-21K, fine-tuned on ImageNet-1K."
+_AT_512 = f"{_21K} Neither FLOPs figure holds attention's products of queries, keys and values, {{}}e9 more."
+_card_21k = functools.partial(_card, note=_21K)
+_card_512 = functools.partial(_card, input_size=(512, 512), crop=0.93, crop_mode="squash")
 
-# The released weights pre-trained on ImageNet-21K are of these shapes too; those of B and L have the plain names.
-register("mambavision_t", MambaVision, width=80, stem_width=32, depths=(1, 3, 8, 4))
-register("mambavision_t2", MambaVision, width=80, stem_width=32, depths=(1, 3, 11, 4))
-register("mambavision_s", MambaVision, width=96, stem_width=64, depths=(3, 3, 7, 5))
-register("mambavision_b", MambaVision, **_B)
-register("mambavision_l", MambaVision, **_L)
-register("mambavision_l2", MambaVision, **_L2)
-register("mambavision_l2_512", MambaVision, **_L2, window_size=(8, 8, 32, 16))
-register("mambavision_l3_256", MambaVision, **_L3, window_size=(8, 8, 16, 8))
-register("mambavision_l3_512", MambaVision, **_L3, window_size=(8, 8, 32, 16))
+_B = MambaVisionConfig(width=128, stem_width=64, depths=(3, 3, 10, 5), layer_scale=1e-5)
+_L = dataclasses.replace(_B, width=196, num_heads=(4, 8, 16, 32))
+_L2 = dataclasses.replace(_L, depths=(3, 3, 12, 5))
+_L3 = dataclasses.replace(_L, width=256, depths=(3, 3, 20, 10))
+
+# fmt: off
+register("mambavision_t", MambaVision, MambaVisionConfig(),
+         _card(31_794_248, 4_471_465_856, 4.4e9, 82.3, 96.2, _hub("T-1K"), "mambavision_tiny_1k.pth.tar"))
+register("mambavision_t2", MambaVision, MambaVisionConfig(depths=(1, 3, 11, 4)),
+         _card(35_104_008, 5_122_185_856, 5.1e9, 82.7, 96.3, _hub("T2-1K"), "mambavision_tiny2_1k.pth.tar", crop=0.98))
+register("mambavision_s", MambaVision, MambaVisionConfig(width=96, stem_width=64, depths=(3, 3, 7, 5)),
+         _card(50_140_584, 7_496_855_424, 7.5e9, 83.3, 96.5, _hub("S-1K"), "mambavision_small_1k.pth.tar", crop=0.93))
+register("mambavision_b", MambaVision, _B,
+         _card(97_685_288, 14_979_638_784, 15.0e9, 84.2, 96.9, _hub("B-1K"), "mambavision_base_1k.pth.tar"))
+register("mambavision_b_21k", MambaVision, _B,
+         _card_21k(97_685_288, 14_979_638_784, 15.0e9, 84.9, 97.5, _hub("B-21K"), "mambavision_base_21k.pth.tar"))
+register("mambavision_l", MambaVision, _L,
+         _card(227_961_048, 34_879_886_384, 34.9e9, 85.0, 97.1, _hub("L-1K"), "mambavision_large_1k.pth.tar"))
+register("mambavision_l_21k", MambaVision, _L,
+         _card_21k(227_961_048, 34_879_886_384, 34.9e9, 86.1, 97.9, _hub("L-21K"), "mambavision_large_21k.pth.tar"))
+register("mambavision_l2", MambaVision, _L2,
+         _card(241_554_824, 37_545_111_632, 37.5e9, 85.3, 97.2, _hub("L2-1K"), "mambavision_large2_1k.pth.tar"))
+register("mambavision_l2_512", MambaVision, dataclasses.replace(_L2, window_size=(8, 8, 32, 16)),
+         _card_512(241_554_824, 196_147_428_608, 196.3e9, 87.3, 98.4, _hub("L2-512-21K"),
+               "mambavision_L2_21k_240m_512.pth.tar", note=_AT_512.format(10.3)))
+register("mambavision_l3_256", MambaVision, dataclasses.replace(_L3, window_size=(8, 8, 16, 8)),
+         _card(739_570_472, 122_240_253_952, 122.3e9, 87.3, 98.3, _hub("L3-256-21K"),
+               "mambavision_L3_21k_740m_256.pth.tar", note=_21K, input_size=(256, 256)))
+register("mambavision_l3_512", MambaVision, dataclasses.replace(_L3, window_size=(8, 8, 32, 16)),
+         _card_512(739_570_472, 488_954_871_808, 489.1e9, 88.1, 98.6, _hub("L3-512-21K"),
+               "mambavision_L3_21k_740m_512.pth.tar", note=_AT_512.format(22.8)))
+# fmt: on

@@ -5,6 +5,7 @@ branches master at c394019 (version 1) and v2 at fca4a39 (version 2). Where pape
 code: the three half-resolution scans are one sequence, and Base keeps its gate.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Literal
@@ -16,16 +17,16 @@ from flax import nnx
 from flax.typing import Dtype
 
 from evmamba_jax.errors import UserError
+from evmamba_jax.layers.backbone import StagedBackbone, StagedConfig
 from evmamba_jax.layers.block import Block
 from evmamba_jax.layers.mlp import gelu
 from evmamba_jax.layers.norm import LayerNorm
 from evmamba_jax.layers.patches import PATCHES
 from evmamba_jax.layers.projections import Linear, depthwise_conv, pointwise_conv
-from evmamba_jax.layers.pyramid import Pyramid, Stage, stage_parts
 from evmamba_jax.layers.resize import resize
 from evmamba_jax.layers.s6 import S6, default_dt_rank
 from evmamba_jax.layers.squeeze_excite import SqueezeExcite
-from evmamba_jax.models.registry import register
+from evmamba_jax.models.registry import ModelCard, register
 from pallas_kernels import Chain, Order
 
 Version = Literal[1, 2]
@@ -58,6 +59,7 @@ class MS2D(nnx.Module):
         ssm_ratio: inner width E = ssm_ratio * C.
         gate: multiply the result with a second projection of the input.
         leak_state: scan the three directions as one sequence, each starting from the state the one before left.
+        implementation: passed to :func:`pallas_kernels.scan2d`.
         dtype: compute type; the recurrence is float32 or wider whatever it says.
         rngs: source of the initial values.
 
@@ -74,6 +76,7 @@ class MS2D(nnx.Module):
         ssm_ratio: float,
         gate: bool,
         leak_state: bool = True,
+        implementation: str | None = None,
         dtype: Dtype | None = None,
         rngs: nnx.Rngs,
     ):
@@ -81,7 +84,8 @@ class MS2D(nnx.Module):
         self.in_proj = Linear(width, (2 if gate else 1) * inner, use_bias=False, dtype=dtype, rngs=rngs)
         self.conv2d = depthwise_conv(inner, dtype=dtype, rngs=rngs)
         self.conv2d_low = depthwise_conv(inner, (7, 7), stride=2, dtype=dtype, rngs=rngs)
-        self.scan = S6(inner, 2, d_state=d_state, dt_rank=default_dt_rank(width), rngs=rngs)
+        scan = {"d_state": d_state, "dt_rank": default_dt_rank(width), "implementation": implementation}
+        self.scan = S6(inner, 2, **scan, rngs=rngs)
         self.out_norm = LayerNorm(inner, dtype=dtype, rngs=rngs)
         self.se = SqueezeExcite(inner, use_bias=False, dtype=dtype, rngs=rngs)
         self.out_proj = Linear(inner, width, use_bias=False, dtype=dtype, rngs=rngs)
@@ -115,14 +119,11 @@ class MS2D(nnx.Module):
         return functools.reduce(jnp.add, maps)
 
 
-class MSVMamba(Pyramid):
-    """MSVMamba: four stages of blocks ``x + MS2D(norm(x))``, ``x + ConvFFN(norm(x))``, or ``x + norm(ConvFFN(x))``.
+@dataclasses.dataclass(frozen=True)
+class MSVMambaConfig(StagedConfig):
+    """Options of MSVMamba, beside those of all families of four stages.
 
-    Images of any size: from one pixel up in version 2, from 4x4 in version 1, whose stem cuts into patches.
-
-    Args:
-        width: channels C of the first stage; every stage doubles them.
-        depths: blocks of each of the four stages.
+    Attributes:
         version: 1 for the models of arXiv v1, 2 for those of NeurIPS. It settles stem and downsampling (patches, or
             overlapping convolutions), the norm of the scans (of every sequence, or of their sum), the upsampling
             (bilinear, or nearest) and the norm of the ConvFFN (before, or after it).
@@ -132,68 +133,70 @@ class MSVMamba(Pyramid):
         gate: multiply the scans' result with SiLU of a second projection.
         leak_state: scan the three half-resolution directions as one sequence, as the official code does: the state
             runs from each into the next. False scans them one by one, as the paper has it, with the same parameters.
-        num_classes, in_channels, drop_path_rate, out_norms, dtype, rngs: as all four-stage families have them, see
-            :class:`~evmamba_jax.layers.pyramid.Pyramid`.
 
     Raises:
         UserError: depths that are not four, an unknown version.
     """
 
-    def __init__(
-        self,
-        *,
-        width: int = 96,
-        depths: Sequence[int] = (2, 2, 9, 2),
-        num_classes: int = 1000,
-        in_channels: int = 3,
-        version: Version = 2,
-        d_state: int = 1,
-        ssm_ratio: float = 1.0,
-        ffn_ratio: float = 4.0,
-        gate: bool = False,
-        leak_state: bool = True,
-        drop_path_rate: float = 0.0,
-        out_norms: bool = False,
-        dtype: Dtype | None = None,
-        rngs: nnx.Rngs,
-    ):
-        if version not in (1, 2):
-            raise UserError(f"unknown version {version!r} of MSVMamba; allowed: 1 (arXiv v1), 2 (NeurIPS)")
-        stem, halve = PATCHES[version == 2]
-        patch_embed = stem(in_channels, width, dtype=dtype, rngs=rngs)
+    depths: Sequence[int] = (2, 2, 9, 2)
+    version: Version = 2
+    d_state: int = 1
+    ssm_ratio: float = 1.0
+    ffn_ratio: float = 4.0
+    gate: bool = False
+    leak_state: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.version not in (1, 2):
+            raise UserError(f"unknown version {self.version!r} of MSVMamba; allowed: 1 (arXiv v1), 2 (NeurIPS)")
+
+
+class MSVMamba(StagedBackbone):
+    """MSVMamba: four stages of blocks ``x + MS2D(norm(x))``, ``x + ConvFFN(norm(x))``, or ``x + norm(ConvFFN(x))``.
+
+    Images of any size: from one pixel up in version 2, from 4x4 in version 1, whose stem cuts into patches.
+    """
+
+    def __init__(self, config: MSVMambaConfig, *, rngs: nnx.Rngs):
+        layer = {"dtype": config.dtype, "rngs": rngs}
+        scan = config.pick("version", "d_state", "ssm_ratio", "gate", "leak_state", "implementation")
 
         def block(_stage: int, _number: int, c: int, drop_path: float) -> Block:
-            mixer = MS2D(
-                c,
-                version=version,
-                d_state=d_state,
-                ssm_ratio=ssm_ratio,
-                gate=gate,
-                leak_state=leak_state,
-                dtype=dtype,
-                rngs=rngs,
-            )
-            ffn = ConvFFN(c, int(ffn_ratio * c), dtype=dtype, rngs=rngs)
-            return Block(c, mixer, ffn, drop_path=drop_path, post_norm=version == 2, dtype=dtype, rngs=rngs)
+            mixer = MS2D(c, **scan, **layer)
+            ffn = ConvFFN(c, int(config.ffn_ratio * c), **layer)
+            return Block(c, mixer, ffn, drop_path=drop_path, post_norm=config.version == 2, **layer)
 
-        parts = stage_parts(width, depths, drop_path_rate, block, functools.partial(halve, dtype=dtype, rngs=rngs))
-        super().__init__(
-            patch_embed,
-            [Stage(*part) for part in parts],
-            width,
-            num_classes=num_classes,
-            out_norms=out_norms,
-            in_channels=in_channels,
-            dtype=dtype,
-            rngs=rngs,
-        )
+        stem, halve = PATCHES[config.version == 2]
+        patch_embed = stem(config.in_channels, config.width, **layer)
+        super().__init__(config, patch_embed, block, functools.partial(halve, **layer), rngs=rngs)
 
 
-_ARXIV = {"version": 1, "ssm_ratio": 2.0, "ffn_ratio": 2.0, "gate": True}
+_card = functools.partial(
+    ModelCard,
+    paper="2405.14174",
+    licence="none stated",
+    licence_note="neither the repository nor its README names one, so all rights are reserved: ask the authors",
+)
+_card_v2 = functools.partial(
+    _card, licence="MIT", licence_note="as the Hugging Face page says; the repository has no LICENSE file"
+)
+_DRIVE = "https://drive.google.com/drive/folders/"
+_HUB = "https://huggingface.co/YuhengSSS/MSVMamba/blob/main/"
 
-register("msvmamba_n", MSVMamba, width=48, depths=(1, 2, 5, 2), **_ARXIV)
-register("msvmamba_m", MSVMamba, width=64, depths=(1, 2, 5, 2), **_ARXIV)
-register("msvmamba_t", MSVMamba, width=96, depths=(1, 2, 9, 2), **_ARXIV)
-register("msvmamba_t_v2", MSVMamba, width=96, depths=(2, 2, 9, 2))
-register("msvmamba_s_v2", MSVMamba, width=96, depths=(2, 3, 20, 2))
-register("msvmamba_b_v2", MSVMamba, width=128, depths=(2, 4, 18, 2), gate=True)
+_ARXIV = MSVMambaConfig(version=1, ssm_ratio=2.0, ffn_ratio=2.0, gate=True)
+
+# fmt: off
+register("msvmamba_n", MSVMamba, dataclasses.replace(_ARXIV, width=48, depths=(1, 2, 5, 2)),
+         _card(6_864_136, 860_927_616, 0.9e9, 77.3, None, _DRIVE + "1J41w3ApitQhp2O3wHmJoOs4U032uqebK", None))
+register("msvmamba_m", MSVMamba, dataclasses.replace(_ARXIV, width=64, depths=(1, 2, 5, 2)),
+         _card(11_879_272, 1_502_937_600, 1.5e9, 79.8, None, _DRIVE + "1jfl2GmuKcUB8sPwRlyHK_wT0MjqgljYk", None))
+register("msvmamba_t", MSVMamba, dataclasses.replace(_ARXIV, depths=(1, 2, 9, 2)),
+         _card(33_046_312, 4_557_589_248, 4.6e9, 82.8, None, _DRIVE + "1ddNWk89ohcxxMuVEaJ2Y5A6xeBKgA7lU", None))
+register("msvmamba_t_v2", MSVMamba, MSVMambaConfig(),
+         _card_v2(32_263_720, 5_099_654_016, 5.0e9, 83.0, None, _HUB, "msvmambav3_tiny_224.pth"))
+register("msvmamba_s_v2", MSVMamba, MSVMambaConfig(depths=(2, 3, 20, 2)),
+         _card_v2(50_216_296, 8_720_662_272, 8.8e9, 84.1, None, _HUB, "msvmambav3_small_224.pth"))
+register("msvmamba_b_v2", MSVMamba, MSVMambaConfig(width=128, depths=(2, 4, 18, 2), gate=True),
+         _card_v2(90_591_976, 16_214_731_776, 16.3e9, 84.4, None, _HUB, "msvmambav3_base_224.pth"))
+# fmt: on

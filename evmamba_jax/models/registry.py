@@ -1,41 +1,106 @@
-"""Model names and how to build them."""
+"""The variants by name: a class, a frozen configuration, and a card with what is published about it."""
 
+import dataclasses
 import fnmatch
-import inspect
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 from flax import nnx
 
-from evmamba_jax.errors import UserError, nearest
+from evmamba_jax.errors import UserError, nearest, one_of
+from evmamba_jax.layers.backbone import BackboneConfig
 
-_VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {}  # the class and its sizes
+
+@dataclasses.dataclass(frozen=True)
+class ModelCard:
+    """The facts about one model and its official weights; tests compute parameters and FLOPs again.
+
+    Accuracies and FLOPs are from the official READMEs and, where they differ, of the released weights, not the paper.
+
+    Attributes:
+        name: as :func:`evmamba_jax.create_model` takes it; given by :func:`register`.
+        parameters: trained parameters, with the head of 1000 classes.
+        flops: multiply-adds of one image of ``input_size``, by :func:`evmamba_jax.analysis.count_flops`.
+        published_flops: multiply-adds as published, by the authors' counter; None where there is no figure.
+        top1: published top-1 accuracy on ImageNet-1K's validation images, in percent.
+        top5: the same for top-5; None where there is no figure.
+        source: address of the official weights, or of the page that offers them.
+        checkpoint: name of the file; None where the page alone tells.
+        paper: arXiv identifier.
+        licence: of the official weights, by its SPDX identifier, or "none stated".
+        licence_note: where that is stated, and what follows.
+        note: what else to know about the weights and figures.
+        input_size: (height, width) of the images, in pixels.
+        crop: side of the evaluation crop over the side that images are resized to.
+        crop_mode: "center" resizes the short side to ``input_size / crop`` and cuts out the middle; "squash" resizes
+            both sides to that, whatever their ratio, and cuts out the middle.
+        interpolation: of that resizing.
+        mean: what is subtracted from red, green and blue, which go from 0 to 1.
+        std: what they are then divided by.
+    """
+
+    name: str = dataclasses.field(default="", kw_only=True)
+    parameters: int
+    flops: int
+    published_flops: float | None
+    top1: float
+    top5: float | None
+    source: str
+    checkpoint: str | None
+    paper: str
+    licence: str
+    licence_note: str
+    note: str = ""
+    input_size: tuple[int, int] = (224, 224)
+    crop: float = 0.875
+    crop_mode: Literal["center", "squash"] = "center"
+    interpolation: str = "bicubic"
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
 
-def register(name: str, family: type[nnx.Module], **defaults: Any) -> None:
-    """Enter a variant: ``create_model(name, **options)`` builds ``family(**defaults | options)``."""
-    _VARIANTS[name] = (family, defaults)
+class Variant(NamedTuple):
+    """A registered model."""
+
+    family: type[Any]
+    config: BackboneConfig
+    card: ModelCard
+
+
+VARIANTS: dict[str, Variant] = {}  # in the order of the families and their sizes
+
+
+def register(name: str, family: type[Any], config: BackboneConfig, card: ModelCard) -> None:
+    """Enter a variant: ``create_model(name, **options)`` builds ``family`` of ``config`` with these options changed.
+
+    An address in the card that ends in a slash is a folder that holds the file; any other is a page that offers it.
+    """
+    folder = card.source.endswith("/")
+    source = card.source + (card.checkpoint or "") if folder else card.source
+    VARIANTS[name] = Variant(family, config, dataclasses.replace(card, name=name, source=source))
 
 
 def list_models(pattern: str = "*") -> list[str]:
     """Return the registered names that match a shell ``pattern``, sorted."""
-    return fnmatch.filter(sorted(_VARIANTS), pattern)
+    return fnmatch.filter(sorted(VARIANTS), pattern)
+
+
+def model_card(name: str) -> ModelCard:
+    """Return the card of one of :func:`list_models`; raises a UserError for an unknown name."""
+    return one_of("model", name, VARIANTS).card
 
 
 def build_model(name: str, *, rngs: nnx.Rngs | None = None, **options: Any) -> Any:
     """Build a model in evaluation mode with the official initial values; arguments as for ``create_model``."""
-    if name not in _VARIANTS:
-        raise UserError(f"unknown model {name!r}{nearest(name, _VARIANTS)}; known: {', '.join(sorted(_VARIANTS))}")
-    family, defaults = _VARIANTS[name]
-    allowed = inspect.signature(family.__init__).parameters.keys() - {"self", "rngs"}
+    if name not in VARIANTS:
+        raise UserError(f"unknown model {name!r}{nearest(name, VARIANTS)}; known: {', '.join(sorted(VARIANTS))}")
+    family, config, _ = VARIANTS[name]
+    allowed = sorted(field.name for field in dataclasses.fields(config))
     for option in options:
         if option not in allowed:
-            raise UserError(
-                f"unknown option {option!r} of model {name}{nearest(option, allowed)}; "
-                f"allowed: {', '.join(sorted(allowed))}"
-            )
-
-    model = family(**{**defaults, **options}, rngs=rngs or nnx.Rngs(0))
+            near = nearest(option, allowed)
+            raise UserError(f"unknown option {option!r} of model {name}{near}; allowed: {', '.join(allowed)}")
+    model: Any = family(dataclasses.replace(config, **options), rngs=rngs or nnx.Rngs(0))
     model.eval()
     return model
 

@@ -7,7 +7,10 @@ with Mamba's time steps (``mamba_dt_init_backward``), and resizing the position 
 class token's, which sits in the middle (``pos_embed_class_token``).
 """
 
+import dataclasses
+import functools
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -19,15 +22,15 @@ from jax.typing import ArrayLike
 
 from evmamba_jax.errors import UserError, one_of
 from evmamba_jax.layers import initializers as init
+from evmamba_jax.layers.backbone import Backbone, BackboneConfig, check_images
 from evmamba_jax.layers.block import Block
 from evmamba_jax.layers.blocks import run_blocks
 from evmamba_jax.layers.drop_path import drop_path_rates
 from evmamba_jax.layers.norm import RMSNorm
 from evmamba_jax.layers.projections import Linear, depthwise_conv
-from evmamba_jax.layers.pyramid import check_images
 from evmamba_jax.layers.resize import resize
 from evmamba_jax.layers.s6 import S6, default_dt_rank
-from evmamba_jax.models.registry import register
+from evmamba_jax.models.registry import ModelCard, register
 from pallas_kernels import Order
 
 # Where a position embedding of M + 1 entries is taken to have that of the class token.
@@ -46,6 +49,7 @@ class Direction(nnx.Module):
         d_state: state size N of every channel.
         d_conv: kernel of the convolution.
         scan_init: initial values of the scan.
+        implementation: passed to :func:`pallas_kernels.scan2d`.
         dtype: compute type.
         rngs: source of the initial values.
     """
@@ -59,12 +63,14 @@ class Direction(nnx.Module):
         d_state: int,
         d_conv: int,
         scan_init: init.ScanInit,
+        implementation: str | None,
         dtype: Dtype | None,
         rngs: nnx.Rngs,
     ):
         before = [(0, d_conv - 1) if reverse else (d_conv - 1, 0)]
         self.conv = depthwise_conv(inner, (d_conv,), padding=before, backwards=reverse, dtype=dtype, rngs=rngs)
-        self.scan = S6(inner, d_state=d_state, dt_rank=default_dt_rank(width), init=scan_init, rngs=rngs)
+        scan = {"d_state": d_state, "dt_rank": default_dt_rank(width), "implementation": implementation}
+        self.scan = S6(inner, init=scan_init, **scan, rngs=rngs)
         self.orders = (Order(reverse=reverse),)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -85,6 +91,7 @@ class VimMixer(nnx.Module):
         mamba_dt_init_backward: give the backward direction Mamba's initial time steps too, 0.001 to 0.1; otherwise its
             bias starts at zero, and its time steps near softplus(0) = 0.69.
         depth: blocks of the model; the initial output projection is divided by its root.
+        implementation: passed to :func:`pallas_kernels.scan2d`.
         dtype: compute type; the recurrence is float32 or wider whatever it says.
         rngs: source of the initial values.
 
@@ -101,31 +108,22 @@ class VimMixer(nnx.Module):
         divide_out: bool = True,
         mamba_dt_init_backward: bool = False,
         depth: int = 1,
+        implementation: str | None = None,
         dtype: Dtype | None = None,
         rngs: nnx.Rngs,
     ):
         inner = expand * width
 
-        def direction(reverse: bool, scan_init: init.ScanInit) -> Direction:
-            return Direction(
-                width,
-                inner,
-                reverse=reverse,
-                d_state=d_state,
-                d_conv=d_conv,
-                scan_init=scan_init,
-                dtype=dtype,
-                rngs=rngs,
-            )
-
+        options = {"d_state": d_state, "d_conv": d_conv, "implementation": implementation, "dtype": dtype}
+        direction = functools.partial(Direction, width, inner, **options, rngs=rngs)
         mamba = init.ScanInit()
         backward_init = mamba if mamba_dt_init_backward else mamba._replace(dt_bias=init.zeros)
         out_init = init.within((inner * depth) ** -0.5)
         self.in_proj = nnx.Linear(
             width, 2 * inner, use_bias=False, kernel_init=init.torch_default, dtype=dtype, rngs=rngs
         )
-        self.forward = direction(False, mamba)
-        self.backward = direction(True, backward_init)
+        self.forward = direction(reverse=False, scan_init=mamba)
+        self.backward = direction(reverse=True, scan_init=backward_init)
         self.out_proj = nnx.Linear(inner, width, use_bias=False, kernel_init=out_init, dtype=dtype, rngs=rngs)
         self.divide_out = divide_out
 
@@ -192,17 +190,13 @@ def resize_pos_embed(
     return _insert(resized(patches), own, place(new))
 
 
-class Vim(nnx.Module):
-    """Vim: patches and a class token among them, a position embedding, ``depth`` blocks, the class token to the head.
+@dataclasses.dataclass(frozen=True)
+class VimConfig(BackboneConfig):
+    """Options of Vim, beside those of all families.
 
-    Images of any size from one patch up; where their grid of patches is not that of ``image_size``, the position
-    embedding is resized bicubically at run time. The official code takes images of ``image_size`` only.
-
-    Args:
+    Attributes:
         width: channels C of the tokens.
         depth: blocks.
-        num_classes: outputs of the head; 0 leaves it out and returns what would enter it.
-        in_channels: channels of the images.
         image_size: side, or (height, width), of the images whose grid the position embedding has; pixels.
         patch_size: side of a patch.
         stride: pixels between patches; they overlap where it is smaller than a patch.
@@ -215,95 +209,88 @@ class Vim(nnx.Module):
             as the official code has it, or "middle", where it is; see :func:`resize_pos_embed`.
         class_token: False leaves it out, as the official backbones for detection and segmentation do; the mean over
             the patches then enters the head.
-        drop_path_rate: stochastic depth of the last block; it rises linearly from 0 over all blocks.
-        dtype: compute type, e.g. ``jnp.bfloat16``; ``None`` takes the promoted type of images and parameters.
-            Parameters, the residual stream, time steps, decays, the recurrence and all statistics stay float32 or
-            wider.
-        rngs: source of the initial values.
 
     Raises:
         UserError: no blocks, an image_size below one patch, an unknown pos_embed_class_token.
     """
 
-    def __init__(
-        self,
-        *,
-        width: int = 192,
-        depth: int = 24,
-        num_classes: int = 1000,
-        in_channels: int = 3,
-        image_size: int | Sequence[int] = 224,
-        patch_size: int = 16,
-        stride: int = 16,
-        d_state: int = 16,
-        d_conv: int = 4,
-        expand: int = 2,
-        divide_out: bool = True,
-        mamba_dt_init_backward: bool = False,
-        pos_embed_class_token: Place = "first",
-        class_token: bool = True,
-        drop_path_rate: float = 0.0,
-        dtype: Dtype | None = None,
-        rngs: nnx.Rngs,
-    ):
-        if depth < 1:
-            raise UserError(f"depth is {depth}: there must be 1 block or more")
-        sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-        if len(sides) != 2 or min(sides) < patch_size:
-            raise UserError(
-                f"image_size is {image_size!r}: give a side or (height, width) of at least patch_size={patch_size}"
-            )
-        one_of("pos_embed_class_token", pos_embed_class_token, CLASS_TOKEN_AT)
-        self.patch_size = patch_size
-        self.stride = stride
-        self.in_channels = in_channels
-        self.grid = self._grid_of(*sides)
-        self.pos_embed_class_token: Place = pos_embed_class_token
+    width: int = 192
+    depth: int = 24
+    image_size: int | Sequence[int] = 224
+    patch_size: int = 16
+    stride: int = 16
+    d_state: int = 16
+    d_conv: int = 4
+    expand: int = 2
+    divide_out: bool = True
+    mamba_dt_init_backward: bool = False
+    pos_embed_class_token: Place = "first"
+    class_token: bool = True
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.depth < 1:
+            raise UserError(f"depth is {self.depth}: there must be 1 block or more")
+        sides = (self.image_size,) * 2 if isinstance(self.image_size, int) else tuple(self.image_size)
+        if len(sides) != 2 or min(sides) < self.patch_size:
+            raise UserError(
+                f"image_size is {self.image_size!r}: give a side or (height, width) of at least "
+                f"patch_size={self.patch_size}"
+            )
+        one_of("pos_embed_class_token", self.pos_embed_class_token, CLASS_TOKEN_AT)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of the patches of an image of ``image_size``."""
+        size = self.image_size
+        return self.grid_of(*((size, size) if isinstance(size, int) else size))
+
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """(rows, columns) of the patches of an image of this size."""
+        return (height - self.patch_size) // self.stride + 1, (width - self.patch_size) // self.stride + 1
+
+
+class Vim(Backbone):
+    """Vim: patches and a class token among them, a position embedding, ``depth`` blocks, the class token to the head.
+
+    Images of any size from one patch up; where their grid of patches is not that of ``image_size``, the position
+    embedding is resized bicubically at run time. The official code takes images of ``image_size`` only.
+    """
+
+    def __init__(self, config: VimConfig, *, rngs: nnx.Rngs):
+        super().__init__(config)
+        layer = {"dtype": config.dtype, "rngs": rngs}
+        width = config.width
         # timm 0.4's lecun_normal_ divides by the deviation of a normal cut at 2 deviations, but does not cut it there.
-        fan_in = in_channels * patch_size**2
+        fan_in = config.in_channels * config.patch_size**2
         self.patch_embed = nnx.Conv(
-            in_channels,
+            config.in_channels,
             width,
-            (patch_size, patch_size),
-            strides=stride,
+            (config.patch_size, config.patch_size),
+            strides=config.stride,
             padding=0,
             kernel_init=init.normal(fan_in**-0.5 / 0.87962566103423978),
             bias_init=init.zeros,
-            dtype=dtype,
-            rngs=rngs,
+            **layer,
         )
 
         def embedding(tokens: int) -> nnx.Param:
             return nnx.Param(init.linear_normal(rngs.params(), (1, tokens, width), jnp.float32))
 
-        self.cls_token = embedding(1) if class_token else None
-        self.pos_embed = embedding(self.grid[0] * self.grid[1] + class_token)
+        self.cls_token = embedding(1) if config.class_token else None
+        self.pos_embed = embedding(math.prod(config.grid) + config.class_token)
+
+        scan = config.pick("d_state", "d_conv", "expand", "divide_out", "mamba_dt_init_backward", "implementation")
 
         def block(drop_path: float) -> Block:
-            mixer = VimMixer(
-                width,
-                d_state=d_state,
-                d_conv=d_conv,
-                expand=expand,
-                divide_out=divide_out,
-                mamba_dt_init_backward=mamba_dt_init_backward,
-                depth=depth,
-                dtype=dtype,
-                rngs=rngs,
-            )
             # No dtype: the norm of the residual stream keeps its width; the mixer's projection narrows it.
+            mixer = VimMixer(width, depth=config.depth, **scan, **layer)
             return Block(width, mixer, None, drop_path=drop_path, norm=RMSNorm, dtype=None, rngs=rngs)
 
-        (rates,) = drop_path_rates(drop_path_rate, [depth])
+        (rates,) = drop_path_rates(config.drop_path_rate, [config.depth])
         self.blocks = nnx.List([block(rate) for rate in rates])
-        self.remat = "none"
-        self.deterministic = True
         self.norm = RMSNorm(width, rngs=rngs)
-        self.head = Linear(width, num_classes, dtype=dtype, rngs=rngs) if num_classes else None
-
-    def _grid_of(self, height: int, width: int) -> tuple[int, int]:
-        return (height - self.patch_size) // self.stride + 1, (width - self.patch_size) // self.stride + 1
+        self.head = Linear(width, config.num_classes, **layer) if config.num_classes else None
 
     def tokens(self, images: jax.Array) -> jax.Array:
         """Return what enters the first block: (B, M + 1, C), the class token at M // 2 of M patches row by row.
@@ -311,8 +298,8 @@ class Vim(nnx.Module):
         Raises:
             UserError: images of another rank, another number of channels, or smaller than a patch.
         """
-        check_images(images, self.in_channels, self.patch_size)
-        grid = self._grid_of(*images.shape[1:3])
+        check_images(images, self.config.in_channels, self.config.patch_size)
+        grid = self.config.grid_of(*images.shape[1:3])
         x = self.patch_embed(images)
         x = x.reshape(x.shape[0], -1, x.shape[-1])
         if self.cls_token is not None:
@@ -321,9 +308,9 @@ class Vim(nnx.Module):
         # Adding a float32 parameter makes the residual stream float32 whatever the compute type.
         return x + resize_pos_embed(
             self.pos_embed[...],
-            self.grid,
+            self.config.grid,
             grid,
-            class_token=self.pos_embed_class_token if self.cls_token is not None else None,
+            class_token=self.config.pos_embed_class_token if self.cls_token is not None else None,
         )
 
     def _streams(self, images: jax.Array, key: jax.Array | None, ends: Sequence[int]) -> Iterator[jax.Array]:
@@ -331,7 +318,7 @@ class Vim(nnx.Module):
         x = self.tokens(images)
         for start, end in itertools.pairwise((0, *ends)):
             blocks = self.blocks[start:end]
-            x = run_blocks(blocks, x, key, training=not self.deterministic, remat=self.remat, first=start)
+            x = run_blocks(blocks, x, key, training=not self.deterministic, remat=self.config.remat, first=start)
             yield x
 
     def features(self, images: jax.Array, *, key: jax.Array | None = None) -> list[jax.Array]:
@@ -347,7 +334,7 @@ class Vim(nnx.Module):
         Raises:
             UserError: images of another rank, another number of channels, or smaller than a patch.
         """
-        rows, columns = self._grid_of(*images.shape[1:3])
+        rows, columns = self.config.grid_of(*images.shape[1:3])
         maps = []
         for x in self._streams(images, key, [-(-len(self.blocks) * quarter // 4) for quarter in (1, 2, 3, 4)]):
             if self.cls_token is not None:
@@ -362,9 +349,32 @@ class Vim(nnx.Module):
         return x if self.head is None else self.head(x)
 
 
+_card = functools.partial(
+    ModelCard,
+    paper="2401.09417",
+    licence="Apache-2.0",
+    licence_note="as the Hugging Face pages say; LICENSE.txt of the repository is the same",
+)
+_HUB = "https://huggingface.co/hustvl/Vim-"
+_OLD_COUNT = (
+    "The published FLOPs are those that {} prints; they count the scan by an older, 2.5 times smaller convention."
+)
+_FINE_TUNED = "Fine-tuned from the model of stride 16 for 30 epochs."
+
 # B has no published recipe, but weights; the stride-8 models are T and S fine-tuned with overlapping patches.
-register("vim_t", Vim, width=192)
-register("vim_s", Vim, width=384)
-register("vim_b", Vim, width=768)
-register("vim_t_stride8", Vim, width=192, stride=8)
-register("vim_s_stride8", Vim, width=384, stride=8)
+# fmt: off
+register("vim_t", Vim, VimConfig(),
+         _card(7_148_008, 1_819_227_648, 1.5e9, 76.1, 93.0, _HUB + "tiny-midclstok", "vim_t_midclstok_76p1acc.pth",
+               note=_OLD_COUNT.format("EfficientVMamba's paper")))
+register("vim_s", Vim, VimConfig(width=384),
+         _card(25_796_584, 5_904_264_192, 5.3e9, 80.5, 95.1, _HUB + "small-midclstok", "vim_s_midclstok_80p5acc.pth",
+               note=_OLD_COUNT.format("VMamba's paper") + " Vim's paper has top-1 80.3; these weights have 80.5."))
+register("vim_b", Vim, VimConfig(width=768),
+         _card(97_598_440, 20_871_763_968, None, 81.9, 95.8, _HUB + "base-midclstok", None))
+register("vim_t_stride8", Vim, VimConfig(stride=8),
+         _card(7_250_344, 6_741_179_904, None, 78.3, 94.2, _HUB + "tiny-midclstok", "vim_t_midclstok_ft_78p3acc.pth",
+               note=_FINE_TUNED))
+register("vim_s_stride8", Vim, VimConfig(width=384, stride=8),
+         _card(26_001_256, 21_878_504_448, None, 81.6, 95.4, _HUB + "small-midclstok", "vim_s_midclstok_ft_81p6acc.pth",
+               note=f"{_FINE_TUNED} Vim's paper has top-1 81.4; these weights have 81.6."))
+# fmt: on

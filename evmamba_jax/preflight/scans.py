@@ -8,7 +8,7 @@ from flax import nnx
 
 from evmamba_jax import list_models
 from evmamba_jax.analysis.program import equations
-from evmamba_jax.models.cards import CARDS
+from evmamba_jax.models import model_card
 from evmamba_jax.models.registry import abstract_model
 from evmamba_jax.preflight.kernels import BATCH, Scan
 
@@ -31,7 +31,7 @@ def model_scans(*, detector: bool) -> dict[Scan, list[str]]:
             model.eval()
             return model.features(images)
 
-        shape = (1, *DETECTOR, 3) if detector else (BATCH, *CARDS[name].input_size, 3)
+        shape = (1, *DETECTOR, 3) if detector else (BATCH, *model_card(name).input_size, 3)
         images = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
         for equation in equations(jax.make_jaxpr(features)(weights, images).jaxpr):
             if equation.primitive.name == "scan2d_forward":

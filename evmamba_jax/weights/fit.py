@@ -73,14 +73,14 @@ def _position_embedding(model: Vim, arrays: Mapping[str, Any], resize: bool) -> 
     given = arrays.get("pos_embed")
     if given is None or given.ndim != 3:
         return dict(arrays)
-    classifier, patches = "cls_token" in arrays, model.grid[0] * model.grid[1]
+    classifier, patches = "cls_token" in arrays, model.config.grid[0] * model.config.grid[1]
     if resize and given.shape[1] != patches + classifier:
         side = math.isqrt(given.shape[1] - classifier)
         if given.shape[1] == side**2 + classifier:
-            logger.warning("position embedding resized from %dx%d to %dx%d patches", side, side, *model.grid)
-            place = model.pos_embed_class_token if classifier else None
-            given = np.asarray(resize_pos_embed(given, (side, side), model.grid, class_token=place))
+            logger.warning("position embedding resized from %dx%d to %dx%d patches", side, side, *model.config.grid)
+            place = model.config.pos_embed_class_token if classifier else None
+            given = np.asarray(resize_pos_embed(given, (side, side), model.config.grid, class_token=place))
     if classifier and model.cls_token is None and model.head is None and given.shape[1] == patches + classifier:
         arrays = {path: array for path, array in arrays.items() if path != "cls_token"}
-        given = np.delete(given, CLASS_TOKEN_AT[model.pos_embed_class_token](patches), axis=1)
+        given = np.delete(given, CLASS_TOKEN_AT[model.config.pos_embed_class_token](patches), axis=1)
     return {**arrays, "pos_embed": given}

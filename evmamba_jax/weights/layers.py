@@ -12,8 +12,8 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 
+from evmamba_jax.layers.backbone import StagedBackbone
 from evmamba_jax.layers.patches import ConvDownsample, OverlapPatchEmbed, PatchEmbed, PatchMerging
-from evmamba_jax.layers.pyramid import Pyramid
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ PATCH_ROWS: Mapping[type[nnx.Module], list[Row]] = {
 }
 
 
-def pyramid(model: Pyramid, block: list[Row]) -> list[Row]:
+def staged(model: StagedBackbone, block: list[Row]) -> list[Row]:
     """Return the rows of a model of the VMamba line whose blocks all have the rows ``block``."""
     rows = below("patch_embed", "patch_embed", PATCH_ROWS[type(model.patch_embed)])
     for i, stage in enumerate(model.stages):

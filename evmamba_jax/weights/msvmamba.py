@@ -6,7 +6,7 @@ and the full resolution's in version 2; they stay in their places here, and the 
 """
 
 from evmamba_jax.models.msvmamba import MSVMamba
-from evmamba_jax.weights.layers import CONV, LINEAR, POINTWISE, Row, below, kernel, layer_norm, pyramid, ss2d
+from evmamba_jax.weights.layers import CONV, LINEAR, POINTWISE, Row, below, kernel, layer_norm, ss2d, staged
 
 SQUEEZE_EXCITE = [*kernel("reduce", "fc.0", LINEAR), *kernel("expand", "fc.2", LINEAR)]
 
@@ -28,4 +28,4 @@ BLOCK = [
 
 def table(model: MSVMamba) -> list[Row]:
     """Return the rows of a whole model."""
-    return pyramid(model, BLOCK)
+    return staged(model, BLOCK)

@@ -7,7 +7,7 @@ from flax import nnx
 
 from evmamba_jax.layers.s6 import S6
 from evmamba_jax.models.vmamba import VMamba
-from evmamba_jax.weights.layers import MLP, Row, below, layer_norm, pyramid, ss2d
+from evmamba_jax.weights.layers import MLP, Row, below, layer_norm, ss2d, staged
 
 
 def block(sets: int) -> list[Row]:
@@ -34,4 +34,4 @@ OLD_NAMES = {
 def table(model: VMamba) -> list[Row]:
     """Return the rows of a whole model."""
     scans = (part for _, part in nnx.iter_modules(model) if isinstance(part, S6))
-    return pyramid(model, block(next((scan.D.shape[0] for scan in scans), 4)))
+    return staged(model, block(next((scan.D.shape[0] for scan in scans), 4)))

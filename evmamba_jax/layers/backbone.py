@@ -1,0 +1,180 @@
+"""What the families share: their options, the walk from stem to head, and what it asks of the images."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import jax
+from flax import nnx
+from flax.typing import Dtype
+
+from evmamba_jax.errors import UserError, one_of
+from evmamba_jax.layers.blocks import REMAT, run_blocks
+from evmamba_jax.layers.drop_path import drop_path_rates, fold_in
+from evmamba_jax.layers.norm import LayerNorm
+from evmamba_jax.layers.patches import Stem
+from evmamba_jax.layers.projections import Linear
+
+
+@dataclasses.dataclass(frozen=True)
+class BackboneConfig:
+    """The options that every family has; each adds its own.
+
+    Attributes:
+        num_classes: outputs of the head; 0 leaves it out, and the model returns what would enter it.
+        in_channels: channels of the images.
+        drop_path_rate: stochastic depth of the last block; it rises linearly from 0 over all blocks.
+        dtype: compute type, e.g. ``jnp.bfloat16``; None takes the promoted type of images and parameters. Parameters,
+            time steps, decays, the recurrence, softmax and all statistics stay float32 or wider.
+        remat: what the backward pass finds of a block's activations: "none" (all), "block" (only the block's input) or
+            "dots_and_scans" (results of matrix products and scans too); it computes the others again.
+        implementation: of the scans, as :func:`pallas_kernels.scan2d` takes it; None chooses by platform.
+
+    Raises:
+        UserError: an option that cannot be.
+    """
+
+    num_classes: int = 1000
+    in_channels: int = 3
+    drop_path_rate: float = 0.0
+    dtype: Dtype | None = None
+    remat: str = "none"
+    implementation: str | None = None
+
+    def __post_init__(self):
+        # A configuration is part of a model's structure, which JAX compares and hashes.
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, list):
+                object.__setattr__(self, field.name, tuple(value))
+        one_of("remat", self.remat, REMAT)
+
+    def pick(self, *names: str) -> dict[str, Any]:
+        """Return some of the options by name, for a layer that has them too."""
+        return {name: getattr(self, name) for name in names}
+
+
+class Backbone(nnx.Module):
+    """A model of images: ``features(images, key=None)`` gives its maps, ``model(images, key=None)`` its logits.
+
+    Attributes:
+        config: its options.
+    """
+
+    def __init__(self, config: Any):
+        self.config = config
+        self.deterministic = True  # which model.train() and model.eval() set
+
+
+class Stage(nnx.Module):
+    """Blocks of one resolution, and the downsampling to the next (the last stage has none)."""
+
+    def __init__(self, blocks: Sequence[nnx.Module], downsample: nnx.Module | None, *, remat: str = "none"):
+        self.blocks = nnx.List(blocks)
+        self.downsample = downsample
+        self.remat = remat
+        self.deterministic = True
+
+    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """Map (B, H, W, C) through the blocks to (B, H, W, C); ``key`` draws the drop path in training mode."""
+        return run_blocks(self.blocks, x, key, training=not self.deterministic, remat=self.remat)
+
+
+@dataclasses.dataclass(frozen=True)
+class StagedConfig(BackboneConfig):
+    """The options of a family of four stages.
+
+    Attributes:
+        width: channels C of the first stage; every stage doubles them.
+        depths: blocks of each stage.
+        out_norms: build the official backbone for detection and segmentation: ``features()`` passes each map through
+            a LayerNorm of its own, and the last norm and the head are left out.
+    """
+
+    STAGES: ClassVar[int] = 4
+
+    width: int = 96
+    depths: Sequence[int] = (2, 2, 4, 2)
+    out_norms: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if len(self.depths) != self.STAGES or min(self.depths) < 0:
+            count = {4: "four"}.get(self.STAGES, self.STAGES)
+            raise UserError(f"depths must name the blocks of {count} stages, e.g. (2, 2, 4, 2); got {self.depths}")
+
+
+class StagedBackbone(Backbone):
+    """Stem, stages of blocks with a downsampling between, a norm at every pixel, the mean over pixels, a linear head.
+
+    Args:
+        config: the options.
+        patch_embed: the stem, from images of at least its ``smallest`` side to (B, h, w, C) of the first stage.
+        block: makes a block from the number of its stage, its own number in it, C of the stage and its drop path.
+        downsample: makes the downsampling of a stage of C channels; it doubles them.
+        norm: the last norm.
+        stage: makes a stage from its number, its blocks, its downsampling (None for the last), and ``remat``.
+        rngs: source of the initial values.
+    """
+
+    def __init__(
+        self,
+        config: StagedConfig,
+        patch_embed: Stem,
+        block: Callable[[int, int, int, float], nnx.Module],
+        downsample: Callable[[int], nnx.Module],
+        *,
+        norm: Callable[..., Any] = LayerNorm,
+        stage: Callable[..., Stage] = lambda _, *parts, **options: Stage(*parts, **options),
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(config)
+        widths = [config.width * 2**i for i in range(len(config.depths))]
+        self.patch_embed = patch_embed
+        stages = []
+        for i, rates in enumerate(drop_path_rates(config.drop_path_rate, config.depths)):
+            blocks = [block(i, j, widths[i], rate) for j, rate in enumerate(rates)]
+            halve = downsample(widths[i]) if i + 1 < len(widths) else None
+            stages.append(stage(i, blocks, halve, remat=config.remat))
+        self.stages = nnx.List(stages)
+        layer = {"dtype": config.dtype, "rngs": rngs}
+        self.out_norms = nnx.List([LayerNorm(c, **layer) for c in widths]) if config.out_norms else None
+        self.norm = None if config.out_norms else norm(widths[-1], **layer)
+        has_head = config.num_classes and not config.out_norms
+        self.head = Linear(widths[-1], config.num_classes, **layer) if has_head else None
+
+    def features(self, images: jax.Array, *, key: jax.Array | None = None) -> list[jax.Array]:
+        """Return the stage maps [(B, h, w, C), ...], each before its downsampling.
+
+        Args:
+            images: (B, H, W, in_channels) normalised floats of any size that the stem takes, odd ones included.
+            key: random key for drop path; needed in training mode when ``drop_path_rate`` is not zero.
+
+        Raises:
+            UserError: images of another rank, another number of channels, or too small.
+        """
+        check_images(images, self.config.in_channels, self.patch_embed.smallest)
+        x = self.patch_embed(images)
+        maps = []
+        for i, stage in enumerate(self.stages):
+            x = stage(x, fold_in(key, i))
+            maps.append(x if self.out_norms is None else self.out_norms[i](x))
+            if stage.downsample is not None:
+                x = stage.downsample(x)
+        return maps
+
+    def __call__(self, images: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        """Return the logits (B, num_classes); arguments and errors as for :meth:`features`."""
+        if self.norm is None:
+            raise UserError("this model was built with out_norms=True, a backbone without a head: call its features()")
+        x = self.norm(self.features(images, key=key)[-1]).mean((1, 2))
+        return x if self.head is None else self.head(x)
+
+
+def check_images(images: jax.Array, channels: int, smallest: int) -> None:
+    """Raise a UserError unless ``images`` is (B, H, W, channels) with both sides at least ``smallest``."""
+    shape = images.shape
+    if len(shape) != 4 or shape[3] != channels:
+        raise UserError(f"images must be (batch, height, width, {channels}) floats; got shape {shape}")
+    if min(shape[1:3]) < smallest:
+        raise UserError(f"image size {shape[1]}x{shape[2]} is too small: height and width must be at least {smallest}")
