@@ -2,8 +2,6 @@
 
 Published top-1: 84.2 (arXiv:2407.08083, table 1). Not yet run here.
 320 epochs: 99,840 steps of 4,096 images, 408,944,640 in all.
-
-The weights pre-trained on ImageNet-21K (84.9) have the same shapes.
 """
 
 from evmamba_jax.recipes.mambavision import recipe

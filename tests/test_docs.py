@@ -22,7 +22,7 @@ def test_scan_orders_runs_as_printed(tmp_path, monkeypatch, capsys):
         promised = re.findall(r"^print\(.*\)  # (.*?)(?::.*)?$", block, re.MULTILINE)
         printed = capsys.readouterr().out.splitlines()
         assert printed[: len(promised)] == promised
-    assert printed[-1].startswith("loss 2.3")  # ten classes, nothing known: log 10
+    assert re.match(r"loss 2\.[23]", printed[-1])  # ten classes, nothing known: log 10
     assert np.mean(names["losses"][-10:]) < 0.8
     assert names["accuracy"] > 0.75
 

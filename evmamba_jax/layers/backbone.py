@@ -63,6 +63,7 @@ class Backbone(nnx.Module):
 
     def __init__(self, config: Any):
         self.config = config
+        self.in_channels = config.in_channels
         self.deterministic = True  # which model.train() and model.eval() set
 
 
@@ -153,7 +154,7 @@ class StagedBackbone(Backbone):
         Raises:
             UserError: images of another rank, another number of channels, or too small.
         """
-        check_images(images, self.config.in_channels, self.patch_embed.smallest)
+        check_images(images, self.in_channels, self.patch_embed.smallest)
         x = self.patch_embed(images)
         maps = []
         for i, stage in enumerate(self.stages):

@@ -1,11 +1,12 @@
 """The model families, one file each, and their registry."""
 
-# isort: off - the order of the README's table
+# In the order of the README's table.
+# isort: off
 from evmamba_jax.models import efficientvmamba as efficientvmamba
-from evmamba_jax.models import mambavision as mambavision
+from evmamba_jax.models import vmamba as vmamba
 from evmamba_jax.models import msvmamba as msvmamba
 from evmamba_jax.models import vim as vim
-from evmamba_jax.models import vmamba as vmamba
+from evmamba_jax.models import mambavision as mambavision
 
 # isort: on
 from evmamba_jax.models.registry import abstract_model, build_model, list_models, model_card

@@ -298,7 +298,7 @@ class Vim(Backbone):
         Raises:
             UserError: images of another rank, another number of channels, or smaller than a patch.
         """
-        check_images(images, self.config.in_channels, self.config.patch_size)
+        check_images(images, self.in_channels, self.config.patch_size)
         grid = self.config.grid_of(*images.shape[1:3])
         x = self.patch_embed(images)
         x = x.reshape(x.shape[0], -1, x.shape[-1])

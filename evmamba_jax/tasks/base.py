@@ -106,7 +106,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def build_model(self) -> Any:
-        """Return the model with initial values drawn from ``config.seed``; called inside a compiled function."""
+        """Return the model with initial values drawn from ``config.seed``, the same on every process."""
 
     @abc.abstractmethod
     def load(self, place: str | os.PathLike[str], *, ema: Ema = "better") -> Weights:

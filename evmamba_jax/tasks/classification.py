@@ -100,6 +100,7 @@ class Classification(Task):
             "num_classes": len(self.class_names),
             "in_channels": config.data.in_channels,
             "drop_path_rate": config.model.drop_path_rate,
+            "remat": config.model.remat,
             "dtype": config.model.dtype,
             **config.model.options,
         }

@@ -71,8 +71,9 @@ class Setup:
             if jax.process_index() == 0:
                 print(f"weights: {weights.taken}")
             return jax.jit(self._first, out_shardings=self.shardings)(weights.variables)
-        drawn = lambda: self._first(Variables(*split(self.task.build_model())[1:]))  # noqa: E731
-        return jax.jit(drawn, out_shardings=self.shardings)()
+        # Every process draws the same numbers, with NumPy; compiling that takes longer than the step's compilation.
+        drawn = jax.device_get(Variables(*split(self.task.build_model())[1:]))
+        return jax.jit(self._first, out_shardings=self.shardings)(drawn)
 
     def step(self) -> tuple[Callable[[TrainState, Batch], TrainState], tuple[TrainState, Any]]:
         """Return the train step and its abstract arguments, each with its place on the mesh."""

@@ -3,6 +3,7 @@
 What a family computes is tested against its official code in tests/weights.
 """
 
+import dataclasses
 import functools
 import re
 from pathlib import Path
@@ -63,9 +64,9 @@ def possible_sizes(name, length, stage):
 @every_model
 def test_small_features_of_an_odd_rectangle(name):
     """Shapes and types only, as many blocks would not change them."""
-    family, options = shrunk(name)
+    family, config = shrunk(name)
     height, width = 215, 245
-    model = nnx.eval_shape(lambda: family(**options, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: family(dataclasses.replace(config, dtype=jnp.bfloat16), rngs=nnx.Rngs(0)))
     image = jax.ShapeDtypeStruct((2, height, width, 3), jnp.float32)
     maps = jax.eval_shape(lambda model, x: model.features(x), model, image)
     assert len(maps) == 4
@@ -90,33 +91,31 @@ class Computed(NamedTuple):
 
 
 def shrunk(name):
-    """Return the family, and options for few and narrow blocks and small windows that leave the rest as it is."""
-    family, options = registry._VARIANTS[name]
-    defaults = family.__init__.__kwdefaults__
+    """Return the family, and a configuration of few and narrow blocks and small windows, otherwise as it is."""
+    family, config, _ = registry.VARIANTS[name]
     small = {"width": 16, "num_classes": 10}
-    if "depths" not in defaults:
+    if not hasattr(config, "depths"):
         small |= {"depth": 2, "image_size": 64}
-    elif "window_size" not in defaults:
+    elif not hasattr(config, "window_size"):
         small |= {"depths": (0, 1, 0, 1)}  # EfficientVMamba's blocks differ between the first half and the second
     else:
         # Two blocks where the first has a scan and the second attention; windows smaller than the map.
-        windows = options.get("window_size", defaults["window_size"])
-        small |= {"depths": (0, 1, 0, 2), "stem_width": 8, "window_size": tuple(max(2, w // 4) for w in windows)}
-    return family, options | small
+        windows = tuple(max(2, w // 4) for w in config.window_size)
+        small |= {"depths": (0, 1, 0, 2), "stem_width": 8, "window_size": windows}
+    return family, dataclasses.replace(config, **small)
 
 
 def compute(name) -> Computed:
     """Run the small model forward and backward; variants that are the same in small share the run."""
-    family, options = shrunk(name)
-    return _compute(family, tuple(sorted(options.items())))
+    return _compute(*shrunk(name))
 
 
 @functools.cache
-def _compute(family, options) -> Computed:
+def _compute(family, config) -> Computed:
     jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # quick to compile
 
     def build(dtype: Any = None):
-        model = family(**dict(options), dtype=dtype, rngs=nnx.Rngs(0))
+        model = family(dataclasses.replace(config, dtype=dtype), rngs=nnx.Rngs(0))
         model.eval()
         return model
 
