@@ -182,7 +182,9 @@ class WindowStage(Stage):
     Zeros that fill the last windows are tokens like any other within the stage, and are cut off at its end.
     """
 
-    def __init__(self, blocks: Sequence[nnx.Module], downsample: nnx.Module | None, *, window: int, remat: str):
+    def __init__(
+        self, blocks: Sequence[nnx.Module], downsample: nnx.Module | None, window: int, *, remat: str = "none"
+    ):
         super().__init__(blocks, downsample, remat=remat)
         self.window = window
 
@@ -263,8 +265,9 @@ class MambaVision(StagedBackbone):
         def downsample(c: int) -> nnx.Conv:
             return conv(c, 2 * c, 3, stride=2, padding=1, use_bias=False, **layer)
 
-        def stage(i: int, *parts: Any, **options: Any) -> Stage:
-            return Stage(*parts, **options) if i < 2 else WindowStage(*parts, window=config.window_size[i], **options)
+        def stage(i: int, blocks: Any, halve: Any, remat: str) -> Stage:
+            parts = blocks, halve
+            return Stage(*parts, remat=remat) if i < 2 else WindowStage(*parts, config.window_size[i], remat=remat)
 
         stem = ConvStem(config.in_channels, config.stem_width, config.width, **layer)
         super().__init__(config, stem, block, downsample, norm=BatchNorm, stage=stage, rngs=rngs)
