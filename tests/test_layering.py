@@ -35,7 +35,7 @@ ROWS = {
     "config": "data errors",
     "reports": "storage",
     "tasks": "arrays config data errors models reports weights",
-    "training": "arrays checkpoints config data errors evmamba_jax reports storage tasks",
+    "training": "arrays checkpoints config data errors evmamba_jax reports storage tasks weights",
     "predict": "arrays checkpoints cli data errors models reports storage training weights",
     "preflight": "analysis cli data errors evmamba_jax models pallas_kernels pallas_kernels.tpu tasks training",
     "recipes": "data errors training",

@@ -212,14 +212,15 @@ class Task(abc.ABC):
         """Return an evaluation's figures in words; those of the moving average have ``ema_`` before their names."""
 
     def pictures(self, folder: Path, collector: Collector) -> None:  # noqa: B027
-        """Draw what the last evaluation of a run collected, of the moving average where there is one."""
+        """Draw what the last evaluation of a run collected, of the better of parameters and moving average."""
 
-    def tables(self, folder: Path, sums: Mapping[str, Any], whose: str) -> list[str]:
+    def tables(self, folder: Path, sums: Mapping[str, Any], best: str, whose: str) -> list[str]:
         """Write what an evaluation alone leaves in its folder.
 
         Args:
             folder: the work folder.
             sums: of ``model`` and, where there is one, ``ema``, with all details.
+            best: which of these was found better.
             whose: the weights in words.
 
         Returns:

@@ -203,13 +203,12 @@ class Classification(Task):
         assert isinstance(collector, Gallery)
         predictions(folder, *collector.chosen(), self.class_names)
 
-    def tables(self, folder: Path, sums: Mapping[str, Any], whose: str) -> list[str]:
-        """Write per_class.csv and, if asked for, confusion.png of the moving average where there is one."""
+    def tables(self, folder: Path, sums: Mapping[str, Any], best: str, whose: str) -> list[str]:
+        """Write per_class.csv and, if asked for, confusion.png of the better of parameters and moving average."""
         counts = {variant: total["by_class"] for variant, total in sums.items()}
         write_per_class(folder, counts, self.class_names)
         if not self.config.confusion:
             return [PER_CLASS]
-        best = "ema" if "ema" in counts else "model"
         title = whose + (", moving average" if best == "ema" else "")
         confusion(folder, counts[best].confusion, self.class_names, title)
         return [PER_CLASS, CONFUSION]

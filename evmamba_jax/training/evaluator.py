@@ -15,6 +15,7 @@ from evmamba_jax.errors import UserError
 from evmamba_jax.tasks import Collector, Task
 from evmamba_jax.tasks.base import Batch
 from evmamba_jax.training import mesh as meshes
+from evmamba_jax.weights import average_is_better
 
 
 class Evaluation(NamedTuple):
@@ -23,11 +24,13 @@ class Evaluation(NamedTuple):
     Attributes:
         figures: the task's metrics by name; those of the moving average have ``ema_`` before their names.
         sums: the task's sums, of ``model`` and, where there is one, ``ema``.
-        collector: of the moving average where there is one, else of the model; None where the task has none.
+        best: "ema" where the moving average was found better, else "model".
+        collector: of the best; None where the task has none.
     """
 
     figures: dict[str, float]
     sums: dict[str, dict[str, Any]]
+    best: str
     collector: Collector | None
 
 
@@ -83,7 +86,9 @@ class Evaluator:
                     if collector is not None:
                         collector.add(rows, _own(answers, len(rows["weight"])))
         sums = {name: jax.device_get(total) for name, total in totals.items()}
-        return Evaluation(self._figures(sums, collectors), sums, collectors[list(variants)[-1]])
+        figures, chooses = self._figures(sums, collectors), self.task.chooses
+        best = "ema" if average_is_better(figures, chooses.name, chooses.higher) else "model"
+        return Evaluation(figures, sums, best, collectors[best])
 
     def _batches(self) -> loader.Batches:
         return loader.eval_batches(

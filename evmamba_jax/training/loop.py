@@ -79,7 +79,7 @@ def _evaluate_only(evaluator: Evaluator, workdir: Path) -> dict[str, float]:
     evaluation = evaluator(*jax.device_put((model, ema), meshes.replicated(evaluator.mesh)), detailed=True)
     if _is_main():
         whose = f"{config.model.name} of {place}"
-        written = task.tables(workdir, evaluation.sums, whose)
+        written = task.tables(workdir, evaluation.sums, evaluation.best, whose)
         see = f"; see {' and '.join(str(workdir / name) for name in written)}" if written else ""
         print(f"{whose} on {config.data.name}: {task.told(evaluation.figures)}{see}")
     return evaluation.figures
@@ -139,7 +139,7 @@ def _train(evaluator: Evaluator, source: Any, workdir: Path) -> dict[str, float]
                 _check_finite(task, state, checkpoints, report)
 
             if evaluate:
-                figures, _, collector = evaluator(state.model, state.ema, pictures=step == total)
+                figures, _, _, collector = evaluator(state.model, state.ema, pictures=step == total)
                 evaluated = step
                 if step == total and collector is not None and _is_main():
                     task.pictures(workdir, collector)

@@ -8,7 +8,7 @@ that says so.
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from os import PathLike
 from typing import Any, Literal, NamedTuple
 
@@ -195,6 +195,20 @@ def _read(place: str | PathLike[str], ema: Ema, key: str | None = None) -> _Foun
     return _Found({**params, **batch_stats}, False, saved.meta, f"checkpoint {place}", step, part)
 
 
+def average_is_better(figures: Mapping[str, float], figure: str, higher: bool) -> bool:
+    """Return whether an evaluation found the moving average better than the parameters: not in a tie.
+
+    Args:
+        figures: metrics by name; those of the average, where there is one, have ``ema_`` before their names.
+        figure: the name of the one that decides.
+        higher: whether more of it is better.
+    """
+    if f"ema_{figure}" not in figures:
+        return False
+    own, average = ((figures[name] if higher else -figures[name]) for name in (figure, f"ema_{figure}"))
+    return average > own or (math.isnan(own) and not math.isnan(average))
+
+
 def _choice(saved: Saved, ema: Ema) -> tuple[bool, str]:
     """Return whether the moving average is taken, and the part in words."""
     meta = saved.meta
@@ -203,12 +217,11 @@ def _choice(saved: Saved, ema: Ema) -> tuple[bool, str]:
     if ema != "better":
         return ema, _PARTS[ema]
     chooses = meta.get("chooses", {"figure": "top1", "higher": True})
-    figure, evaluated = chooses["figure"], meta.get("evaluated")
-    both = [meta.get("figures", {}).get(name) for name in (figure, f"ema_{figure}")]
+    figure, figures, evaluated = chooses["figure"], meta.get("figures", {}), meta.get("evaluated")
+    both = [figures.get(name) for name in (figure, f"ema_{figure}")]
     if None in both or evaluated is None or evaluated != meta.get("step"):
         return False, f"{_PARTS[False]} (not evaluated at this step)"
-    own, average = (value if chooses["higher"] else -value for value in both)
-    better = average > own or (math.isnan(own) and not math.isnan(average))
+    better = average_is_better(figures, **chooses)
     spoken = {"top1": "top-1", "top5": "top-5"}.get(figure, figure.replace("_", " "))
     return better, f"{_PARTS[better]} ({spoken} {both[better]:.4g} against {both[not better]:.4g})"
 

@@ -93,7 +93,9 @@ def test_padding_and_unreadable_images_do_not_count(fsdp):
     config = get_config("convolutions")
     config.data.on_corrupt, config.mesh.fsdp = "skip", fsdp
     evaluator, model = evaluator_of(config, source), filled()
-    figures, sums, _ = evaluator(variables_of(model, evaluator.mesh), None, detailed=True)
+    variables = variables_of(model, evaluator.mesh)
+    figures, sums, best, _ = evaluator(variables, None, detailed=True)
+    assert best == "model"
     assert (figures["examples"], figures["eval_corrupt"]) == (42, 3)
 
     counts = sums["model"]["by_class"]
@@ -109,6 +111,17 @@ def test_padding_and_unreadable_images_do_not_count(fsdp):
     np.testing.assert_array_equal(counts.top1, expected.diagonal())
     np.testing.assert_array_equal(counts.top5, top5)
     assert figures["top1"] == pytest.approx(100 * expected.trace() / 42)
+
+    # Models that name one class, the most frequent or the rarest: whichever is the average, the better is found.
+    times = np.bincount(np.delete(labels, cut), minlength=10)
+    frequent, rarest = (one_class(variables, k) for k in (times.argmax(), times.argmin()))
+    for pair, best in (((frequent, rarest), "model"), ((rarest, frequent), "ema"), ((rarest, rarest), "model")):
+        assert evaluator(*pair, detailed=True).best == best
+
+
+def one_class(variables: Variables, k: int) -> Variables:
+    bias = jnp.zeros_like(variables.params["head.bias"]).at[k].set(1e3)
+    return dataclasses.replace(variables, params=variables.params | {"head.bias": bias})
 
 
 def test_an_evaluation_without_a_readable_image_says_so():
