@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import ptx
 import scan_oracle
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from evmamba_jax.preflight.gpu import GPUS, kernel_ptx
 from pallas_kernels import ATROUS, CROSS, Order, gpu
@@ -65,12 +66,12 @@ def compare(compiled, interpret=False):
     programs += [(forward, arrays), (backward, [tuple(arrays), tuple(cotangents)])]
     wanted.append(("selective_scan", {"y": forms["y"](y), "last state": forms["final"](final)}))
     wanted.append(("selective_scan", {of: forms[of](gradients[of]) for of in names}))
-    with jax.default_matmul_precision("highest"):  # else XLA's own products are in TF32
-        results = [compiled(function)(*arrays) for function, arrays in programs]
-    for result, (name, values) in zip(results, wanted, strict=True):
+    for (function, arrays), (name, values) in zip(programs, wanted, strict=True):
+        with jax.default_matmul_precision("highest"):  # else XLA's own products are in TF32
+            result = compiled(function)(*arrays)
         for (what, exact), one in zip(values.items(), jax.tree.leaves(result), strict=True):
             error = np.abs(np.asarray(one, np.float64) - exact).max() / np.abs(exact).max()
-            print(f"{name}: {what} differs by {error:.1e} of its maximum")
+            print(f"{name}: {what} differs by {error:.1e} of its maximum", flush=True)
             if not error < (4e-3 if one.dtype == jnp.bfloat16 else 1e-5):
                 sys.exit(f"{name}: {what} is wrong")
 
@@ -101,7 +102,9 @@ def main():
         os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # before the plugin looks for a GPU
         jax.config.update("jax_platforms", "cpu")
         call.call = emulated(options.ptx)
-        compare(lambda function: function)
+        device = AbstractDevice(device_kind=GPUS[options.ptx][0], num_cores=None, platform="gpu")
+        with use_abstract_mesh(AbstractMesh((1,), ("data",), abstract_device=device)):
+            compare(lambda function: function)
     else:
         compare(jax.jit, options.interpret)
 
