@@ -1,9 +1,11 @@
-"""Memory of whole train steps on one v5e chip, with the kernels and without, and the copies around the kernels.
+"""Memory of whole train steps on v5e: with the kernels and without, with rematerialisation and without.
 
-Nothing runs on a TPU: the exact step of ``train_tpu.py``, 128 images, no rematerialisation, is compiled by the real TPU
-compiler, once with the Pallas kernels and once with the portable ``sequential`` scans.
+Nothing runs on a TPU: the exact step of ``train_tpu.py``, 128 images a chip, is compiled by the real TPU compiler: with
+the Pallas kernels, with the portable ``sequential`` scans, and with the kernels and blocks in loops that recompute what
+the policy ``dots_and_scans`` does not keep. With parameters divided over four chips, the exchanges of that form are
+counted, inside its loops and outside.
 
-    python benchmarks/tpu_step.py [--models evmamba_t vmamba_t] [--out FILE]
+    python benchmarks/tpu_step.py [--models evmamba_t vmamba_t vim_s] [--out FILE]
 """
 
 import argparse
@@ -12,6 +14,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,8 +22,13 @@ from lib import machine
 from lib.report import Report
 
 ROOT = Path(__file__).parents[1]
-TOPOLOGY, BATCH = "v5e-1", 128
-IMPLEMENTATIONS = ("pallas", "sequential")
+BATCH = 128  # images a chip
+FORMS = {  # scans, rematerialisation and chips
+    "kernels": ("pallas", "none", 1),
+    "portable": ("sequential", "none", 1),
+    "loops": ("pallas", "dots_and_scans", 1),
+    "divided": ("pallas", "dots_and_scans", 4),
+}
 MEBIBYTE = 2**20
 # What a fusion may hold that only moves numbers about, or rounds them on the way.
 MOVES = {
@@ -29,7 +37,7 @@ MOVES = {
 }
 
 
-def compile_step(model: str, implementation: str) -> None:
+def compile_step(model: str, form: str) -> None:
     """Compile one step in this process, and print its facts as a line of JSON."""
     from evmamba_jax.preflight import aot, hlo
     from evmamba_jax.tasks import task_of
@@ -38,14 +46,18 @@ def compile_step(model: str, implementation: str) -> None:
     from evmamba_jax.training.setup import Setup
     from pallas_kernels.scan2d import KERNELS
 
+    implementation, remat, chips = FORMS[form]
     if implementation == "sequential":
         KERNELS.clear()  # the portable scans, as on a platform without kernels
-    config = f"configs/{model}.py"
-    config, _ = parse_command(["train_tpu.py", "--config", config, f"--config.batch_size={BATCH}"])
-    devices = aot.topology(TOPOLOGY).devices
+    config, _ = parse_command(["train_tpu.py", "--config", f"configs/{model}.py"])
+    config.batch_size, config.model.remat, config.mesh.fsdp = BATCH * chips, remat, chips
+    devices = aot.topology(f"v5e-{chips}").devices
     kind = task_of(config)
     class_names, examples, _ = kind.describe(config)
-    compiled = Setup(kind(config, class_names), make_mesh(config, devices), examples).lower().compile()
+    lowered = Setup(kind(config, class_names), make_mesh(config, devices), examples).lower()
+    began = time.process_time()
+    compiled = lowered.compile()
+    seconds = time.process_time() - began
     memory = compiled.memory_analysis()
     program = hlo.parse(compiled.as_text())
     found, _ = hlo.runs(program)
@@ -56,6 +68,13 @@ def compile_step(model: str, implementation: str) -> None:
         "kernels": len(hlo.pallas_calls(found)),
         "cycles": sum(hlo.cycles(run) * run.times for run in found),
         "copies": list(copies(program, found)),
+        "compile_cpu_seconds": seconds,
+        "bytes_accessed": (compiled.cost_analysis() or {}).get("bytes accessed"),
+        "gathers": [
+            (one.size, one.times)
+            for one in hlo.collectives(program, found, devices=chips)
+            if one.kind == "all-gather" and one.size >= MEBIBYTE / 4
+        ],
     }
     print(json.dumps(facts))
 
@@ -95,28 +114,58 @@ def copies(program, found) -> Iterator[tuple[str, int, str]]:
 def fill(report: Report, models: list[str]) -> None:
     """Add one step after another."""
     report.text(
-        f"`configs/MODEL.py`, {BATCH} images, bfloat16, no rematerialisation. Temporaries are all activations, "
-        "gradients and scratch at their peak; `over`, the share of those with portable `sequential` scans. A copy is "
-        "an instruction beside a kernel that only moves numbers, 1 MiB or more. Written by `benchmarks/tpu_step.py`."
+        f"`configs/MODEL.py`, {BATCH} images a chip, bfloat16. Temporaries are all activations, gradients and scratch "
+        "at their peak; `over`, the share of the model's first row. GB accessed is by the compiler, left out where "
+        "it would take a loop's body once. A copy is an instruction beside a kernel that only moves numbers, 1 MiB or "
+        "more. CPU s: of the compilation alone. Written by `benchmarks/tpu_step.py`."
     )
-    sizes = [("arguments, GiB", "{:.2f}"), ("temporaries, GiB", "{:.2f}"), ("over", "{:.0%}")]
-    report.table("model", "scans", *sizes, ("kernels", "{}"), ("copies", "{}"), ("their MiB", "{:,.0f}"))
+    sizes = [
+        ("arguments, GiB", "{:.2f}"),
+        ("temporaries, GiB", "{:.2f}"),
+        ("over", "{:.0%}"),
+        ("GB accessed", "{:.1f}"),
+    ]
+    counts = [("kernels", "{}"), ("copies", "{}"), ("their MiB", "{:,.0f}"), ("CPU s", "{:.0f}")]
+    report.table("model", "scans", "remat", *sizes, *counts)
     details = []
     for model in models:
-        facts = {implementation: run(model, implementation) for implementation in IMPLEMENTATIONS}
-        for implementation, f in facts.items():
+        first = None
+        for form, (implementation, remat, chips) in FORMS.items():
+            if chips > 1:
+                continue
+            f = run(model, form)
             if "refusal" in f:
-                report.row(model, implementation, f["refusal"])
+                report.row(model, implementation, remat, f["refusal"])
                 continue
             peak = f["temporaries"]
-            share = peak / facts["sequential"].get("temporaries", float("nan"))
+            first = first or peak
             copied = sum(size for _, size, _ in f["copies"]) / MEBIBYTE
-            given = f["arguments"] / 2**30
-            report.row(model, implementation, given, peak / 2**30, share, f["kernels"], len(f["copies"]), copied)
+            accessed = f["bytes_accessed"] / 1e9 if f["bytes_accessed"] and remat == "none" else None
+            memory = [f["arguments"] / 2**30, peak / 2**30, peak / first, accessed]
+            report.row(
+                *(model, implementation, remat, *memory),
+                *(f["kernels"], len(f["copies"]), copied, f["compile_cpu_seconds"]),
+            )
             if f["copies"]:
-                details.append("\n".join([f"{model}, copies beside its kernels:", "", *grouped(f["copies"])]))
+                details.append("\n".join([f"{model}, {remat}, copies beside its kernels:", "", *grouped(f["copies"])]))
     for text in details:
         report.text(text)
+    divided = {model: run(model, "divided") for model in models}
+    report.text("\n".join(f"- {model}, parameters over 4 chips: {gathers(f)}" for model, f in divided.items()))
+
+
+def gathers(facts: dict) -> str:
+    """Say what is gathered within loops over blocks and outside of them."""
+    if "refusal" in facts:
+        return facts["refusal"]
+    inside = [(size, times) for size, times in facts["gathers"] if times > 1]
+    outside = [size for size, times in facts["gathers"] if times == 1]
+    largest = max((size for size, _ in inside), default=0)
+    return (
+        f"{len(inside)} gathers of 0.25 MiB or more within loops, {sum(times for _, times in inside)} times a step, "
+        f"the largest {largest / MEBIBYTE:.1f} MiB; {len(outside)} outside, the largest "
+        f"{max(outside, default=0) / MEBIBYTE:.1f} MiB; temporaries {facts['temporaries'] / 2**30:.2f} GiB a chip"
+    )
 
 
 def grouped(copies: list) -> Iterator[str]:
@@ -128,11 +177,11 @@ def grouped(copies: list) -> Iterator[str]:
         yield f"- {count} x {text} {side} a kernel, {size / MEBIBYTE:.0f} MiB each"
 
 
-def run(model: str, implementation: str) -> dict:
+def run(model: str, form: str) -> dict:
     """Compile a step in a process of its own; what the compiler refuses is a result too."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
     environment["PYTHONPATH"] = str(ROOT)
-    command = [sys.executable, __file__, "--one", model, implementation]
+    command = [sys.executable, __file__, "--one", model, form]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         from evmamba_jax.preflight.program import refusal
@@ -144,14 +193,14 @@ def run(model: str, implementation: str) -> dict:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=["evmamba_t", "vmamba_t"])
+    parser.add_argument("--models", nargs="+", default=["evmamba_t", "vmamba_t", "vim_s"])
     parser.add_argument("--out", type=Path, help="also write the results to this JSON file, and Markdown beside it")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         compile_step(*options.one)
         return
-    title = "Whole train steps on one v5e chip: the compiler's figures, nothing ran on a TPU"
+    title = "Whole train steps on v5e: the compiler's figures, nothing ran on a TPU"
     versions = machine.versions("jax", "jaxlib", "libtpu")
     fill(Report(title, options.out, versions=versions, date=machine.today()), options.models)
 

@@ -101,8 +101,8 @@ class StagedConfig(BackboneConfig):
     def __post_init__(self):
         super().__post_init__()
         if len(self.depths) != self.STAGES or min(self.depths) < 0:
-            count = {4: "four"}.get(self.STAGES, self.STAGES)
-            raise UserError(f"depths must name the blocks of {count} stages, e.g. (2, 2, 4, 2); got {self.depths}")
+            stages = "four" if self.STAGES == 4 else self.STAGES
+            raise UserError(f"depths must name the blocks of {stages} stages, e.g. (2, 2, 4, 2); got {self.depths}")
 
 
 class StagedBackbone(Backbone):

@@ -38,10 +38,7 @@ class ConvBranch(nnx.Module):
 
 
 class EVSSBlock(nnx.Module):
-    """Efficient visual state-space block: atrous scan and convolution side by side, one gate shared by both.
-
-    ``scan`` holds options of :class:`~evmamba_jax.layers.ss2d.SS2D`.
-    """
+    """Efficient visual state-space block: atrous scan (``scan``: SS2D's options) and convolution, one gate for both."""
 
     def __init__(self, width: int, *, drop_path: float, dtype: Dtype | None, rngs: nnx.Rngs, **scan: Any):
         self.norm = LayerNorm(width, dtype=dtype, rngs=rngs)

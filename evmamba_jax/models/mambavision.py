@@ -182,10 +182,8 @@ class WindowStage(Stage):
     Zeros that fill the last windows are tokens like any other within the stage, and are cut off at its end.
     """
 
-    def __init__(
-        self, blocks: Sequence[nnx.Module], downsample: nnx.Module | None, window: int, *, remat: str = "none"
-    ):
-        super().__init__(blocks, downsample, remat=remat)
+    def __init__(self, blocks: Sequence[nnx.Module], halve: nnx.Module | None, window: int, *, remat: str = "none"):
+        super().__init__(blocks, halve, remat=remat)
         self.window = window
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
@@ -212,7 +210,7 @@ class MambaVisionConfig(StagedConfig):
         mamba_dt_init: start from Mamba's time steps, 0.001 to 0.1, which the official code overwrites.
 
     Raises:
-        UserError: depths, heads or windows that are not four positive numbers.
+        UserError: depths, heads or windows that are not four positive numbers; heads that do not divide their width.
     """
 
     width: int = 80
@@ -243,9 +241,6 @@ class MambaVision(StagedBackbone):
     official code. The published windows divide images of 224 (14 and 7), of 256 (16 and 8) or 512 pixels (32 and 16)
     without padding. The official detectors take windows (8, 8, 112, 56), the segmenters (8, 8, 64, 32) and, with S,
     (8, 8, 160, 56); no weight depends on them.
-
-    Raises:
-        UserError: heads that do not divide their width.
     """
 
     def __init__(self, config: MambaVisionConfig, *, rngs: nnx.Rngs):
@@ -266,8 +261,9 @@ class MambaVision(StagedBackbone):
             return conv(c, 2 * c, 3, stride=2, padding=1, use_bias=False, **layer)
 
         def stage(i: int, blocks: Any, halve: Any, remat: str) -> Stage:
-            parts = blocks, halve
-            return Stage(*parts, remat=remat) if i < 2 else WindowStage(*parts, config.window_size[i], remat=remat)
+            if i < 2:
+                return Stage(blocks, halve, remat=remat)
+            return WindowStage(blocks, halve, config.window_size[i], remat=remat)
 
         stem = ConvStem(config.in_channels, config.stem_width, config.width, **layer)
         super().__init__(config, stem, block, downsample, norm=BatchNorm, stage=stage, rngs=rngs)
