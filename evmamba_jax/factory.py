@@ -28,8 +28,8 @@ def create_model(
         ema: False takes the parameters of a run, True their moving average, "better" whichever the checkpoint's own
             evaluation found better: the parameters in a tie, and where none of both at this very step is recorded.
         rngs: source of the initial values; ``nnx.Rngs(0)`` when not given.
-        **options: arguments of the family's class (``num_classes``, ``in_channels``, ``drop_path_rate``, ``dtype``
-            and its sizes).
+        **options: fields of the family's configuration (``num_classes``, ``in_channels``, ``drop_path_rate``,
+            ``dtype``, its sizes, ...).
 
     Returns:
         An NNX module: ``model(images)`` gives logits, ``model.features(images)`` the stage maps.

@@ -180,6 +180,7 @@ def test_an_official_file_is_evaluated_as_it_is(data_dir, pth, tmp_path):
     arguments = ("--config.eval_only=True", f"--config.init_from={pth}", "--config.confusion=True")
     code, out, err = run(*arguments, "--workdir", tmp_path / "run", config=TINY + VARIANT, env=env)
     assert code == 0, out + err
+    assert f"weights: {pth}, entry 'model'\n" in out
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"per_class.csv", "confusion.png"}
 
     builder = Digits(data_dir=data_dir, file_format="array_record")

@@ -308,7 +308,6 @@ def run(tmp_path_factory):
     ("flags", "part", "words"),
     [
         ([], "average", "moving average (top-1 51 against 50)"),
-        (["--ema", "better"], "average", "moving average (top-1 51 against 50)"),
         (["--ema", "yes"], "average", "moving average"),
         (["--ema", "no"], "parameters", "parameters"),
     ],

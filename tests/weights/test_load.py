@@ -82,7 +82,7 @@ def test_another_number_of_classes_is_taken_by_who_trains_on_and_refused_otherwi
     others, headless, fresh = (small(name, num_classes=count) for count in (3, 0, 3))
     from_torch(fresh, weights_of(fresh))
     head = {path: array for path, array in split(fresh).params.items() if path.startswith("head.")}
-    for place in PLACES:
+    for place in PLACES if name == "vim_t" else PLACES[:2]:  # what a folder is makes no difference from here on
         chex.assert_trees_all_equal(load_weights(headless, folder / place, name)[:2], (rest, batch_stats))
         assert not caplog.text
         found = load_weights(others, folder / place, name, initial=lambda: fresh)
