@@ -14,7 +14,7 @@ import test_parity_vim as vim
 import test_parity_vmamba as vmamba
 from flax import nnx
 from interpreted import one_token_a_turn
-from recorded import UNOPTIMISED, arrays, assert_near, assert_part, official
+from recorded import arrays, assert_near, assert_part, official
 
 from evmamba_jax.layers.s6 import S6
 
@@ -84,7 +84,7 @@ MODELS = {
 def test_whole_models(golden):
     name, options = MODELS[golden]
     model, images = official(name, golden=golden, **options)
-    run = jax.jit(lambda model, images: (model(images), model.features(images)), compiler_options=UNOPTIMISED)
+    run = jax.jit(lambda model, images: (model(images), model.features(images)))
     logits, maps = run(with_kernels(model), images)
     expected = arrays(golden)
     assert_near(logits, expected["logits_f64"], 2e-5, what="logits")

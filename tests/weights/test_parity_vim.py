@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from official_weights import weights
-from recorded import arrays, assert_float32, assert_float64, assert_near, assert_part, facts, official
+from recorded import applied, arrays, assert_float32, assert_float64, assert_near, assert_part, facts
 
 from evmamba_jax.arrays import merge, split
 from evmamba_jax.layers.block import Block
@@ -19,20 +19,29 @@ from evmamba_jax.weights.layers import SAME, Layout, Row, kernel
 
 def every_map(model, images):
     """Return the output of every part; of a block the official code has what it adds and what it adds it to."""
-    patches = model.patch_embed(images)
-    x = model.tokens(images)
+    patches = applied(model.patch_embed, images)
+    x = jax.jit(lambda model, images: model.tokens(images))(model, images)
     maps = {"feat/patch_embed": patches.reshape(len(images), -1, patches.shape[-1]), "feat/tokens": x}
+    added = jax.jit(lambda block, x: block.mixer(block.norm(x)))
     for i, block in enumerate(model.blocks):
-        hidden = maps[f"block/layers.{i}.hidden"] = block.mixer(block.norm(x))
+        hidden = maps[f"block/layers.{i}.hidden"] = added(block, x)
         if i in (0, 1, 5, 11, 17, 23):
             maps[f"feat/layer{i}_hidden"], maps[f"feat/layer{i}_residual"] = hidden, x
         x = x + hidden
-    maps["feat/pooled"] = model.norm(x)[:, 98]
+    maps["feat/pooled"] = applied(model.norm, x)[:, 98]
     return maps
 
 
-def test_float32_logits_tokens_and_blocks():
-    assert_float32("vim_t", every_map)
+def test_float32_logits_tokens_blocks_and_the_residual_stream_after_each_quarter():
+    stages = assert_float32("vim_t", every_map)
+    about, golden = facts("vim_tiny")["arrays"], arrays("vim_tiny")
+    for i, stage in zip((5, 11, 17, 23), stages, strict=True):
+        # The official backbone adds the pair that a block returns (last_layer_process "add").
+        expected = golden[f"feat/layer{i}_hidden"] + golden[f"feat/layer{i}_residual"]
+        assert stage.shape == (2, 14, 14, 192)
+        ours = np.insert(np.asarray(stage).reshape(2, 196, 192), 98, np.nan, axis=1)  # no sample is of this token
+        sample = ours[tuple(slice(*s) for s in about[f"feat/layer{i}_hidden"]["slices"])]
+        assert_near(sample, expected, 1e-3, what=f"after block {i}")
 
 
 def test_float64_logits_and_gradients():
@@ -40,20 +49,8 @@ def test_float64_logits_and_gradients():
 
 
 def test_another_image_size():
-    assert_float64("vim_t", "vim_rectangle", width=16, depth=4, image_size=(75, 50), num_classes=10)
-
-
-def test_feature_maps_are_the_residual_stream_after_each_quarter():
-    about, golden = facts("vim_tiny")["arrays"], arrays("vim_tiny")
-    model, images = official("vim_t")
-    maps = jax.jit(lambda model, images: model.features(images))(model, images)
-    for i, stage in zip((5, 11, 17, 23), maps, strict=True):
-        # The official backbone adds the pair that a block returns (last_layer_process "add").
-        expected = golden[f"feat/layer{i}_hidden"] + golden[f"feat/layer{i}_residual"]
-        assert stage.shape == (2, 14, 14, 192)
-        ours = np.insert(np.asarray(stage).reshape(2, 196, 192), 98, np.nan, axis=1)  # no sample is of this token
-        sample = ours[tuple(slice(*s) for s in about[f"feat/layer{i}_hidden"]["slices"])]
-        assert_near(sample, expected, 1e-3, what=f"after block {i}")
+    options = {"width": 16, "depth": 4, "image_size": (75, 50), "num_classes": 10}
+    assert_float64("vim_t", "vim_rectangle", **options, remat="block")
 
 
 @pytest.mark.parametrize("case", ["mixer_11", "mixer_18"])
@@ -84,7 +81,14 @@ def causal_conv_silu(given):
 
 def inner(given):
     def build(rngs):
-        options = {"reverse": False, "d_state": 16, "d_conv": 4, "scan_init": ScanInit(), "dtype": None}
+        options = {
+            "reverse": False,
+            "d_state": 16,
+            "d_conv": 4,
+            "scan_init": ScanInit(),
+            "dtype": None,
+            "implementation": None,
+        }
         return Direction(32, 8, **options, rngs=rngs)  # width 32: a time step of rank 2
 
     rows = [
