@@ -23,10 +23,10 @@ def create_model(
 
     Args:
         name: one of :func:`list_models`.
-        pretrained: a file of official weights (.pth, .pth.tar, .ckpt, .bin, .safetensors); or the folder of a converted
-            model, of a training run, of which the newest checkpoint is taken, or of one of its checkpoints.
-        ema: False takes the parameters of a run, True their moving average, "better" whichever the checkpoint's own
-            evaluation found better: the parameters in a tie, and where none of both at this very step is recorded.
+        pretrained: a file of official weights (.pth, .pth.tar, .ckpt, .bin, .safetensors); or a folder: a converted
+            model, a training run (which stands for its newest checkpoint), or one of its checkpoints.
+        ema: False takes the parameters of a run, True their moving average. "better" takes what the checkpoint's own
+            evaluation found better; in a tie, and without an evaluation of both at this step, the parameters.
         rngs: source of the initial values; ``nnx.Rngs(0)`` when not given.
         **options: fields of the family's configuration (``num_classes``, ``in_channels``, ``drop_path_rate``,
             ``dtype``, its sizes, ...).

@@ -38,10 +38,10 @@ class Predictor:
     """A model with its weights, and all else that a prediction depends on.
 
     Args:
-        weights: a file of official weights, or the folder of a converted model, of a training run (of which the newest
-            checkpoint is taken) or of one of its checkpoints.
-        name: of the model; a folder of ours may be without.
-        ema: False takes the parameters of a run, True their moving average, "better" whichever the checkpoint's own
+        weights: a file of official weights; or a folder: a converted model, a training run (which stands for its newest
+            checkpoint), or one of its checkpoints.
+        name: of the model; not needed for a folder that names it.
+        ema: False takes the parameters of a run, True their moving average, "better" what the checkpoint's own
             evaluation found better.
         image_size: side of the images that the model sees, in pixels, where it is not that of the card or the run.
         class_names: one a class, where they are not those of the run or ImageNet's.

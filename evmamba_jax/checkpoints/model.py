@@ -64,7 +64,7 @@ def find(directory: str | os.PathLike) -> Saved:
 
     Args:
         directory: the folder of one step; or a folder of such folders, or a work folder with such a folder
-            ``checkpoints`` in it, of which the newest undamaged step is taken.
+            ``checkpoints`` in it: the newest undamaged step is taken.
 
     Raises:
         UserError: there is no such folder, no checkpoint in it, or none that is whole.

@@ -92,10 +92,10 @@ class Checkpoints:
         """Start writing a checkpoint; return as soon as the arrays are copied and may be donated.
 
         The arrays of the step that this object saved or restored last are not written again, as within a run the step
-        determines the state; but metrics that come after the save replace, with meta, those of the checkpoint.
+        determines the state; but metrics that come after the save replace the checkpoint's metrics and meta.
 
         Args:
-            step: number of updates made; otherwise larger than that of any checkpoint in the folder.
+            step: number of updates made; this step again, or a larger one than any in the folder.
             items: pytrees of arrays by name, such as "model", "ema", "train"; any other name will do as well.
             meta: what JSON can hold: model name and arguments, config, seed, versions.
             metrics: figures of this state; ``best_metric`` among them ranks it.

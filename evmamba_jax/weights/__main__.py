@@ -95,11 +95,11 @@ def convert_file(
 
     Args:
         place: as for :func:`evmamba_jax.weights.load_weights`; a run gives a checkpoint without its training state.
-        model_name: one of :func:`evmamba_jax.list_models`; a folder may be without.
+        model_name: one of :func:`evmamba_jax.list_models`; not needed for a folder that names it.
         out: folder for the checkpoint; new or empty.
         key: the entry of an official file to take, as for :func:`load_torch_file`.
         ema: as for :func:`load_weights`.
-        **options: of the model, where the place does not state them and they are not those of the published one.
+        **options: of the model; the place's own and the published ones hold for the rest.
 
     Raises:
         UserError: ``out`` holds something already; otherwise as ``open_model``.
@@ -123,10 +123,10 @@ def export_file(
 
     Args:
         place: as for :func:`evmamba_jax.weights.load_weights`.
-        model_name: one of :func:`evmamba_jax.list_models`; a folder may be without.
+        model_name: one of :func:`evmamba_jax.list_models`; not needed for a folder that names it.
         out: the file; must not exist.
         ema: as for :func:`load_weights`.
-        **options: of the model, where the place does not state them and they are not those of the published one.
+        **options: of the model; the place's own and the published ones hold for the rest.
 
     Raises:
         UserError: ``out`` exists or does not end in .safetensors; otherwise as ``open_model``.

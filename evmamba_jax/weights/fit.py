@@ -1,12 +1,12 @@
-"""Which weights may be of other shapes than a model's, and what becomes of them: this is the one place that says so.
+"""Which weights may have other shapes than a model's, and what happens to them. No other place decides this.
 
-- A model without a head takes those of a classifier without its head.
-- A backbone (``out_norms=True``) takes a classifier as the official detectors do: without its last norm too, and with
-  out norms at their initial 1 and 0. Vim's (``class_token=False``) takes it without its class token.
-- Whoever goes on training may also have another number of classes, in place of whose head the model keeps its own new
-  one, and Vim's position embedding of another grid of patches, which is resized.
+- A model without a head takes a classifier and leaves its head out.
+- A backbone (``out_norms=True``) takes a classifier as the official detectors do: it leaves the last norm out too, and
+  its out norms keep their initial 1 and 0. Vim's backbone (``class_token=False``) leaves the class token out.
+- To train on, a model also takes weights for another number of classes, and starts its head anew; Vim takes a position
+  embedding of another grid of patches, and resizes it.
 
-All else must be of the same shape.
+All else must have the same shape.
 """
 
 import logging
@@ -54,7 +54,7 @@ def fit_body(model: Any, arrays: Mapping[str, Any], *, resize: bool) -> dict[str
     Args:
         model: the model, which may be abstract and stays as it is.
         arrays: the weights; of Vim's in either layout, as ours and the official one are the same here.
-        resize: take a position embedding of another length for that of a square, and resize it.
+        resize: resize a position embedding of another length, which is taken for a square grid's.
     """
     if model.head is None:
         arrays = {path: array for path, array in arrays.items() if not path.startswith("head.")}

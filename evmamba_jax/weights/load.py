@@ -1,9 +1,14 @@
-"""The door that all weights come through: read from wherever they are kept, renamed, fitted to a model.
+"""The door for all weights: read them from their place, rename them, fit them to a model.
 
-A place is a file of the official code (.pth, .pth.tar, .ckpt, .bin, .safetensors), the folder of a converted model, the
-work folder of a training run, of which the newest whole checkpoint is taken, or one of its checkpoints. What is true of
-one is true of all: which shapes may differ (``fit.py``), which of parameters and moving average is taken, and the line
-that says so.
+A place is one of four:
+
+- a file of the official code (.pth, .pth.tar, .ckpt, .bin, .safetensors);
+- the folder of a converted model;
+- the work folder of a training run, which stands for its newest whole checkpoint;
+- one of its checkpoints.
+
+The same rules hold for each: which shapes may differ (``fit.py``), whether parameters or moving average are taken, and
+a line that says so.
 """
 
 import logging
@@ -43,7 +48,7 @@ class Weights(NamedTuple):
         batch_stats: the same of the batch statistics.
         meta: what a checkpoint says of itself; empty for an official file.
         place: the file or the folder of the checkpoint.
-        part: of that the parameters or the moving average, in words; empty where there is no choice.
+        part: parameters, moving average, or an entry of the file, in words; empty where there is no choice.
     """
 
     params: dict[str, Any]
@@ -93,11 +98,11 @@ def load_weights(
         model: the model, which may be abstract and stays as it is.
         place: see the module.
         name: what a message calls the model.
-        ema: False takes the parameters of a run, True their moving average, "better" whichever the checkpoint's own
-            evaluation found better: the parameters in a tie, and where none of both at this very step is recorded.
-        initial: who goes on training gives here what builds the model with fresh initial values. Weights for another
-            number of classes then come with the initial head, and Vim's position embedding of another grid is resized,
-            each with a line that says so. Who evaluates leaves it out, and both are refused.
+        ema: False takes the parameters of a run, True their moving average. "better" takes what the checkpoint's own
+            evaluation found better; in a tie, and without an evaluation of both at this step, the parameters.
+        initial: builds the model with fresh initial values; give it to train on. Weights for another number of classes
+            then get the initial head, and Vim's position embedding of another grid is resized; a line says so. Leave it
+            out to evaluate: both are then refused.
 
     Raises:
         UserError: nothing is there; it is damaged or foreign; it does not fit the model; it has no moving average.
@@ -106,11 +111,11 @@ def load_weights(
 
 
 def open_model(source: str | PathLike[str], name: str = "", *, ema: Ema = "better") -> tuple[Any, str, dict[str, Any]]:
-    """Build the model that a place holds the weights of: its sizes and its number of classes are read off.
+    """Build the model of a place: the place tells its sizes and its number of classes.
 
     Args:
         source: the place; see the module.
-        name: one of :func:`evmamba_jax.list_models`; a folder may be without, where its meta has it.
+        name: one of :func:`evmamba_jax.list_models`; not needed for a folder whose meta has it.
         ema: as for :func:`load_weights`.
 
     Returns:
@@ -130,10 +135,10 @@ def open_place(
 
     Args:
         place: see the module.
-        name: of the model; a folder may be without, where its meta has it.
+        name: of the model; not needed for a folder whose meta has it.
         ema: as for :func:`load_weights`.
         key: the entry of an official file to take, as for :func:`load_torch_file`.
-        **options: of the model, where they are not those that the place states or else those of the published one.
+        **options: of the model; the place's own and the published ones hold for the rest.
 
     Raises:
         UserError: as ``open_model``.
@@ -158,7 +163,7 @@ def open_place(
 
 
 def fill_model(model: Any, weights: Weights) -> None:
-    """Replace the arrays of a model by those of its weights."""
+    """Put weights into a model."""
     fill(model, *jax.tree.map(jnp.asarray, weights[:2]))
 
 
@@ -199,8 +204,8 @@ def average_is_better(figures: Mapping[str, float], figure: str, higher: bool) -
     """Return whether an evaluation found the moving average better than the parameters: not in a tie.
 
     Args:
-        figures: metrics by name; those of the average, where there is one, have ``ema_`` before their names.
-        figure: the name of the one that decides.
+        figures: metrics by name; the average's have ``ema_`` before their names.
+        figure: the name of the metric that decides.
         higher: whether more of it is better.
     """
     if f"ema_{figure}" not in figures:
@@ -227,10 +232,13 @@ def _choice(saved: Saved, ema: Ema) -> tuple[bool, str]:
 
 
 def _stated_options(meta: dict[str, Any]) -> dict[str, Any]:
-    if "config" not in meta:
-        return dict(meta.get("options", {}))  # of a converted model
-    run = meta["config"]
-    return {"num_classes": meta["num_classes"], "in_channels": run["data"]["in_channels"], **run["model"]["options"]}
+    options = {}
+    if "config" in meta:  # of a run
+        run = meta["config"]
+        options = {"in_channels": run["data"]["in_channels"], **run["model"]["options"]}
+        if "num_classes" in meta:
+            options["num_classes"] = meta["num_classes"]
+    return options | meta.get("options", {})  # of a converted model
 
 
 def _fitted(model: Any, found: _Found, name: str, initial: Callable[[], nnx.Module] | None) -> Weights:
