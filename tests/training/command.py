@@ -1,20 +1,24 @@
-"""Runs ``train_tpu.py`` as its user does: a process of its own."""
+"""Runs ``train_tpu.py`` as its user does, in a process of its own, or for the time it saves in this one."""
 
+import contextlib
+import io
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+from train_tpu import main
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "tests" / "training" / "tiny.py")
 
 
-def environment(devices: int = 1, **more: str) -> dict[str, str]:
-    """Return the environment of a user with CPU devices, but for the compiler: it is asked for speed of its own."""
+def environment(devices: int = 8, **more: str) -> dict[str, str]:
+    """Return the environment of a user with CPU devices. With eight, as here, commands find programs compiled here."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
-    flags = [flag for flag in kept.pop("XLA_FLAGS").split() if "device_count" not in flag]
-    flags += ["--xla_backend_optimization_level=0", f"--xla_force_host_platform_device_count={devices}"]
-    return kept | {"XLA_FLAGS": " ".join(flags)} | more
+    flags = re.sub(r"device_count=\d+", f"device_count={devices}", kept["XLA_FLAGS"])
+    return kept | {"XLA_FLAGS": flags} | more
 
 
 def start(*arguments: object, config: str = TINY, env: dict[str, str] | None = None) -> subprocess.Popen:
@@ -30,3 +34,20 @@ def run(*arguments: object, config: str = TINY, env: dict[str, str] | None = Non
     with start(*arguments, config=config, env=env) as process:
         out, err = process.communicate(timeout=300)
     return process.returncode, out, err
+
+
+def run_here(*arguments: object, config: str = TINY) -> tuple[int, str, str]:
+    """Run the command in this process, on its eight devices; return exit code, stdout and stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(["train_tpu.py", "--config", str(ROOT / config), *map(str, arguments)])
+    return code, out.getvalue(), err.getvalue()
+
+
+def refused_here(*arguments: object, config: str = TINY) -> str:
+    """Run the command in this process, check that it is refused in one line, and return the line."""
+    code, out, err = run_here(*arguments, config=config)
+    assert code == 2, out + err
+    (line,) = err.splitlines()
+    assert line.startswith("error: ")
+    return line
