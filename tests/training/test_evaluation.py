@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import functools
 import io
+import re
 from pathlib import Path
 
 import chex
@@ -19,6 +20,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from tiny import get_config
 
 from evmamba_jax.arrays import Variables, split
+from evmamba_jax.checkpoints import Checkpoints
 from evmamba_jax.data.builders import Digits
 from evmamba_jax.data.sources import Source, prepare
 from evmamba_jax.errors import UserError
@@ -209,6 +211,20 @@ def test_an_official_file_is_evaluated_as_it_is(data_dir, pth, tmp_path):
     top1 = 100 * np.mean(order[:, 0] == labels)
     top5 = 100 * np.mean((order[:, :5] == labels[:, None]).any(1))
     assert f"evmamba_t of {pth} on digits: top-1 {top1:.2f} %, top-5 {top5:.2f} % (360 images)" in out
+
+
+def test_an_evaluation_of_a_run_takes_both_sets_of_weights_and_says_so(data_dir, tmp_path, capsys):
+    _, params, batch_stats = split(filled())
+    item = {"params": params, "batch_stats": batch_stats}
+    with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
+        checkpoints.save(7, {"model": item, "ema": item}, meta={"model": "evmamba_t", "ema": True})
+    argv = ["train_tpu.py", "--config", TINY + VARIANT, "--workdir", str(tmp_path / "out")]
+    more = ("--config.eval_only=True", f"--config.init_from={tmp_path / 'run'}", f"--config.data.data_dir={data_dir}")
+    assert main([*argv, *more]) == 0
+    weights, told = capsys.readouterr().out.splitlines()
+    assert weights == f"weights: {tmp_path}/run/checkpoints/7, parameters and moving average"
+    own, average = re.findall(r"top-1 (\S+) %", told)
+    assert own == average
 
 
 def test_training_starts_from_an_official_file(data_dir, pth):
