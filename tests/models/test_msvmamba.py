@@ -24,9 +24,6 @@ from evmamba_jax.weights import from_torch
 from evmamba_jax.weights import msvmamba as tables
 from evmamba_jax.weights.convert import fill_rows
 
-UNOPTIMISED = {"xla_backend_optimization_level": 0}
-
-
 # The written definition, in float64 and with the official names, layouts and (channels aside) loops over pixels.
 
 
@@ -216,7 +213,7 @@ def filled(build, rows, w):
 
 def applied(module, x):
     """Return the module's output for one sample, in float64."""
-    run = jax.jit(lambda module, x: module(x), compiler_options=UNOPTIMISED)
+    run = jax.jit(lambda module, x: module(x))
     y = run(module, x[None])[0]
     assert y.dtype == np.float64
     return np.asarray(y)
@@ -390,7 +387,7 @@ ONE_BLOCK = {"width": 32, "depths": (1, 0, 0, 0), "num_classes": 10}
 @pytest.mark.parametrize("name", ["msvmamba_n", "msvmamba_t_v2"])
 def test_bfloat16_stays_within_two_per_cent(name):
     x = jax.random.normal(jax.random.key(1), (4, 16, 16, 3))
-    run = jax.jit(lambda model, x: model(x), compiler_options=UNOPTIMISED)
+    run = jax.jit(lambda model, x: model(x))
     y, reference = (run(create_model(name, **ONE_BLOCK, dtype=dtype), x) for dtype in (jnp.bfloat16, None))
     assert y.dtype == jnp.bfloat16
     error = jnp.linalg.norm(y.astype(jnp.float32) - reference) / jnp.linalg.norm(reference)
@@ -404,6 +401,6 @@ def test_bfloat16_gradients_are_finite_float32():
     def loss(params):
         return jnp.square(merge(graphdef, params, stats)(x).astype(jnp.float32)).sum()
 
-    gradients = jax.jit(jax.grad(loss), compiler_options=UNOPTIMISED)(params)
+    gradients = jax.jit(jax.grad(loss))(params)
     chex.assert_tree_all_finite(gradients)
     assert all(g.dtype == jnp.float32 and (g != 0).any() for g in gradients.values())

@@ -112,7 +112,6 @@ def compute(name) -> Computed:
 
 @functools.cache
 def _compute(family, config) -> Computed:
-    jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # quick to compile
 
     def build(dtype: Any = None):
         model = family(dataclasses.replace(config, dtype=dtype), rngs=nnx.Rngs(0))
@@ -121,12 +120,12 @@ def _compute(family, config) -> Computed:
 
     graphdef = split(nnx.eval_shape(build)).graphdef
     low_graphdef = split(nnx.eval_shape(lambda: build(jnp.bfloat16))).graphdef
-    params, stats = jit(lambda: split(build())[1:])()
+    params, stats = jax.jit(lambda: split(build())[1:])()
     images = jax.random.normal(jax.random.key(1), (2, 64, 48, 3))
 
-    forward = jit(lambda params, x: merge(graphdef, params, stats)(x))
+    forward = jax.jit(lambda params, x: merge(graphdef, params, stats)(x))
 
-    @jit
+    @jax.jit
     @functools.partial(jax.grad, has_aux=True)
     def gradient(params, x):
         logits = merge(low_graphdef, params, stats)(x)

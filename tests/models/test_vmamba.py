@@ -23,9 +23,6 @@ from pallas_kernels import Chain, Order
 SMALL = {"width": 8, "depths": (1, 1, 1, 1), "num_classes": 5, "d_state": 2}
 
 
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # quick to compile
-
-
 @functools.cache
 def small(name="vmamba_t", **options):
     """Return a small model, built by one program rather than one for the values of every parameter."""
@@ -33,7 +30,7 @@ def small(name="vmamba_t", **options):
     def build():
         return create_model(name, **SMALL, **options)
 
-    return merge(split(nnx.eval_shape(build)).graphdef, *jit(lambda: split(build())[1:])())
+    return merge(split(nnx.eval_shape(build)).graphdef, *jax.jit(lambda: split(build())[1:])())
 
 
 # Initial values: the three choices of the paper's table 11, each against its distribution.
@@ -185,7 +182,7 @@ def test_scan_patterns_equal_a_slow_loop(scan, walks, options):
     wide = {n: np.asarray(a, np.float64) + 0.3 * rng.normal(size=a.shape) for n, a in params.items()}
     images = rng.normal(size=(2, *GRID, 4))
     with jax.enable_x64(True):
-        actual = jit(lambda p, x: merge(graphdef, p, stats)(x))(wide, images)
+        actual = jax.jit(lambda p, x: merge(graphdef, p, stats)(x))(wide, images)
         assert actual.dtype == jnp.float64
     wanted = slow_ss2d(
         wide,
@@ -219,7 +216,7 @@ def test_the_model_hands_its_options_on():
 
 def test_a_backbone_gives_normalised_maps_and_has_no_head():
     model = small(out_norms=True)
-    maps = jit(lambda model, x: model.features(x))(model, jax.random.normal(jax.random.key(0), (2, 32, 64, 3)))
+    maps = jax.jit(lambda model, x: model.features(x))(model, jax.random.normal(jax.random.key(0), (2, 32, 64, 3)))
     for i, stage in enumerate(maps):
         chex.assert_shape(stage, (2, 8 // 2**i, 16 // 2**i, 8 * 2**i))
         np.testing.assert_allclose(stage.mean(-1), 0, atol=1e-5)
@@ -239,7 +236,7 @@ def test_the_norms_are_the_only_difference_of_a_backbone():
     shared = {name: a for name, a in split(plain).params.items() if name in params}
     assert set(params) - set(shared) == {f"out_norms.{i}.{kind}" for i in range(4) for kind in ("scale", "bias")}
     x = jax.random.normal(jax.random.key(0), (1, 32, 32, 3))
-    features = jit(lambda model, x: model.features(x))
+    features = jax.jit(lambda model, x: model.features(x))
     raw = features(plain, x)
     wanted = [normalised(np.asarray(stage, np.float64)) for stage in raw]
     actual = features(merge(graphdef, {**params, **shared}, stats), x)
@@ -261,7 +258,7 @@ def test_the_norms_are_the_only_difference_of_a_backbone():
 )
 def test_any_size_gives_maps_of_half_the_size_each(name, size, first):
     x = jax.random.normal(jax.random.key(1), (2, *size, 3))
-    logits, maps = jit(lambda model, x: (model(x), model.features(x)))(small(name), x)
+    logits, maps = jax.jit(lambda model, x: (model(x), model.features(x)))(small(name), x)
     h, w = first
     for i, stage in enumerate(maps):
         chex.assert_shape(stage, (2, h, w, 8 * 2**i))

@@ -1,7 +1,5 @@
 """Classification: what is counted of an evaluation, against loops over single images, and what it refuses."""
 
-import functools
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -19,8 +17,6 @@ from evmamba_jax.tasks import task_of
 from evmamba_jax.tasks.classification import Classification, count_by_class
 from evmamba_jax.training import mesh as meshes
 from evmamba_jax.weights import from_torch
-
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +41,14 @@ def test_answers_are_ranked_and_counted_by_weight(task):
         "weight": np.float32([1] * 11 + [0] * 5),
     }
 
-    @jit
+    @jax.jit
     def evaluate(params):
         model = merge(graphdef, params, stats)
         return task.evaluate(model, batch, detailed=True)
 
     sums, answers = evaluate(params)
     images = (batch["image"] / 255.0 - np.array(task.config.data.mean)) / np.array(task.config.data.std)
-    logits = np.asarray(jit(filled.__call__)(jnp.float32(images)), np.float64)
+    logits = np.asarray(jax.jit(filled.__call__)(jnp.float32(images)), np.float64)
     order = np.argsort(-logits, axis=1, kind="stable")
     assert float(sums["top1"]) == (order[real, 0] == labels[real]).sum()
     assert float(sums["top5"]) == (order[real, :5] == labels[real, None]).sum()
@@ -78,7 +74,7 @@ def test_the_count_by_class_is_what_a_loop_counts(shape):
     found = np.where(rank == 0, label, (label + rank) % classes).astype(np.int32)
     with jax.set_mesh(mesh):
         rows = jax.device_put((label, weight, found, rank), meshes.batch_sharding(mesh))
-        counts = jit(count_by_class, static_argnums=4, out_shardings=meshes.replicated(mesh))(*rows, classes)
+        counts = jax.jit(count_by_class, static_argnums=4, out_shardings=meshes.replicated(mesh))(*rows, classes)
     for truth, counted, guess, place in zip(label, weight, found, rank, strict=True):
         if counted:
             expected.confusion[truth, guess] += 1

@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import dataclasses
-import functools
 import io
 import re
 from pathlib import Path
@@ -35,7 +34,6 @@ from evmamba_jax.weights import from_torch
 from train_tpu import main
 
 VARIANT = ":convolutions"
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 # Weights by the rule
@@ -101,7 +99,7 @@ def test_padding_and_unreadable_images_do_not_count(fsdp):
     assert (figures["examples"], figures["eval_corrupt"]) == (42, 3)
 
     counts = sums["model"]["by_class"]
-    forward = jit(model.__call__)
+    forward = jax.jit(model.__call__)
     expected, top5 = np.zeros((10, 10), int), np.zeros(10, int)
     for i, image in enumerate(pixels):
         if i not in cut:
@@ -189,7 +187,7 @@ def test_an_official_file_is_evaluated_as_it_is(data_dir, pth, tmp_path):
     examples = list(builder._split_generators(None)["test"])
     pixels = np.stack([np.asarray(Image.open(io.BytesIO(example["image"]))) for _, example in examples])
     labels = np.array([example["label"] for _, example in examples])
-    scores = np.asarray(jit(filled().__call__)(jnp.float32((pixels / 255 - 0.3) / 0.38)[..., None]))
+    scores = np.asarray(jax.jit(filled().__call__)(jnp.float32((pixels / 255 - 0.3) / 0.38)[..., None]))
     order = np.argsort(-scores, axis=1)
     assert len(set(order[:, 0])) > 3  # the weights tell something apart
     with (tmp_path / "run" / "per_class.csv").open(newline="") as file:

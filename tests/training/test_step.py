@@ -1,7 +1,6 @@
 """The compiled step: the same on every mesh, accumulation, moving average, refusal of what is not finite."""
 
 import dataclasses
-import functools
 
 import chex
 import jax
@@ -23,9 +22,6 @@ from evmamba_jax.training.config import Config, Duration, MeshConfig, ModelConfi
 from evmamba_jax.training.state import init_state
 from evmamba_jax.training.step import make_train_step
 from evmamba_jax.weights import from_torch
-
-# Compiling takes far longer than the few steps of these tests.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 CLASSES = 8
 OPTIONS = {"width": 16, "depths": (1, 0, 1, 0), "d_state": 4, "patch_size": 2}
@@ -83,7 +79,7 @@ def compiled(config, start, mesh, tx=None, steps_per_epoch=4):
     shardings = meshes.state_shardings(mesh, jax.eval_shape(make, *start[1:]))
     step = make_train_step(task_for(config), tx, steps_per_epoch=steps_per_epoch, log_every=2)
     state = jax.device_put(make(*start[1:]), shardings)
-    return jit(step, out_shardings=shardings), state
+    return jax.jit(step, out_shardings=shardings), state
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +144,7 @@ def test_accumulation_averages_gradients_of_the_rounds(start):
     augment_key, drop_key = jax.random.split(jax.random.fold_in(jax.random.key(3), 0))
     images, targets = device.train_augment(augment_key, batch["image"], batch["label"], config.data, CLASSES)
 
-    @jit
+    @jax.jit
     def gradient(stats, images, targets, key):
         def loss(params):
             model = merge(start.graphdef, params, stats)
@@ -178,10 +174,10 @@ def test_mesa_learns_from_the_averaged_model_once_it_begins(start):
     images, targets = device.train_augment(augment_key, batch["image"], batch["label"], config.data, CLASSES)
     teacher = merge(start.graphdef, averaged, start.batch_stats)
     teacher.eval()
-    scores = np.asarray(jit(teacher.__call__)(images), np.float64) / 3
+    scores = np.asarray(jax.jit(teacher.__call__)(images), np.float64) / 3
     q = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
 
-    @jit
+    @jax.jit
     @jax.value_and_grad
     def expected(params, weight):
         logits = merge(start.graphdef, params, start.batch_stats)(images, key=jax.random.fold_in(drop_key, 0))
