@@ -4,7 +4,7 @@ import json
 import socket
 
 import pytest
-from command import TINY, environment, run, start
+from command import TINY, environment, run_here, start
 from official_weights import save_pth, weights_of
 from tiny import get_config
 
@@ -42,8 +42,8 @@ def rows(workdir):
 
 
 def test_two_processes_train_as_one(shared, tmp_path):
-    env = environment(devices=4, **shared)
-    code, out, err = run(*ARGUMENTS, "--workdir", tmp_path / "one", env=env)
+    here = f"--config.data.data_dir={shared['TFDS_DATA_DIR']}"
+    code, out, err = run_here(*ARGUMENTS, here, "--workdir", tmp_path / "one")  # on eight devices
     assert code == 0, out + err
 
     told = pair(*ARGUMENTS, "--workdir", tmp_path / "two", shared=shared)
@@ -70,8 +70,8 @@ def test_two_processes_evaluate_an_official_file_as_one(shared, tmp_path):
     model = abstract_model(config.name, num_classes=10, in_channels=1, **config.options)
     save_pth(tmp_path / "tiny.pth", weights_of(model))
     arguments = ("--config.eval_only=True", f"--config.init_from={tmp_path / 'tiny.pth'}")
-    env = environment(devices=4, **shared)
-    code, out, err = run(*arguments, "--workdir", tmp_path / "one", config=f"{TINY}:convolutions", env=env)
+    here = f"--config.data.data_dir={shared['TFDS_DATA_DIR']}"
+    code, out, err = run_here(*arguments, here, "--workdir", tmp_path / "one", config=f"{TINY}:convolutions")
     assert code == 0, out + err
 
     told = pair(*arguments, "--workdir", tmp_path / "two", shared=shared, config=f"{TINY}:convolutions")
