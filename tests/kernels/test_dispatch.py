@@ -51,8 +51,7 @@ def sequence_loss(problem, weights, implementation="pallas_interpret"):
 
 
 def gradient(loss, problem, *rest):
-    options = {"xla_backend_optimization_level": 0}
-    return jax.device_get(jax.jit(jax.grad(loss), compiler_options=options)(problem, *rest))
+    return jax.device_get(jax.jit(jax.grad(loss))(problem, *rest))
 
 
 def lowered(function, *arguments, platform="tpu"):

@@ -49,8 +49,8 @@ class Images:
 
     arguments = ("x", "x_weight", "dt_weight", "dt_bias", "A", "D")
 
-    def setting(self):
-        """Return arguments, cotangents, and what the oracle makes of them: results and gradients by name."""
+    def inputs(self):
+        """Return the problem, rounded to the case's dtype, dy, and the arguments."""
         height, width = self.grid
         problem = scan_oracle.make_scan2d(
             self.state,
@@ -64,8 +64,12 @@ class Images:
         )
         dy = np.random.default_rng(7).normal(size=problem["x"].shape)
         problem["x"], dy = rounded(problem["x"], self.dtype), rounded(dy, self.dtype)
-        arrays = [jnp.asarray(problem[name], self.dtype if name == "x" else F32) for name in self.arguments]
-        y, gradients = scan_oracle.scan2d(problem, [order.indices(height, width) for order in self.orders], dy)
+        return problem, dy, [jnp.asarray(problem[name], self.dtype if name == "x" else F32) for name in self.arguments]
+
+    def setting(self):
+        """Return arguments, cotangents, and what the oracle makes of them: results and gradients by name."""
+        problem, dy, arrays = self.inputs()
+        y, gradients = scan_oracle.scan2d(problem, [order.indices(*self.grid) for order in self.orders], dy)
         return arrays, [jnp.asarray(dy, self.dtype)], {"y": y}, gradients
 
     def plan(self, *arrays, interpret=None):
@@ -108,32 +112,37 @@ class Sequences:
 
     arguments = ("u", "delta", "A", "B", "C", "D", "delta_bias", "initial_state")
 
-    def setting(self):
-        """Return arguments, cotangents, and what the oracle makes of them: results and gradients by name."""
+    def inputs(self):
+        """Return the problem, rounded to the case's dtype, dy, and the arguments."""
         sizes = {"length": self.length, "state": self.state, "groups": self.groups, "batch": self.batch}
         problem = scan_oracle.make_scan(self.state, **sizes, share=self.share, softplus=self.softplus, optional=ALL)
         problem |= {name: problem[name] * (name in self.optional) for name in ALL}
-        rng = np.random.default_rng(7)
-        dy, d_state = rng.normal(size=problem["u"].shape), rng.normal(size=problem["initial_state"].shape)
+        dy = np.random.default_rng(7).normal(size=problem["u"].shape)
         problem["u"], dy = rounded(problem["u"], self.dtype), rounded(dy, self.dtype)
+        arrays = [
+            jnp.asarray(self.grouped(name, problem[name]), self.dtype if name == "u" else F32)
+            for name in self.arguments
+        ]
+        return problem, dy, arrays
+
+    def setting(self):
+        """Return arguments, cotangents, and what the oracle makes of them: results and gradients by name."""
+        problem, dy, arrays = self.inputs()
+        d_state = np.random.default_rng(8).normal(size=problem["initial_state"].shape)
         options = {"softplus_delta": self.softplus, "reverse": self.reverse}
         y, state, gradients = scan_oracle.scan(problem, **options, dy=dy, d_state=d_state)
+        cotangents = [jnp.asarray(self.grouped("y", dy), F32), jnp.asarray(self.grouped("state", d_state), F32)]
+        results = {"y": self.grouped("y", y), "state": self.grouped("state", state)}
+        return arrays, cotangents, results, {name: self.grouped(name, g) for name, g in gradients.items()}
 
+    def grouped(self, name, a):
+        """Bring an array of ``selective_scan`` into the form of contract.py."""
         split = (self.groups, self.share)
         shapes = dict.fromkeys(("u", "delta", "y"), (self.batch, self.length, *split))
         shapes |= {"A": (*split, self.state), "D": split, "delta_bias": split}
         shapes |= dict.fromkeys(("initial_state", "state"), (self.batch, *split, self.state))
-
-        def grouped(name, a):
-            a = a.reshape(shapes.get(name, a.shape))
-            return a.swapaxes(-1, -2) if name in ("A", "initial_state", "state") else a
-
-        arrays = [
-            jnp.asarray(grouped(name, problem[name]), self.dtype if name == "u" else F32) for name in self.arguments
-        ]
-        cotangents = [jnp.asarray(grouped("y", dy), F32), jnp.asarray(grouped("state", d_state), F32)]
-        results = {"y": grouped("y", y), "state": grouped("state", state)}
-        return arrays, cotangents, results, {name: grouped(name, g) for name, g in gradients.items()}
+        a = a.reshape(shapes.get(name, a.shape))
+        return a.swapaxes(-1, -2) if name in ("A", "initial_state", "state") else a
 
     def plan(self, *arrays, interpret=None):
         return tpu.SELECTIVE_SCAN.plan(*arrays, **self._options, interpret=interpret)
@@ -168,9 +177,7 @@ def rounded(a, dtype):
 
 
 def compiled(function, *arguments):
-    """Run a function that is used once: its program compiles several times faster unoptimised."""
-    options = {"xla_backend_optimization_level": 0}
-    return jax.device_get(jax.jit(function, compiler_options=options)(*arguments))
+    return jax.device_get(jax.jit(function)(*arguments))
 
 
 def assert_right(case: Case, actual, wanted):
@@ -215,7 +222,7 @@ def interpreter():
 LAST_FIRST = Order(column_major=True, reverse=True)
 THERE_AND_BACK = Chain((Order(step=(2, 2), reverse=True), Order(step=(2, 2))))
 CASES: dict[str, Case] = {
-    "one pixel": Images(CROSS, (1, 1), 8, 1, 1, batch=1, interpret=STRICT),
+    "one pixel": Images(CROSS[:2], (1, 1), 8, 1, 1, batch=1, interpret=STRICT),
     "two pixels": Images((Order(reverse=True),), (1, 2), 12, 2, 3, batch=2, interpret=STRICT),
     "cross": Images(CROSS, (7, 7), 24, 1, 2, batch=65, short=True),
     "cross, two stores": Images(CROSS, (2, 3), 8, 2, 1, batch=2, interpret=STRICT, two_stores=True),
@@ -224,7 +231,13 @@ CASES: dict[str, Case] = {
     "eight states, two stores": Images((LAST_FIRST,), (3, 4), 24, 8, 2, batch=128, two_stores=True, short=True),
     "sixteen states": Images((Order(column_major=True),), (3, 2), 5, 16, 1, batch=1, interpret=STRICT, short=True),
     "chain": Images(
-        (Chain((Order(), Order(column_major=True), Order(reverse=True))), LAST_FIRST), (3, 4), 8, 2, 2, batch=3
+        (Chain((Order(), Order(column_major=True), Order(reverse=True))), LAST_FIRST),
+        (3, 4),
+        8,
+        2,
+        2,
+        batch=3,
+        short=True,
     ),
     "chain, bfloat16": Images((THERE_AND_BACK,), (3, 5), 16, 1, 2, batch=128, dtype=BF16),
     "mixed steps": Images(
@@ -285,7 +298,7 @@ def test_results_and_gradients(name, monkeypatch):
 def test_the_cases_cover_the_kernels(monkeypatch):
     """Every choice that the planner has, other than to divide a walk, is taken in some case, and not in another."""
     chip(monkeypatch)
-    plans = [case.plan(*case.setting()[0]) for case in CASES.values()]
+    plans = [case.plan(*case.inputs()[2]) for case in CASES.values()]
     for direction in ("forward", "backward"):
         parts = zip(CASES.values(), plans, strict=True)
         launches = [launch for case, plan in parts for launch in case.calls(getattr(plan, direction))]
@@ -312,7 +325,7 @@ DIVIDED: dict[str, tuple[Case, int, int]] = {
     "parts of rows of sub-lattices": (Images(ATROUS[:1], (3, 48), 8, 4, 1, batch=2, interpret=STRICT), 1, 4),
     "blocks of channels": (Images((Order(reverse=True),), (4, 3), 16, 2, 3, batch=65), 1, 4),
     "a long row": (Images((Order(reverse=True),), (1, 262), 8, 1, 1, batch=2), 1, 5),
-    "sub-lattices": (Images(ATROUS, (7, 6), 8, 2, 1, batch=2, interpret=STRICT), 1, 2),
+    "sub-lattices": (Images(ATROUS[:3], (7, 6), 8, 2, 1, batch=2, interpret=STRICT), 1, 2),
     "four calls": (Images(CROSS, (4, 6), 8, 1, 2, batch=2), 4, 2),
     "calls that share sub-lattices, bfloat16": (
         Images((*ATROUS[:1], Order(step=(2, 2), reverse=True)), (5, 6), 16, 4, 1, batch=66, dtype=BF16),
@@ -375,7 +388,7 @@ def just_too_small(case: Case, arrays, calls, chunks, *, gradient):
 )
 def test_what_they_cannot_do(case, reason, monkeypatch):
     chip(monkeypatch, vmem=2**20)
-    assert case.plan(*case.setting()[0]) == reason
+    assert case.plan(*case.inputs()[2]) == reason
 
 
 # ---------------------------------------------------------------------------------------------------- time steps

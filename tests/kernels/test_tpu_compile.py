@@ -7,8 +7,9 @@ are the same. So ``compiled_kernels.json`` records what the compiler made of the
 the versions. What the record does not hold is compiled; five of what it holds are compiled again, chosen by the commit.
 Only this script writes the record, from what it has compiled itself:
 
-    python tests/kernels/test_tpu_compile.py             # records what is not recorded yet
-    python tests/kernels/test_tpu_compile.py --budgets   # also after a change that is meant to move the budgets
+    python tests/kernels/test_tpu_compile.py               # records what is not recorded yet
+    python tests/kernels/test_tpu_compile.py generations   # that of one job: training, detector or generations
+    python tests/kernels/test_tpu_compile.py --budgets     # after a change that is meant to move the budgets
 
 A selection of scans is compiled. All of them, for every TPU, take hours of processor time:
 
@@ -329,20 +330,26 @@ def test_every_limit_is_one():
 # ----------------------------------------------------------------------------------------------------------- the script
 
 
-def write(*, budgets):
-    """Compile what is not recorded and record it; with ``budgets``, let these be the limits."""
+def write(jobs, *, budgets):
+    """Compile what is not recorded of some jobs and record it; with ``budgets``, let these be the limits."""
     record = read_record()
     if record["scans"].get("sources") != digest(MODELS):
         record["scans"] = {"sources": digest(MODELS), **{size: selected(size) for size in SIZES}}
     kernels = []
-    for job in JOBS:
+    for job in jobs:
+        before = versions()
         with tempfile.TemporaryDirectory() as folder:
             kernels += kernels_of(job, record, folder)
         failed = [f"{k.key}: {k.problem}" for k in kernels if k.problem and k.name != "portable"]
         if failed:
             sys.exit("\n".join(["these are not recorded, for they do not compile:", *failed]))
-        record["kernels"][libtpu_version()] = versions() | dict(map(to_record, kernels))
-        write_record(record)  # after each job: whoever stops it here has not lost what is done
+        if versions() != before:
+            sys.exit("not recorded: a source changed while its kernels were compiled")
+        # After each job, and on top of what another process may have recorded by now.
+        known = [kernel for own in known_kernels(read_record()).values() for kernel in own]
+        record["kernels"] = read_record()["kernels"]
+        record["kernels"][libtpu_version()] = versions() | dict(map(to_record, [*known, *kernels]))
+        write_record(record)
     if budgets:
         write_budgets(kernels)
     wrong = list(complaints(kernels, json.loads(BUDGETS.read_text()), libtpu_version()))
@@ -351,7 +358,8 @@ def write(*, budgets):
 
 def write_budgets(kernels):
     budgets = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
-    budgets[libtpu_version()] = {kernel.key: [round(kernel.cycles), kernel.spills] for kernel in kernels}
+    own = budgets.setdefault(libtpu_version(), {})
+    own |= {kernel.key: [round(kernel.cycles), kernel.spills] for kernel in kernels}
     texts = []
     for version, limits in sorted(budgets.items()):
         lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(limit)}" for key, limit in sorted(limits.items()))
@@ -364,4 +372,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--compile"]:
         compile_here(json.load(sys.stdin), sys.argv[2])
     else:
-        write(budgets="--budgets" in sys.argv[1:])
+        write([job for job in JOBS if job in sys.argv[1:]] or JOBS, budgets="--budgets" in sys.argv[1:])
