@@ -1,5 +1,7 @@
 """Every scan of every registered model. Nothing is computed: models are traced with shapes alone."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,14 +25,7 @@ def model_scans(*, detector: bool) -> dict[Scan, list[str]]:
     """
     found: dict[Scan, list[str]] = {}
     for name in list_models():
-        structure, weights = nnx.split(abstract_model(name, dtype=jnp.bfloat16))
-        weights = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), weights)
-
-        def features(weights: nnx.State, images: jax.Array, structure=structure) -> Any:
-            model = nnx.merge(structure, weights)
-            model.eval()
-            return model.features(images)
-
+        features, weights = _model(name)
         shape = (1, *DETECTOR, 3) if detector else (BATCH, *model_card(name).input_size, 3)
         images = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
         for equation in equations(jax.make_jaxpr(features)(weights, images).jaxpr):
@@ -38,6 +33,19 @@ def model_scans(*, detector: bool) -> dict[Scan, list[str]]:
                 models = found.setdefault(_scan(equation), [])
                 models += [name] if name not in models else []
     return found
+
+
+@functools.cache  # for images of both sizes
+def _model(name: str) -> tuple[Callable[[nnx.State, jax.Array], Any], nnx.State]:
+    """Return the features of a model as a function of its weights and of images, and the weights as shapes."""
+    structure, weights = nnx.split(abstract_model(name, dtype=jnp.bfloat16))
+
+    def features(weights: nnx.State, images: jax.Array) -> Any:
+        model = nnx.merge(structure, weights)
+        model.eval()
+        return model.features(images)
+
+    return features, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), weights)
 
 
 def _scan(equation: Any) -> Scan:
