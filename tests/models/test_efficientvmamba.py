@@ -12,7 +12,6 @@ from flax import nnx
 from evmamba_jax import create_model, list_models
 from evmamba_jax.arrays import check_same_shapes, merge, split
 from evmamba_jax.errors import UserError
-from evmamba_jax.models import abstract_model
 
 SMALL = {"width": 16, "depths": (1, 1, 1, 1), "num_classes": 10, "d_state": 4}
 
@@ -28,14 +27,6 @@ run = jax.jit(lambda model, x, key=None: model(x, key=key))
 
 def images(*shape):
     return jax.random.normal(jax.random.key(1), shape)
-
-
-@pytest.mark.parametrize(
-    ("name", "count"), [("evmamba_t", 6_493_660), ("evmamba_s", 11_273_688), ("evmamba_b", 33_717_136)]
-)
-def test_parameter_counts_are_the_official_ones(name, count):
-    params = split(abstract_model(name)).params
-    assert sum(math.prod(p.shape) for p in params.values()) == count
 
 
 def test_list_models_filters():
@@ -135,13 +126,15 @@ def test_convolutions_are_uniform_by_fan_in(fresh):
 
 @pytest.mark.parametrize("size", [(4, 4), (33, 61), (64, 36), (100, 30)])
 def test_any_size_gives_maps_of_half_the_size_each(small, size):
-    x = images(2, *size, 3)
-    maps = jax.jit(lambda model, x: model.features(x))(small, x)
+    maps = jax.eval_shape(lambda model, x: model.features(x), small, images(2, *size, 3))
     h, w = size[0] // 4, size[1] // 4
     for i, stage in enumerate(maps):
         chex.assert_shape(stage, (2, h, w, 16 * 2**i))
         h, w = -(-h // 2), -(-w // 2)
-    chex.assert_tree_all_finite(maps)
+
+
+def test_maps_of_one_pixel_are_finite(small):
+    chex.assert_tree_all_finite(run(small, images(2, 4, 4, 3)))
 
 
 def test_head_uses_the_last_map(small):
@@ -209,12 +202,6 @@ def test_drop_path_keeps_the_mean_and_drops_whole_samples():
     np.testing.assert_allclose(y.mean(), 1, atol=0.04)
 
 
-def test_drop_path_rises_linearly_over_all_blocks():
-    model = create_model("evmamba_t", drop_path_rate=0.9)
-    rates = [block.drop_path.rate for stage in model.stages for block in stage.blocks]
-    np.testing.assert_allclose(rates, [0.1 * i for i in range(10)], atol=1e-12)
-
-
 def test_batch_norm_follows_pytorch():
     from evmamba_jax.layers.norm import BatchNorm
 
@@ -255,22 +242,13 @@ def test_depthwise_convolution_equals_a_slow_one():
 # Precision
 
 
-def test_bfloat16_stays_within_two_per_cent_with_finite_gradients():
+def test_bfloat16_stays_within_two_per_cent():
     x = images(4, 64, 64, 3)
     reference = run(create_model("evmamba_t"), x)
     logits = run(create_model("evmamba_t", dtype=jnp.bfloat16), x)
     assert logits.dtype == jnp.bfloat16
     error = jnp.linalg.norm(logits.astype(jnp.float32) - reference) / jnp.linalg.norm(reference)
     assert 1e-5 < error < 0.02  # above zero: it did compute in bfloat16
-
-    graphdef, params, stats = split(create_model("evmamba_t", dtype=jnp.bfloat16, **SMALL))
-
-    def loss(params, x):
-        return jnp.square(merge(graphdef, params, stats)(x).astype(jnp.float32)).sum()
-
-    grads = jax.jit(jax.grad(loss))(params, x)
-    chex.assert_tree_all_finite(grads)
-    assert all(g.dtype == jnp.float32 for g in grads.values())
 
 
 # The module as dictionaries

@@ -46,28 +46,26 @@ def images(*shape):
 
 
 @pytest.mark.parametrize(
-    ("name", "count", "attention", "layer_scale"),
+    ("name", "attention", "layer_scale"),
     [
-        ("mambavision_t", 31_794_248, [(4, 8), (2, 4)], False),
-        ("mambavision_t2", 35_104_008, [(6, 11), (2, 4)], False),
-        ("mambavision_s", 50_140_584, [(4, 7), (3, 5)], False),
-        ("mambavision_b", 97_685_288, [(5, 10), (3, 5)], True),
-        ("mambavision_l", 227_961_048, [(5, 10), (3, 5)], True),
-        ("mambavision_l2", 241_554_824, [(6, 12), (3, 5)], True),
-        ("mambavision_l2_512", 241_554_824, [(6, 12), (3, 5)], True),
-        ("mambavision_l3_256", 739_570_472, [(10, 20), (5, 10)], True),
-        ("mambavision_l3_512", 739_570_472, [(10, 20), (5, 10)], True),
+        ("mambavision_t", [(4, 8), (2, 4)], False),
+        ("mambavision_t2", [(6, 11), (2, 4)], False),
+        ("mambavision_s", [(4, 7), (3, 5)], False),
+        ("mambavision_b", [(5, 10), (3, 5)], True),
+        ("mambavision_l", [(5, 10), (3, 5)], True),
+        ("mambavision_l2", [(6, 12), (3, 5)], True),
+        ("mambavision_l2_512", [(6, 12), (3, 5)], True),
+        ("mambavision_l3_256", [(10, 20), (5, 10)], True),
+        ("mambavision_l3_512", [(10, 20), (5, 10)], True),
     ],
 )
-def test_sizes_are_the_official_ones(name, count, attention, layer_scale):
+def test_blocks_are_the_official_ones(name, attention, layer_scale):
     model = abstract_model(name)
-    params = split(model).params
-    assert sum(math.prod(p.shape) for p in params.values()) == count
     for stage, (first, end) in zip(model.stages[2:], attention, strict=True):
         attends = [j for j, block in enumerate(stage.blocks) if isinstance(block.mixer, Attention)]
         assert attends == list(range(first, end))
         assert len(stage.blocks) == end
-    assert any("gamma" in path for path in params) == layer_scale
+    assert any("gamma" in path for path in split(model).params) == layer_scale
 
 
 @pytest.mark.parametrize(
@@ -310,12 +308,6 @@ def test_wrong_images_are_refused(small):
 
 
 # Modes and precision
-
-
-def test_drop_path_rises_linearly_over_all_blocks():
-    model = abstract_model("mambavision_t", drop_path_rate=0.3)
-    rates = [block.drop_path.rate for stage in model.stages for block in stage.blocks]
-    np.testing.assert_allclose(rates, [0.02 * i for i in range(16)], atol=1e-12)
 
 
 def test_training_step_in_bfloat16_moves_statistics_and_has_finite_float32_gradients(small):

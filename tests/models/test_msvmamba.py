@@ -14,8 +14,8 @@ from flax import nnx
 from official_weights import weights
 from scipy.special import erf, expit
 
-from evmamba_jax import create_model, list_models
-from evmamba_jax.arrays import merge, split
+from evmamba_jax import create_model
+from evmamba_jax.arrays import split
 from evmamba_jax.errors import UserError
 from evmamba_jax.layers.block import Block
 from evmamba_jax.models import abstract_model
@@ -265,32 +265,6 @@ def test_the_model_of_version_2_equals_slow_loops():
     chex.assert_trees_all_close(y, logits(w, image, gate=True), rtol=1e-9, atol=1e-9)
 
 
-# Sizes
-
-
-@pytest.mark.parametrize(
-    ("name", "count"),
-    [
-        ("msvmamba_n", 6_864_136),
-        ("msvmamba_m", 11_879_272),
-        ("msvmamba_t", 33_046_312),
-        ("msvmamba_t_v2", 32_263_720),
-        ("msvmamba_s_v2", 50_216_296),
-        ("msvmamba_b_v2", 90_591_976),
-    ],
-)
-def test_parameter_counts_are_the_official_ones(name, count):
-    assert name in list_models("msvmamba_*")
-    params = split(abstract_model(name)).params
-    assert sum(math.prod(p.shape) for p in params.values()) == count
-
-
-def test_drop_path_rises_linearly_over_all_blocks():
-    model = abstract_model("msvmamba_n", drop_path_rate=0.9)
-    rates = [block.drop_path.rate for stage in model.stages for block in stage.blocks]
-    np.testing.assert_allclose(rates, [0.1 * i for i in range(10)], atol=1e-12)
-
-
 # Initial values
 
 
@@ -392,15 +366,3 @@ def test_bfloat16_stays_within_two_per_cent(name):
     assert y.dtype == jnp.bfloat16
     error = jnp.linalg.norm(y.astype(jnp.float32) - reference) / jnp.linalg.norm(reference)
     assert 1e-5 < error < 0.02  # above zero: it did compute in bfloat16
-
-
-def test_bfloat16_gradients_are_finite_float32():
-    x = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
-    graphdef, params, stats = split(create_model("msvmamba_n", **ONE_BLOCK, dtype=jnp.bfloat16))
-
-    def loss(params):
-        return jnp.square(merge(graphdef, params, stats)(x).astype(jnp.float32)).sum()
-
-    gradients = jax.jit(jax.grad(loss))(params)
-    chex.assert_tree_all_finite(gradients)
-    assert all(g.dtype == jnp.float32 and (g != 0).any() for g in gradients.values())

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import chex
 import jax
@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from evmamba_jax import create_model, list_models
+from evmamba_jax import list_models
 from evmamba_jax.arrays import Arrays, merge, split
-from evmamba_jax.models import registry
+from evmamba_jax.models import abstract_model
+from evmamba_jax.models.registry import VARIANTS
 from evmamba_jax.training.command import parse_command
 
 ROOT = Path(__file__).parents[2]
@@ -35,11 +36,8 @@ def test_full_size_as_its_config_builds_it(name):
     assert config.model.name == name
     side = config.data.image_size
 
-    def build():
-        options = {"drop_path_rate": config.model.drop_path_rate, **config.model.options}
-        return create_model(config.model.name, dtype=jnp.bfloat16, **options)
-
-    model = nnx.eval_shape(build)
+    options = {"drop_path_rate": config.model.drop_path_rate, **config.model.options}
+    model = abstract_model(config.model.name, dtype=jnp.bfloat16, **options)
     _, params, stats = split(model)
     assert {p.dtype for p in (params | stats).values()} == {jnp.dtype(jnp.float32)}
 
@@ -47,6 +45,18 @@ def test_full_size_as_its_config_builds_it(name):
     logits = jax.eval_shape(lambda model, x: model(x), model, images)
     chex.assert_shape(logits, (2, 1000))
     assert logits.dtype == jnp.bfloat16
+
+
+FAMILIES = ["evmamba_t", "vmamba_t", "msvmamba_n", "vim_t", "mambavision_t"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_drop_path_rises_linearly_over_all_blocks(name):
+    model = abstract_model(name, drop_path_rate=0.3)
+    stages = [model] if name == "vim_t" else model.stages
+    rates = [block.drop_path.rate for stage in stages for block in stage.blocks]
+    assert len(rates) > 9
+    np.testing.assert_allclose(rates, [0.3 * i / (len(rates) - 1) for i in range(len(rates))], atol=1e-12)
 
 
 # In small: few and narrow blocks
@@ -64,9 +74,8 @@ def possible_sizes(name, length, stage):
 @every_model
 def test_small_features_of_an_odd_rectangle(name):
     """Shapes and types only, as many blocks would not change them."""
-    family, config = shrunk(name)
     height, width = 215, 245
-    model = nnx.eval_shape(lambda: family(dataclasses.replace(config, dtype=jnp.bfloat16), rngs=nnx.Rngs(0)))
+    model = abstract_model(name, **shrunk(name), dtype=jnp.bfloat16)
     image = jax.ShapeDtypeStruct((2, height, width, 3), jnp.float32)
     maps = jax.eval_shape(lambda model, x: model.features(x), model, image)
     assert len(maps) == 4
@@ -91,8 +100,8 @@ class Computed(NamedTuple):
 
 
 def shrunk(name):
-    """Return the family, and a configuration of few and narrow blocks and small windows, otherwise as it is."""
-    family, config, _ = registry.VARIANTS[name]
+    """Return options for few and narrow blocks and small windows, which leave the rest as it is."""
+    config = VARIANTS[name].config
     small = {"width": 16, "num_classes": 10}
     if not hasattr(config, "depths"):
         small |= {"depth": 2, "image_size": 64}
@@ -102,25 +111,23 @@ def shrunk(name):
         # Two blocks where the first has a scan and the second attention; windows smaller than the map.
         windows = tuple(max(2, w // 4) for w in config.window_size)
         small |= {"depths": (0, 1, 0, 2), "stem_width": 8, "window_size": windows}
-    return family, dataclasses.replace(config, **small)
+    return small
 
 
 def compute(name) -> Computed:
     """Run the small model forward and backward; variants that are the same in small share the run."""
-    return _compute(*shrunk(name))
+    family, config, _ = VARIANTS[name]
+    return _compute(family, dataclasses.replace(config, **shrunk(name)))
 
 
 @functools.cache
 def _compute(family, config) -> Computed:
-
-    def build(dtype: Any = None):
-        model = family(dataclasses.replace(config, dtype=dtype), rngs=nnx.Rngs(0))
-        model.eval()
-        return model
-
-    graphdef = split(nnx.eval_shape(build)).graphdef
-    low_graphdef = split(nnx.eval_shape(lambda: build(jnp.bfloat16))).graphdef
-    params, stats = jax.jit(lambda: split(build())[1:])()
+    model = family(config, rngs=nnx.Rngs(0))
+    model.eval()
+    graphdef, params, stats = split(model)
+    low = nnx.eval_shape(lambda: family(dataclasses.replace(config, dtype=jnp.bfloat16), rngs=nnx.Rngs(0)))
+    low.eval()
+    low_graphdef = split(low).graphdef
     images = jax.random.normal(jax.random.key(1), (2, 64, 48, 3))
 
     forward = jax.jit(lambda params, x: merge(graphdef, params, stats)(x))

@@ -31,21 +31,6 @@ def images(*shape):
     return jax.random.normal(jax.random.key(1), shape)
 
 
-@pytest.mark.parametrize(
-    ("name", "count"),
-    [
-        ("vim_t", 7_148_008),
-        ("vim_s", 25_796_584),
-        ("vim_b", 97_598_440),
-        ("vim_t_stride8", 7_250_344),
-        ("vim_s_stride8", 26_001_256),
-    ],
-)
-def test_parameter_counts_are_the_official_ones(name, count):
-    params = split(abstract_model(name)).params
-    assert sum(math.prod(p.shape) for p in params.values()) == count
-
-
 # Initial values: each against the distribution the official code draws from.
 
 
@@ -379,15 +364,6 @@ def test_bfloat16_keeps_the_residual_stream_in_float32():
     assert (maps[-1] != maps[-1].astype(jnp.bfloat16).astype(jnp.float32)).mean() > 0.9
     error = jnp.linalg.norm(logits.astype(jnp.float32) - reference) / jnp.linalg.norm(reference)
     assert 1e-5 < error < 0.02  # above zero: it did compute in bfloat16
-
-    graphdef, params, stats = split(half)
-
-    def loss(params, x):
-        return jnp.square(merge(graphdef, params, stats)(x).astype(jnp.float32)).sum()
-
-    grads = jax.jit(jax.grad(loss))(params, x)
-    chex.assert_tree_all_finite(grads)
-    assert all(g.dtype == jnp.float32 and (g != 0).any() for g in grads.values())
 
 
 # Recipes

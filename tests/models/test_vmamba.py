@@ -25,12 +25,7 @@ SMALL = {"width": 8, "depths": (1, 1, 1, 1), "num_classes": 5, "d_state": 2}
 
 @functools.cache
 def small(name="vmamba_t", **options):
-    """Return a small model, built by one program rather than one for the values of every parameter."""
-
-    def build():
-        return create_model(name, **SMALL, **options)
-
-    return merge(split(nnx.eval_shape(build)).graphdef, *jax.jit(lambda: split(build())[1:])())
+    return create_model(name, **SMALL, **options)
 
 
 # Initial values: the three choices of the paper's table 11, each against its distribution.
@@ -258,13 +253,16 @@ def test_the_norms_are_the_only_difference_of_a_backbone():
 )
 def test_any_size_gives_maps_of_half_the_size_each(name, size, first):
     x = jax.random.normal(jax.random.key(1), (2, *size, 3))
-    logits, maps = jax.jit(lambda model, x: (model(x), model.features(x)))(small(name), x)
+    logits, maps = jax.eval_shape(lambda model, x: (model(x), model.features(x)), small(name), x)
     h, w = first
     for i, stage in enumerate(maps):
         chex.assert_shape(stage, (2, h, w, 8 * 2**i))
         h, w = -(-h // 2), -(-w // 2)
     chex.assert_shape(logits, (2, 5))
-    chex.assert_tree_all_finite((logits, maps))
+
+
+def test_maps_of_one_pixel_are_finite():
+    chex.assert_tree_all_finite(jax.jit(lambda model, x: model(x))(small(), jnp.ones((2, 1, 1, 3))))
 
 
 def test_images_smaller_than_a_patch_are_refused():
@@ -274,12 +272,6 @@ def test_images_smaller_than_a_patch_are_refused():
 
 
 # Options
-
-
-def test_drop_path_rises_linearly_over_all_blocks():
-    model = abstract_model("vmamba_t", drop_path_rate=0.26)
-    rates = [block.drop_path.rate for stage in model.stages for block in stage.blocks]
-    np.testing.assert_allclose(rates, [0.02 * i for i in range(14)], atol=1e-12)
 
 
 @pytest.mark.parametrize(
