@@ -30,9 +30,9 @@ class ModelConfig:
 
     name: str = "evmamba_t"
     drop_path_rate: float = 0.1
-    remat: str = "none"  # what the backward pass computes again: none, block, or dots_and_scans (keeps their results)
     dtype: str = "bfloat16"  # compute type: bfloat16 or float32; parameters and recurrence are float32 either way
     options: dict[str, Any] = field(default_factory=dict)  # further arguments of create_model
+    remat: str = "none"  # what the backward pass computes again: none, block, or dots_and_scans (keeps their results)
 
 
 @dataclass
