@@ -5,7 +5,9 @@ the Pallas kernels, with the portable ``sequential`` scans, and with the kernels
 the policy ``dots_and_scans`` does not keep. With parameters divided over four chips, the exchanges of that form are
 counted, inside its loops and outside.
 
-    python benchmarks/tpu_step.py [--models evmamba_t vmamba_t vim_s] [--out FILE]
+    python benchmarks/tpu_step.py [--models evmamba_t vmamba_t vim_s] [--fast] [--out FILE]
+
+``--fast`` compiles at JAX's optimisation level O1: the same peak, three to five times sooner.
 """
 
 import argparse
@@ -111,13 +113,14 @@ def copies(program, found) -> Iterator[tuple[str, int, str]]:
                 yield "before" if is_kernel else "after", size, mover.result[0].text
 
 
-def fill(report: Report, models: list[str]) -> None:
+def fill(report: Report, models: list[str], forms: list[str], *, fast: bool) -> None:
     """Add one step after another."""
     report.text(
         f"`configs/MODEL.py`, {BATCH} images a chip, bfloat16. Temporaries are all activations, gradients and scratch "
         "at their peak; `over`, the share of the model's first row. GB accessed is by the compiler, left out where "
         "it would take a loop's body once. A copy is an instruction beside a kernel that only moves numbers, 1 MiB or "
-        "more. CPU s: of the compilation alone. Written by `benchmarks/tpu_step.py`."
+        "more. CPU s: of the compilation alone. Written by `benchmarks/tpu_step.py"
+        + (" --fast` (optimisation level O1)." if fast else "`.")
     )
     sizes = [
         ("arguments, GiB", "{:.2f}"),
@@ -131,9 +134,9 @@ def fill(report: Report, models: list[str]) -> None:
     for model in models:
         first = None
         for form, (implementation, remat, chips) in FORMS.items():
-            if chips > 1:
+            if chips > 1 or form not in forms:
                 continue
-            f = run(model, form)
+            f = run(model, form, fast=fast)
             if "refusal" in f:
                 report.row(model, implementation, remat, f["refusal"])
                 continue
@@ -150,7 +153,7 @@ def fill(report: Report, models: list[str]) -> None:
                 details.append("\n".join([f"{model}, {remat}, copies beside its kernels:", "", *grouped(f["copies"])]))
     for text in details:
         report.text(text)
-    divided = {model: run(model, "divided") for model in models}
+    divided = {model: run(model, "divided", fast=fast) for model in models if "divided" in forms}
     report.text("\n".join(f"- {model}, parameters over 4 chips: {gathers(f)}" for model, f in divided.items()))
 
 
@@ -177,10 +180,10 @@ def grouped(copies: list) -> Iterator[str]:
         yield f"- {count} x {text} {side} a kernel, {size / MEBIBYTE:.0f} MiB each"
 
 
-def run(model: str, form: str) -> dict:
+def run(model: str, form: str, *, fast: bool) -> dict:
     """Compile a step in a process of its own; what the compiler refuses is a result too."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
-    environment["PYTHONPATH"] = str(ROOT)
+    environment |= {"PYTHONPATH": str(ROOT)} | ({"JAX_OPTIMIZATION_LEVEL": "O1"} if fast else {})
     command = [sys.executable, __file__, "--one", model, form]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -194,6 +197,8 @@ def run(model: str, form: str) -> dict:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["evmamba_t", "vmamba_t", "vim_s"])
+    parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=FORMS)
+    parser.add_argument("--fast", action="store_true")
     parser.add_argument("--out", type=Path, help="also write the results to this JSON file, and Markdown beside it")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -202,7 +207,8 @@ def main():
         return
     title = "Whole train steps on v5e: the compiler's figures, nothing ran on a TPU"
     versions = machine.versions("jax", "jaxlib", "libtpu")
-    fill(Report(title, options.out, versions=versions, date=machine.today()), options.models)
+    report = Report(title, options.out, versions=versions, date=machine.today())
+    fill(report, options.models, options.forms, fast=options.fast)
 
 
 if __name__ == "__main__":
