@@ -26,6 +26,7 @@ from flax import nnx
 from jax.extend.core import Jaxpr, JaxprEqn, Var
 
 from evmamba_jax.analysis.program import inner_programs
+from evmamba_jax.layers.backbone import Backbone, Stage
 from evmamba_jax.layers.s6 import S6
 from evmamba_jax.models.registry import VARIANTS, abstract_model
 
@@ -98,6 +99,8 @@ def _program(model: str | nnx.Module, image_size: Size | None, implementation: s
         for _, part in nnx.iter_modules(copy):
             if isinstance(part, S6):
                 part.implementation = implementation
+            if isinstance(part, Stage | Backbone):
+                part.deterministic = False  # blocks one by one: XLA counts what is inside a loop once
         return copy(images)
 
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), weights)

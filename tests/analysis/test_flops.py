@@ -172,6 +172,11 @@ def test_xla_counts_multiplications_and_additions():
     assert xla_flops(Program(lambda x, weight: x @ weight), (4, 8)) == 2 * 4 * 8 * 3 * 5
 
 
+def test_xla_counts_every_block():
+    one, two, four = (xla_flops(abstract("vim_t", width=16, depth=n, image_size=32), 32) for n in (1, 2, 4))
+    assert four - one == 3 * (two - one) > 0
+
+
 def test_xla_counts_every_token_of_a_scan():
     class Scan(nnx.Module):
         def __init__(self):
