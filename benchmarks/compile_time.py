@@ -21,18 +21,18 @@ from lib import machine
 from lib.report import Report
 
 ROOT = Path(__file__).parents[1]
-# Name: what is measured, its model, its remat, and the case that it is compared with.
+# Name: what is measured, its model, its remat, and the case before it that it is compared with.
 CASES = {
-    "create": ("create_model", "evmamba_t", "none", "create_shapes"),
     "create_shapes": ("create_model, JAX drawing every shape", "evmamba_t", "none", None),
-    "vim_gradient": ("gradient", "vim_t", "block", "vim_unrolled"),
+    "create": ("create_model", "evmamba_t", "none", "create_shapes"),
     "vim_unrolled": ("gradient", "vim_t", "none", None),
-    "vmamba_gradient": ("gradient", "vmamba_t", "block", "vmamba_unrolled"),
+    "vim_gradient": ("gradient", "vim_t", "block", "vim_unrolled"),
     "vmamba_unrolled": ("gradient", "vmamba_t", "none", None),
-    "vim_eval": ("evaluation", "vim_t", "none", "vim_eval_unrolled"),
+    "vmamba_gradient": ("gradient", "vmamba_t", "block", "vmamba_unrolled"),
     "vim_eval_unrolled": ("evaluation, blocks one by one", "vim_t", "none", None),
-    "digits": ("digits, to step 1", "digits", "none", "digits_shapes"),
-    "digits_shapes": ("digits, to step 1, JAX drawing every shape", "digits", "none", None),
+    "vim_eval": ("evaluation", "vim_t", "none", "vim_eval_unrolled"),
+    "digits_shapes": ("digits, one step, JAX drawing every shape", "digits", "none", None),
+    "digits": ("digits, one step", "digits", "none", "digits_shapes"),
 }
 
 
@@ -92,7 +92,7 @@ def _digits(name: str) -> float:
 
     with tempfile.TemporaryDirectory() as folder, _by_shape() if "shapes" in name else contextlib.nullcontext():
         command = ["train_tpu.py", "--config", "configs/digits.py", "--config.duration.steps=1"]
-        config, workdir = parse_command([*command, "--config.optim.warmup.steps=0", "--workdir", folder])
+        config, workdir = parse_command([*command, "--config.optim.warmup.epochs=0", "--workdir", folder])
         with contextlib.suppress(SystemExit):
             run(config, workdir)
     return time.process_time()
@@ -123,13 +123,14 @@ def main():
         "JAX_ENABLE_COMPILATION_CACHE": "false",
         "PYTHONPATH": str(ROOT),
     }
+    report.table("what", "model", "remat", ("CPU s", "{:.2f}"), ("ratio", "{:.1f}"))
     seconds = {}
     for name in options.only:
         command = [sys.executable, __file__, "--one", name]
-        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+        if done.returncode:
+            sys.exit(done.stderr)
         seconds[name] = json.loads(done.stdout.splitlines()[-1])
-    report.table("what", "model", "remat", ("CPU s", "{:.2f}"), ("ratio", "{:.1f}"))
-    for name in seconds:
         what, model, remat, peer = CASES[name]
         report.row(what, model, remat, seconds[name], seconds[peer] / seconds[name] if peer in seconds else None)
 
