@@ -1,8 +1,9 @@
 """What the compiler costs before the first step: CPU seconds, blocks in loops against blocks one by one.
 
 Each figure is the CPU time of a process of its own, without its imports, at XLA's default optimisation level and
-without a cache of compiled programs; batch 2, 224x224 pixels, float32. ``digits`` is the whole command with one step,
-imports included. Its peer, and that of ``create``, draws initial values as JAX does: a program for every shape.
+without a cache of compiled programs; batch 2, 224x224 pixels, float32. ``digits`` is the whole command with one
+step, imports included. Two cases draw initial values as JAX does, with a program for every shape: the peers of
+``digits`` and of ``create``.
 
     python benchmarks/compile_time.py [--only NAME ...] [--out FILE]
 """
