@@ -43,8 +43,8 @@ class Predictor:
         name: of the model; not needed for a folder that names it.
         ema: False takes the parameters of a run, True their moving average, "better" what the checkpoint's own
             evaluation found better.
-        image_size: side of the images that the model sees, in pixels, where it is not that of the card or the run.
-        class_names: one a class, where they are not those of the run or ImageNet's.
+        image_size: side of the images that the model sees, in pixels, where card or run say another.
+        class_names: one a class, where run or ImageNet have others.
 
     Attributes:
         name: of the model.

@@ -1,4 +1,4 @@
-"""Initial values as the official PyTorch code draws them: those of timm, torch.nn and VMamba's ``mamba_init``."""
+"""Initial values as the official PyTorch code draws them: rules of timm, torch.nn and VMamba's ``mamba_init``."""
 
 import math
 from typing import NamedTuple

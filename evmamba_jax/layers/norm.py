@@ -22,7 +22,7 @@ class BatchNorm(nnx.Module):
 
     Differs from ``flax.nnx.BatchNorm`` in two ways: the running variance takes the unbiased batch variance, and the
     normalisation is computed in the wider of the input's and the statistics' types (so a float64 input is not rounded
-    by float32 statistics). Under ``jax.jit`` with a sharded batch the statistics are those of the global batch.
+    by float32 statistics). Under ``jax.jit`` with a sharded batch the statistics are the global batch's.
 
     Args:
         features: number of channels C.

@@ -25,7 +25,7 @@ class SS2D(nnx.Module):
         width: channels C of the map.
         orders: the scan orders, one set of scan parameters each (K); or "cascade", which scans every row there and
             back, normalises, and scans every column of the result there and back. As in the official code, what the
-            way back gives is added in its own order, so that each pixel gets that of its mirror image; with
+            way back gives is added in its own order, so that each pixel gets its mirror image's; with
             "cascade_aligned" each gets its own.
         d_state: state size N of every channel.
         ssm_ratio: inner width E = ssm_ratio * C.

@@ -84,7 +84,7 @@ class InvertedResidual(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class EfficientVMambaConfig(StagedConfig):
-    """Options of EfficientVMamba, beside those of all families of four stages.
+    """Options of EfficientVMamba; every family of four stages has the others.
 
     Attributes:
         patch_size: stride of the stem.

@@ -195,7 +195,7 @@ class WindowStage(Stage):
 
 @dataclasses.dataclass(frozen=True)
 class MambaVisionConfig(StagedConfig):
-    """Options of MambaVision, beside those of all families of four stages.
+    """Options of MambaVision; every family of four stages has the others.
 
     Attributes:
         stem_width: channels between the two convolutions of the stem.

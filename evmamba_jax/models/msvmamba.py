@@ -121,10 +121,10 @@ class MS2D(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class MSVMambaConfig(StagedConfig):
-    """Options of MSVMamba, beside those of all families of four stages.
+    """Options of MSVMamba; every family of four stages has the others.
 
     Attributes:
-        version: 1 for the models of arXiv v1, 2 for those of NeurIPS. It settles stem and downsampling (patches, or
+        version: 1 for the models of arXiv v1, 2 for NeurIPS's. It settles stem and downsampling (patches, or
             overlapping convolutions), the norm of the scans (of every sequence, or of their sum), the upsampling
             (bilinear, or nearest) and the norm of the ConvFFN (before, or after it).
         d_state: state size N of the scans.

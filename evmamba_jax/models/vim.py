@@ -33,7 +33,7 @@ from evmamba_jax.layers.s6 import S6, default_dt_rank
 from evmamba_jax.models.registry import ModelCard, register
 from pallas_kernels import Order
 
-# Where a position embedding of M + 1 entries is taken to have that of the class token.
+# Where the class token stands in a position embedding of M + 1 entries.
 CLASS_TOKEN_AT = {"first": lambda patches: 0, "middle": lambda patches: patches // 2}
 
 Place = Literal["first", "middle"]
@@ -150,7 +150,7 @@ def resize_pos_embed(
     *,
     class_token: Place | None = "first",
 ) -> jax.Array:
-    """Resize a position embedding bicubically from one grid of patches to another; that of the class token stays.
+    """Resize a position embedding bicubically from one grid of patches to another; the class token's entry stays.
 
     For weights that go on at another size or stride, e.g. from ``vim_t`` (14x14 patches) to ``vim_t_stride8`` (27x27).
 
@@ -192,7 +192,7 @@ def resize_pos_embed(
 
 @dataclasses.dataclass(frozen=True)
 class VimConfig(BackboneConfig):
-    """Options of Vim, beside those of all families.
+    """Options of Vim; every family has the others.
 
     Attributes:
         width: channels C of the tokens.
@@ -253,7 +253,7 @@ class VimConfig(BackboneConfig):
 class Vim(Backbone):
     """Vim: patches and a class token among them, a position embedding, ``depth`` blocks, the class token to the head.
 
-    Images of any size from one patch up; where their grid of patches is not that of ``image_size``, the position
+    Images of any size from one patch up; where their grid of patches is not the one of ``image_size``, the position
     embedding is resized bicubically at run time. The official code takes images of ``image_size`` only.
     """
 
@@ -324,7 +324,7 @@ class Vim(Backbone):
     def features(self, images: jax.Array, *, key: jax.Array | None = None) -> list[jax.Array]:
         """Return the residual stream after each quarter of the blocks as maps [(B, h, w, C), ...], without class token.
 
-        All four are of one size, and float32 or wider. With ``class_token=False`` they are those of the official
+        All four are of one size, and float32 or wider. With ``class_token=False`` they are the maps of the official
         backbone for segmentation (use_residual_as_feature, last_layer_process "add") without rotary embedding.
 
         Args:

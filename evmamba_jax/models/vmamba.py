@@ -33,7 +33,7 @@ SCANS: dict[str, Scan] = {
 
 @dataclasses.dataclass(frozen=True)
 class VMambaConfig(StagedConfig):
-    """Options of VMamba, beside those of all families of four stages.
+    """Options of VMamba; every family of four stages has the others.
 
     Attributes:
         d_state: state size N of the scans.

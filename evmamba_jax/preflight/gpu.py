@@ -35,7 +35,7 @@ _SHARE = 0.75  # of the memory that JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACT
 
 
 def is_gpu(name: str) -> bool:
-    """Return whether a topology's name is that of a GPU."""
+    """Return whether a topology's name names a GPU."""
     return name.partition("-")[0] in GPUS
 
 

@@ -18,7 +18,7 @@ def curves(workdir: str | os.PathLike, figure: str, title: str, parts: Sequence[
 
     Args:
         workdir: the work folder; a training line is one with ``lr``.
-        figure: name of the evaluations' figure, which is that of the moving average with ``ema_`` before it.
+        figure: name of the evaluations' figure; with ``ema_`` before it, the moving average's.
         title: what the figure is.
         parts: names of parts of the loss, drawn beside it.
     """

@@ -209,7 +209,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def told(self, figures: Mapping[str, float]) -> str:
-        """Return an evaluation's figures in words; those of the moving average have ``ema_`` before their names."""
+        """Return an evaluation's figures in words; names of the moving average's begin with ``ema_``."""
 
     def pictures(self, folder: Path, collector: Collector) -> None:  # noqa: B027
         """Draw what the last evaluation of a run collected, of the better of parameters and moving average."""

@@ -22,7 +22,7 @@ class Evaluation(NamedTuple):
     """What an evaluation found.
 
     Attributes:
-        figures: the task's metrics by name; those of the moving average have ``ema_`` before their names.
+        figures: the task's metrics by name; metrics of the moving average begin with ``ema_``.
         sums: the task's sums, of ``model`` and, where there is one, ``ema``.
         best: "ema" where the moving average was found better, else "model".
         collector: of the best; None where the task has none.
@@ -65,7 +65,7 @@ class Evaluator:
 
         Args:
             model: its arrays.
-            ema: those of the average.
+            ema: the arrays of the average.
             detailed: sum what the task's tables need.
             pictures: collect what the task's pictures need.
 

@@ -38,7 +38,7 @@ def make_mesh(config: Config, described: Sequence[jax.Device] | None = None) -> 
 
     Args:
         config: reads mesh, batch_size and accumulation.
-        described: devices of a topology to compile for, in place of those of this run.
+        described: devices of a topology to compile for, in place of this run's.
 
     Raises:
         UserError: the axes do not multiply to the number of devices, or the batch does not divide by them.

@@ -62,7 +62,7 @@ def learning_rate(config: OptimConfig, *, total_steps: int, steps_per_epoch: int
 def make_optimizer(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
     """Return the optimizer, behind global-norm clipping.
 
-    LAMB's trust ratio is that of the parameters which weight decay touches; the others move as Adam moves them.
+    LAMB's trust ratio scales the parameters that weight decay touches; the others move as Adam moves them.
 
     Source: torch.optim.AdamW; timm.optim.Lamb with its default ``max_grad_norm`` of 1 and ``always_adapt=False``.
     """

@@ -64,7 +64,7 @@ class Setup:
         return init_state(model, self.tx, ema=ema, parts=self.task.parts, extra=self.task.extra(model))
 
     def first_state(self) -> TrainState:
-        """Return the state of step 0: initial values, or those of ``init_from``."""
+        """Return the state of step 0: initial values, or the weights of ``init_from``."""
         place = self.task.config.init_from
         if place:
             weights = self.task.load(place)
