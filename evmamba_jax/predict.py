@@ -1,14 +1,16 @@
 """Say what images show, in words, and draw it.
 
     python -m evmamba_jax.predict --model evmamba_t --weights efficient_vmamba_tiny.ckpt china.jpg flower.jpg
-    python -m evmamba_jax.predict --weights runs/digits --top 3 --out digits.png seven.png
+    python -m evmamba_jax.predict --weights runs/digits --top 3 --out digits.png --csv digits.csv FOLDER
 
 Images are prepared as the model's card says, those for the model of a training run as that run evaluates.
 """
 
 import argparse
+import contextlib
+import csv
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,18 +18,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image, ImageOps
 
 from evmamba_jax import cli
 from evmamba_jax.arrays import merge, split
-from evmamba_jax.data.config import DataConfig
+from evmamba_jax.data.decoding import looks_like_image
 from evmamba_jax.data.device import normalize
+from evmamba_jax.data.files import Folder
 from evmamba_jax.data.imagenet import imagenet_classes
-from evmamba_jax.data.transforms import eval_crop
 from evmamba_jax.errors import UserError
 from evmamba_jax.models import model_card
+from evmamba_jax.preprocessing import of_card, of_run, view
 from evmamba_jax.reports.predictions import guesses
-from evmamba_jax.storage import storage_errors
+from evmamba_jax.storage import storage_errors, written_whole
 from evmamba_jax.weights.load import EMA_WORDS, Ema, open_place
 
 BATCH = 32  # images that the model sees at a time
@@ -75,7 +77,7 @@ class Predictor:
         if len(names) != classes:
             raise UserError(f"there are {len(names)} names of classes, but {weights} tells {classes} classes apart")
         self.class_names = tuple(map(str, names))
-        self.data = _of_run(meta["config"]["data"]) if "config" in meta else _of_card(self.name)
+        self.data = of_run(meta["config"]["data"]) if "config" in meta else of_card(model_card(self.name))
         if image_size is not None:
             self.data.image_size = image_size
         self.data.validate()
@@ -88,25 +90,19 @@ class Predictor:
 
         self._forward = jax.jit(forward)
 
-    def view(self, image: Image.Image) -> np.ndarray:
-        """Return an image as the model sees it.
-
-        Unlike in an evaluation, a photograph is turned upright as its EXIF says, and what is transparent is white.
+    def view(self, picture: Any) -> np.ndarray:
+        """Return a picture as the model sees it, prepared as an evaluation does it.
 
         Args:
-            image: of any size and mode.
+            picture: a path, the bytes of a file, a PIL image, or an array, as :func:`preprocess` takes it.
 
         Returns:
             uint8 (image_size, image_size, C).
+
+        Raises:
+            UserError: it cannot be read.
         """
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits, which Pillow would cut off to white
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        pixels = np.asarray(image.convert("RGB" if self.data.in_channels == 3 else "L"))
-        return eval_crop(pixels.reshape(*pixels.shape[:2], -1), self.data)
+        return view(picture, self.data)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Return the probabilities of the classes.
@@ -124,40 +120,6 @@ class Predictor:
             filling = ((0, size - len(batch)), *((0, 0),) * 3)  # the last batch as long as the others: one program
             found.append(np.asarray(self._forward(self._arrays, np.pad(batch, filling)))[: len(batch)])
         return np.concatenate(found)
-
-
-def _of_card(name: str) -> DataConfig:
-    card = model_card(name)
-    return DataConfig(
-        image_size=card.input_size[0],
-        crop_pct=card.crop,
-        crop_mode=card.crop_mode,
-        eval_interpolation=card.interpolation,
-        mean=card.mean,
-        std=card.std,
-    )
-
-
-def _of_run(data: dict[str, Any]) -> DataConfig:
-    fields = ("image_size", "in_channels", "crop_pct", "crop_mode", "eval_interpolation", "mean", "std")
-    return DataConfig(**{field: data[field] for field in fields})
-
-
-def read_image(path: str | PathLike[str]) -> Image.Image:
-    """Read an image file.
-
-    Raises:
-        UserError: it is missing, damaged, or no image.
-    """
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    except Image.UnidentifiedImageError as error:
-        raise UserError(f"{path} is not an image file") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"image {path} cannot be read: {reason}") from error
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -179,7 +141,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("prediction.png"), metavar="PNG", help="(prediction.png)")
     parser.add_argument("--image-size", type=int, metavar="N", help="side in pixels, where it is to be another")
     parser.add_argument("--classes", type=Path, metavar="FILE", help="names of the classes, one a line in label order")
-    parser.add_argument("images", nargs="+", metavar="IMAGE")
+    parser.add_argument("--csv", type=Path, metavar="CSV", help="also write the answers, a line an image")
+    parser.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER", help="of a folder, all images in it and below")
     return cli.main(lambda: _predict(parser.parse_args(argv)))
 
 
@@ -188,9 +151,6 @@ def _predict(args: argparse.Namespace) -> None:
         raise UserError(f"--top is {args.top}; it must be 1 or more")
     if args.out.suffix != ".png":
         raise UserError(f"--out {args.out} must end in .png")
-    for path in args.images:
-        if not Path(path).is_file():
-            raise UserError(f"there is no image file {path}")
     predictor = Predictor(
         args.weights,
         args.model,
@@ -198,19 +158,81 @@ def _predict(args: argparse.Namespace) -> None:
         image_size=args.image_size,
         class_names=args.classes and _read_classes(args.classes),
     )
-    images = np.stack([predictor.view(read_image(path)) for path in args.images])
-    with storage_errors(args.out.parent):
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-    probabilities, names = predictor(images), predictor.class_names
-    print(f"weights: {predictor.taken}")
-    for path, shares in zip(args.images, probabilities, strict=True):
-        print(path)
-        for k in np.argsort(-shares, kind="stable")[: args.top]:
-            print(f"  {shares[k]:7.2%}  {k:>4}" + (f"  {names[k]}" if names[k] != str(k) else ""))
-    drawn = slice(DRAWN)
-    titles = [Path(path).name for path in args.images]
-    guesses(args.out, images[drawn], titles[drawn], probabilities[drawn], names, args.top)
-    print(f"{args.out} shows " + ("them" if len(images) <= DRAWN else f"the first {DRAWN}"))
+    for file in filter(None, (args.out, args.csv)):
+        with storage_errors(file.parent):
+            file.parent.mkdir(parents=True, exist_ok=True)
+    names, top = predictor.class_names, min(args.top, len(predictor.class_names))
+    with contextlib.ExitStack() as stack:
+        table = stack.enter_context(_table(args.csv, top)) if args.csv else None
+        answered, left_out, drawn = 0, [], []
+        for titles, views in _read(predictor, _paths(args.images), left_out):
+            probabilities = predictor(views)
+            if not answered:
+                print(f"weights: {predictor.taken}")
+            answered += len(titles)
+            drawn += list(zip(views, titles, probabilities, strict=True))[: DRAWN - len(drawn)]
+            for path, shares in zip(titles, probabilities, strict=True):
+                best = np.argsort(-shares, kind="stable")[:top]
+                print(path)
+                for k in best:
+                    print(f"  {shares[k]:7.2%}  {k:>4}" + (f"  {names[k]}" if names[k] != str(k) else ""))
+                if table is not None:
+                    table.writerow([path, *(cell for k in best for cell in (k, names[k], f"{shares[k]:.6f}"))])
+        if not answered:
+            raise UserError(f"no image can be read: {'; '.join(left_out[:3])}")
+    shown = [np.stack(column) for column in zip(*((v, p) for v, _, p in drawn), strict=True)]
+    guesses(args.out, shown[0], [Path(title).name for _, title, _ in drawn], shown[1], names, top)
+    print(f"{args.out} shows " + ("them" if answered <= DRAWN else f"the first {DRAWN}"))
+    if left_out:
+        print(f"left out: {len(left_out)} of {answered + len(left_out)}", file=sys.stderr)
+        for line in left_out:
+            print(f"  {line}", file=sys.stderr)
+
+
+def _paths(given: Sequence[str]) -> Iterator[Path]:
+    """Return the files: as given, and of folders all images in them and below, sorted."""
+    for name in given:
+        path = Path(name)
+        if not path.is_dir():
+            yield path
+            continue
+        images = [path / inside for inside in Folder(path).find().names if _is_image(path / inside)]
+        if not images:
+            raise UserError(f"there are no images in the folder {path}")
+        yield from images
+
+
+def _is_image(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return looks_like_image(file.read(4096))
+    except OSError:
+        return True  # so that it is said to be left out
+
+
+def _read(predictor: Predictor, paths: Iterable[Path], left_out: list[str]) -> Iterator[tuple[list[str], np.ndarray]]:
+    """Yield names and views of so many images as the model sees at a time; note which cannot be read, and why."""
+    titles, views = [], []
+    for path in paths:
+        try:
+            views.append(predictor.view(path))
+            titles.append(str(path))
+        except UserError as error:
+            left_out.append(str(error))
+        if len(views) == BATCH:
+            yield titles, np.stack(views)
+            titles, views = [], []
+    if views:
+        yield titles, np.stack(views)
+
+
+@contextlib.contextmanager
+def _table(path: Path, top: int) -> Iterator[Any]:
+    """Open a table for the answers: the image, then class, name and probability of each of the most probable."""
+    with written_whole(path) as file, open(file, "w", newline="", encoding="utf-8", errors="surrogateescape") as out:
+        table = csv.writer(out)
+        table.writerow(["image", *(f"{what}_{i + 1}" for i in range(top) for what in ("class", "name", "probability"))])
+        yield table
 
 
 def _read_classes(path: Path) -> list[str]:

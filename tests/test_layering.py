@@ -26,17 +26,18 @@ ROWS = {
     "ops": "pallas_kernels pallas_kernels.dispatch",
     "checkpoints": "errors storage",
     "layers": "errors ops pallas_kernels",
-    "data": "cli errors",
+    "data": "cli errors storage",
     "models": "arrays cli errors layers pallas_kernels",
     "analysis": "arrays cli errors layers models pallas_kernels",
     "weights": "arrays checkpoints cli errors layers models storage",
     "factory": "models weights",
-    "evmamba_jax": "factory models",
+    "preprocessing": "data errors models",
+    "evmamba_jax": "factory models preprocessing",
     "config": "data errors",
     "reports": "storage",
     "tasks": "arrays config data errors models reports weights",
     "training": "arrays checkpoints config data errors evmamba_jax reports storage tasks weights",
-    "predict": "arrays checkpoints cli data errors models reports storage training weights",
+    "predict": "arrays checkpoints cli data errors models preprocessing reports storage training weights",
     "preflight": "analysis cli data errors evmamba_jax models pallas_kernels pallas_kernels.tpu tasks training",
     "recipes": "data errors training",
     "configs": "data recipes training",
@@ -44,8 +45,8 @@ ROWS = {
     "benchmarks": """analysis arrays configs data errors evmamba_jax layers models pallas_kernels pallas_kernels.gpu
                      pallas_kernels.tpu preflight reports tasks training weights""",
     "tests": """analysis arrays checkpoints cli config configs data errors evmamba_jax layers models ops
-                pallas_kernels pallas_kernels.gpu pallas_kernels.tpu predict preflight reports storage tasks train_tpu
-                training weights""",
+                pallas_kernels pallas_kernels.gpu pallas_kernels.tpu predict preflight preprocessing reports storage
+                tasks train_tpu training weights""",
 }
 TREES = ("pallas_kernels", "evmamba_jax", "configs", "benchmarks", "tests")
 

@@ -1,4 +1,8 @@
-"""``python -m evmamba_jax.data prepare NAME``: make a data set ready for training."""
+"""``python -m evmamba_jax.data``: make a data set ready for training, or look through your own pictures.
+
+python -m evmamba_jax.data prepare imagenet2012 --train ILSVRC2012_img_train.tar --val ILSVRC2012_img_val.tar
+python -m evmamba_jax.data check photos
+"""
 
 import argparse
 import signal
@@ -7,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evmamba_jax import cli
-from evmamba_jax.data.config import resolve_data_dir
+from evmamba_jax.data.config import DataConfig, resolve_data_dir
 from evmamba_jax.data.imagenet import prepare_imagenet
+from evmamba_jax.data.pictures import kind_of, open_pictures
 from evmamba_jax.data.sources import IMAGENET_COMMAND, find_folder, prepare
 from evmamba_jax.errors import UserError
 
@@ -31,9 +36,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("--train", type=Path, metavar="TAR", help="imagenet2012 only: ILSVRC2012_img_train.tar")
     command.add_argument("--val", type=Path, metavar="TAR", help="imagenet2012 only: ILSVRC2012_img_val.tar")
     command.add_argument("--data-dir", default="", help="default: $TFDS_DATA_DIR, else ~/tensorflow_datasets")
+    check = commands.add_parser(
+        "check", help="say what is in a folder, zip, tar or table of pictures, and what is wrong"
+    )
+    check.add_argument(
+        "place", help="a folder of train/CLASS/ and val/CLASS/, or of CLASS/; a zip or tar of it; a table"
+    )
     arguments = parser.parse_args(argv)
+    if arguments.command == "check":
+        return cli.main(lambda: _check(arguments.place))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that unfinished folders are removed then, too
     return cli.main(lambda: _prepare(arguments, resolve_data_dir(arguments.data_dir)))
+
+
+def _check(place: str) -> None:
+    config = DataConfig(name=kind_of(place), data_dir=place, on_corrupt="skip")
+    for finding in open_pictures(config).findings:
+        print(finding)
 
 
 def _prepare(arguments: argparse.Namespace, data_dir: Path) -> None:

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from evmamba_jax.data.augment import rand_augment
+from evmamba_jax.data.decoding import MAX_PIXELS
 from evmamba_jax.errors import UserError
 
 
@@ -16,15 +17,21 @@ class DataConfig:
     """
 
     # Which images.
-    name: str = "imagenet2012"  # digits, fashion_mnist_debian, imagenet2012, or any image-classification TFDS name
-    data_dir: str = ""  # where TFDS folders lie; empty: $TFDS_DATA_DIR, else ~/tensorflow_datasets
+    # digits, fashion_mnist_debian, imagenet2012, or any image-classification TFDS name; or your own pictures in a
+    # "folder" (also a zip or tar), by a "table" of paths and labels, or saved by Hugging Face's datasets ("hf").
+    name: str = "imagenet2012"
+    data_dir: str = ""  # where TFDS folders lie; empty: $TFDS_DATA_DIR, else ~/tensorflow_datasets. Or your own place
     train_split: str = "train"  # TFDS's slices work too: "train[:90%]"
     eval_split: str = "validation"
+    classes: str = ""  # own pictures: a file of the classes, one a line in label order; empty: as found, sorted
+    held_out: float = 0.2  # own pictures without a validation or test split: the share that is held out to validate
     on_corrupt: str = "error"  # an unreadable image stops the run ("error") or is passed over and counted ("skip")
 
     # On the host: encoded record -> uint8 image.
     image_size: int = 224  # side of the square image, pixels
-    in_channels: int = 3  # 3 (RGB) or 1 (grey)
+    in_channels: int = 3  # 3 (RGB), 1 (grey), 4 and 2 (with alpha); others are read from NumPy files (.npy)
+    exif_orientation: bool = True  # turn a photograph upright as its EXIF data say, to train, evaluate and predict
+    max_pixels: int = MAX_PIXELS  # an image of more counts as corrupt
     crop_pct: float = 0.875  # evaluation: side of the crop over the side resized to before, 224 / 256
     crop_mode: str = "center"  # evaluation resizes the short side, or with "squash" both sides
     eval_interpolation: str = "bicubic"  # or "bilinear"
@@ -58,7 +65,14 @@ class DataConfig:
         """
         self._require("on_corrupt", self.on_corrupt in ("error", "skip"), "'error' or 'skip'")
         self._require("image_size", self.image_size >= 1, "1 or more")
-        self._require("in_channels", self.in_channels in (1, 3), "1 (grey) or 3 (RGB)")
+        self._require("in_channels", self.in_channels >= 1, "1 or more")
+        self._require(
+            "max_pixels", 1 <= self.max_pixels <= 2 * MAX_PIXELS, f"1 to {2 * MAX_PIXELS}, Pillow's own limit"
+        )
+        self._require("held_out", 0 <= self.held_out < 1, "from 0 (none) to below 1")
+        if self.in_channels not in (1, 3):
+            for field in ("auto_augment", "color_jitter"):
+                self._require(field, not getattr(self, field), "off where images are neither grey nor RGB")
         self._require("crop_pct", 0 < self.crop_pct <= 1, "above 0, up to 1")
         self._require("crop_mode", self.crop_mode in ("center", "squash"), "'center' or 'squash'")
         resizing = ("bicubic", "bilinear")

@@ -17,9 +17,9 @@ import numpy as np
 from absl import flags
 
 from evmamba_jax.data.config import DataConfig
+from evmamba_jax.data.decoding import CorruptImageError
 from evmamba_jax.data.readers import Example, LabelledImages, Reader
 from evmamba_jax.data.sources import Split
-from evmamba_jax.data.transforms import CorruptImageError
 from evmamba_jax.data.workers import Ledger, begin
 from evmamba_jax.errors import UserError
 
@@ -227,11 +227,10 @@ class _TrainExample(grain.transforms.RandomMap):
             index = (element + passed_over) % len(self.source)
             with self.ledger.in_hand(index):
                 if self.last.index != index:
-                    record = self.source[index]
                     try:
-                        self.last.decoded = self.reader.decode(record)
+                        self.last.decoded = _decoded(self.source, index, self.reader)
                     except CorruptImageError as error:
-                        _stop_unless_skipping(self.config, self.source, record["id"], error)
+                        _stop_unless_skipping(self.config, self.source, error)
                         continue
                     self.last.index = index
                 example = self.reader.train(self.last.decoded, rng)
@@ -252,11 +251,11 @@ class _EvalExample(grain.transforms.Map):
         if element >= len(self.source):
             return self.reader.blank(training=False) | _about(index=-1)
         with self.ledger.in_hand(element):
-            record = self.source[element]
             try:
-                return self.reader.evaluate(self.reader.decode(record)) | _about(index=element, weight=1)
+                decoded = _decoded(self.source, element, self.reader)
+                return self.reader.evaluate(decoded) | _about(index=element, weight=1)
             except CorruptImageError as error:
-                _stop_unless_skipping(self.config, self.source, record["id"], error)
+                _stop_unless_skipping(self.config, self.source, error)
                 return self.reader.blank(training=False) | _about(index=element, corrupt=1)
 
 
@@ -264,10 +263,19 @@ def _about(*, index: int, weight: float = 0, corrupt: int = 0) -> Example:
     return {"weight": np.float32(weight), "index": np.int32(index), "corrupt": np.int32(corrupt)}
 
 
-def _stop_unless_skipping(config: DataConfig, source: Split, record_id: str, error: CorruptImageError) -> None:
+def _decoded(source: Split, index: int, reader: Reader) -> Any:
+    """Return what is in a record; a CorruptImageError names it."""
+    record = source[index]
+    try:
+        return reader.decode(record)
+    except CorruptImageError as error:
+        raise CorruptImageError(f"{record['id']}: {error}") from error
+
+
+def _stop_unless_skipping(config: DataConfig, source: Split, error: CorruptImageError) -> None:
     if config.on_corrupt == "error":
         raise UserError(
-            f"corrupt image {record_id} in {source.name}, split {source.split}: {error};"
+            f"corrupt image in {source.name}, split {source.split}: {error};"
             " mend the data set, or pass over such images with data.on_corrupt=skip"
         ) from error
 

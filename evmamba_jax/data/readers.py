@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from evmamba_jax.data.config import DataConfig
-from evmamba_jax.data.transforms import decode, eval_crop, train_view
+from evmamba_jax.data.transforms import eval_crop, read_pixels, train_view
 
 Example = dict[str, np.ndarray | np.generic]
 
@@ -47,7 +47,7 @@ class LabelledImages:
 
     def decode(self, record: Any) -> Any:
         """Return pixels and label."""
-        return decode(record["image"], self.config.in_channels), np.int32(record["label"])
+        return read_pixels(record["image"], self.config), np.int32(record["label"])
 
     def train(self, decoded: Any, rng: np.random.Generator) -> Example:
         """Return a random crop, augmented."""

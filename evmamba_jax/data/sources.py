@@ -23,6 +23,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from evmamba_jax.data import builders
 from evmamba_jax.data.config import DataConfig, resolve_data_dir
 from evmamba_jax.data.imagenet import in_words
+from evmamba_jax.data.pictures import PLACES, PictureSource, open_split
 from evmamba_jax.data.tfrecord import TFRecordFiles, record_offsets
 from evmamba_jax.errors import UserError, nearest
 
@@ -113,16 +114,18 @@ class Source:
         return {"image": image, "label": label, "id": file_name[0].decode() if file_name else f"{self.split}[{index}]"}
 
 
-def open_source(config: DataConfig, split: str) -> Source:
+def open_source(config: DataConfig, split: str, work: Path | None = None) -> Source | PictureSource:
     """Open one split of the configured data set, preparing it first where that needs no files from the user.
 
-    ``digits`` and ``fashion_mnist_debian`` are prepared on first use; other TFDS names are downloaded by TFDS where no
-    prepared folder exists; ``imagenet2012`` must have been prepared. Folders made by others are read as they are, in
-    array_record or tfrecord.
+    ``folder``, ``table`` and ``hf`` are pictures of the user's own: :mod:`evmamba_jax.data.pictures`. ``digits`` and
+    ``fashion_mnist_debian`` are prepared on first use; other TFDS names are downloaded by TFDS where no prepared folder
+    exists; ``imagenet2012`` must have been prepared. Folders made by others are read as they are, in array_record or
+    tfrecord.
 
     Args:
         config: reads name (also ``name/config`` and ``name:version``) and data_dir.
         split: a split's name, or a TFDS slice such as ``"train[:90%]"``.
+        work: a folder for the index of the user's own pictures, where it cannot be kept beside them.
 
     Returns:
         The source.
@@ -131,6 +134,8 @@ def open_source(config: DataConfig, split: str) -> Source:
         UserError: the folder is missing, foreign or incomplete, the split is unknown or empty, the download failed, or
             the data set holds no images with labels.
     """
+    if config.name in PLACES:
+        return open_split(config, split, work)
     data_dir = resolve_data_dir(config.data_dir)
     folder = find_folder(data_dir, config.name)
     if folder is None:
@@ -159,11 +164,14 @@ class Description(NamedTuple):
 
 
 def describe(config: DataConfig) -> Description:
-    """Describe the configured data set; nothing is opened or prepared.
+    """Describe the configured data set; of the user's own pictures the files are listed, else nothing is opened.
 
     Raises:
         UserError: a data set that is neither here nor known.
     """
+    if config.name in PLACES:
+        source = open_split(config, config.train_split)
+        return Description(source.class_names, len(source), source.name)
     data_dir = resolve_data_dir(config.data_dir)
     folder = find_folder(data_dir, config.name)
     if folder is not None:
@@ -211,7 +219,7 @@ def find_folder(data_dir: Path, name: str) -> Path | None:
         if _holds_files(parent):
             raise UserError(
                 f"{parent} is not a TFDS folder: a version folder such as 1.0.0 with dataset_info.json is expected;"
-                " set data.data_dir to another folder, or move this one away"
+                f" for pictures in a folder a class, set data.name=folder and data.data_dir={parent}"
             )
         return None
     folder = parent / (version or versions[-1])

@@ -1,48 +1,14 @@
 """Host transforms: encoded bytes to square uint8 images, with the pixels of Pillow and the rules of torchvision."""
 
-import io
 import math
+from collections.abc import Callable
 
 import numpy as np
-import simplejpeg
 from PIL import Image
 
 from evmamba_jax.data.augment import color_jitter, draw_resampling, pixels_of, rand_augment
 from evmamba_jax.data.config import DataConfig
-
-
-class CorruptImageError(Exception):
-    """The bytes of one record are not a readable image."""
-
-
-def decode(data: bytes, channels: int) -> np.ndarray:
-    """Decode an image file.
-
-    JPEG goes through simplejpeg, which gives Pillow's pixels three times as fast; Pillow reads everything else and has
-    the last word on JPEGs that simplejpeg refuses. EXIF rotation is ignored, as torchvision and timm do.
-
-    Args:
-        data: a JPEG, PNG or other file that Pillow reads; grey, palette, CMYK and alpha images are converted.
-        channels: 3 for RGB, 1 for grey.
-
-    Returns:
-        uint8 (H, W, channels).
-
-    Raises:
-        CorruptImageError: the bytes cannot be decoded; the message says why.
-    """
-    if data[:2] == b"\xff\xd8":
-        try:
-            return simplejpeg.decode_jpeg(data, colorspace="RGB" if channels == 3 else "GRAY")
-        except ValueError:
-            pass  # simplejpeg also refuses files with mere warnings, which Pillow reads
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            pixels = np.asarray(image.convert("RGB" if channels == 3 else "L"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = "not an image file" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-        raise CorruptImageError(reason) from error
-    return pixels.reshape(*pixels.shape[:2], channels)
+from evmamba_jax.data.decoding import decode
 
 
 def random_crop_box(
@@ -76,12 +42,33 @@ def random_crop_box(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
+# An evaluation resizes the whole image, and then cuts out the middle. Of an image whose longer side is many times the
+# shorter, it takes the part around the middle before it resizes: the same but for rounding, in bounded memory.
+_EXTREME = 16
+
+
+def read_pixels(data: bytes, config: DataConfig) -> np.ndarray:
+    """Decode an image file as the configuration says.
+
+    Args:
+        data: an encoded image.
+        config: reads in_channels, exif_orientation and max_pixels.
+
+    Returns:
+        uint8 (H, W, in_channels).
+
+    Raises:
+        CorruptImageError: the bytes cannot be decoded, or are too many pixels.
+    """
+    return decode(data, config.in_channels, upright=config.exif_orientation, max_pixels=config.max_pixels)
+
+
 def train_image(data: bytes, config: DataConfig, rng: np.random.Generator) -> np.ndarray:
     """Make a training image: decode, then :func:`train_view`.
 
     Args:
         data: an encoded image.
-        config: reads in_channels, and what ``train_view`` reads.
+        config: reads what ``read_pixels`` and ``train_view`` read.
         rng: the example's own generator; its draws alone decide the result.
 
     Returns:
@@ -92,7 +79,7 @@ def train_image(data: bytes, config: DataConfig, rng: np.random.Generator) -> np
 
     Source: timm's transforms_imagenet_train, up to the normalisation.
     """
-    return train_view(decode(data, config.in_channels), config, rng)
+    return train_view(read_pixels(data, config), config, rng)
 
 
 def train_view(pixels: np.ndarray, config: DataConfig, rng: np.random.Generator) -> np.ndarray:
@@ -110,9 +97,15 @@ def train_view(pixels: np.ndarray, config: DataConfig, rng: np.random.Generator)
     height, width = pixels.shape[:2]
     top, left, h, w = random_crop_box(rng, height, width, config.crop_scale, config.crop_ratio)
     resample = draw_resampling(config.interpolation, rng)
-    image = _image(pixels, top, left, h, w).resize((config.image_size, config.image_size), resample)
-    if rng.random() < config.hflip:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    flipped = rng.random() < config.hflip
+
+    def view(part: np.ndarray) -> Image.Image:
+        image = _image(part, top, left, h, w).resize((config.image_size, config.image_size), resample)
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flipped else image
+
+    if pixels.shape[2] not in (1, 3):
+        return _by_channel(pixels, lambda part: pixels_of(view(part)))
+    image = view(pixels)
     if config.auto_augment:
         fill = tuple(min(255, round(255 * mean)) for mean in config.mean)
         augment = rand_augment(config.auto_augment)
@@ -127,7 +120,7 @@ def eval_image(data: bytes, config: DataConfig) -> np.ndarray:
 
     Args:
         data: an encoded image.
-        config: reads in_channels, and what ``eval_crop`` reads.
+        config: reads what ``read_pixels`` and ``eval_crop`` read.
 
     Returns:
         uint8 (image_size, image_size, in_channels).
@@ -135,7 +128,7 @@ def eval_image(data: bytes, config: DataConfig) -> np.ndarray:
     Raises:
         CorruptImageError: the bytes cannot be decoded.
     """
-    return eval_crop(decode(data, config.in_channels), config)
+    return eval_crop(read_pixels(data, config), config)
 
 
 def eval_crop(pixels: np.ndarray, config: DataConfig) -> np.ndarray:
@@ -152,16 +145,51 @@ def eval_crop(pixels: np.ndarray, config: DataConfig) -> np.ndarray:
 
     Source: torchvision's Resize (long side truncated) and CenterCrop (offset rounded), as timm uses them.
     """
-    size = math.floor(config.image_size / config.crop_pct)
+    if pixels.shape[2] not in (1, 3):
+        return _by_channel(pixels, lambda part: eval_crop(part, config))
+    side, size = config.image_size, math.floor(config.image_size / config.crop_pct)
     height, width = pixels.shape[:2]
+    resample = Image.Resampling[config.eval_interpolation.upper()]
     if config.crop_mode == "squash":
         new = (size, size)
     else:
         short = min(height, width)
         new = (size * width // short, size * height // short)
-    image = _image(pixels, 0, 0, height, width).resize(new, Image.Resampling[config.eval_interpolation.upper()])
-    left, top = (round((side - config.image_size) / 2) for side in image.size)
-    return pixels_of(image.crop((left, top, left + config.image_size, top + config.image_size)))
+    left, top = (round((long - side) / 2) for long in new)
+    if max(new) > _EXTREME * size and max(new) > side:
+        pixels, box = _around_middle(pixels, new, (left, top), side)
+        return pixels_of(_image(pixels, 0, 0, *pixels.shape[:2]).resize((side, side), resample, box))
+    image = _image(pixels, 0, 0, height, width).resize(new, resample)
+    return pixels_of(image.crop((left, top, left + side, top + side)))
+
+
+def _around_middle(
+    pixels: np.ndarray, new: tuple[int, int], start: tuple[int, int], side: int
+) -> tuple[np.ndarray, tuple[float, float, float, float]]:
+    """Return the pixels that the middle of a resized image is made of, and the middle's box among them.
+
+    Args:
+        pixels: uint8 (H, W, C).
+        new: width and height to resize to.
+        start: left and top of the middle in the resized image.
+        side: of the middle, there.
+    """
+    cut, edges = [], []
+    for length, resized, first in zip((pixels.shape[1], pixels.shape[0]), new, start, strict=True):
+        scale = length / resized
+        low, high = max(0.0, first * scale), min(float(length), (first + side) * scale)
+        margin = math.ceil(3 * max(scale, 1))  # bicubic weights reach 2 pixels, of the larger grid
+        begin, end = max(0, math.floor(low) - margin), min(length, math.ceil(high) + margin)
+        cut.append(slice(begin, end))
+        edges.append((low - begin, high - begin))
+    (x0, x1), (y0, y1) = edges
+    return np.ascontiguousarray(pixels[cut[1], cut[0]]), (x0, y0, x1, y1)
+
+
+def _by_channel(pixels: np.ndarray, view: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """Apply a view of grey images to every channel of uint8 (H, W, C)."""
+    channels = [view(np.ascontiguousarray(pixels[..., k : k + 1])) for k in range(pixels.shape[2])]
+    return np.concatenate(channels, axis=-1)
 
 
 def _image(pixels: np.ndarray, top: int, left: int, height: int, width: int) -> Image.Image:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
 
@@ -175,6 +176,8 @@ class StagedBackbone(Backbone):
 def check_images(images: jax.Array, channels: int, smallest: int) -> None:
     """Raise a UserError unless ``images`` is (B, H, W, channels) with both sides at least ``smallest``."""
     shape = images.shape
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise UserError(f"images are {images.dtype}; a model takes normalised floats: see evmamba_jax.preprocess")
     if len(shape) != 4 or shape[3] != channels:
         raise UserError(f"images must be (batch, height, width, {channels}) floats; got shape {shape}")
     if min(shape[1:3]) < smallest:

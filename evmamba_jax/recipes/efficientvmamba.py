@@ -19,6 +19,7 @@ def recipe(model: str, *, batch_size: int, variant: str) -> Config:
         model=ModelConfig(name=model, drop_path_rate=0.1),
         data=DataConfig(
             name="imagenet2012",
+            exif_orientation=False,
             auto_augment="evmamba-m9-mstd0.5",
             mixup=0.2,
             cutmix=1.0,

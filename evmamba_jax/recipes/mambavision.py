@@ -29,6 +29,7 @@ def recipe(
         model=ModelConfig(name=model, drop_path_rate=drop_path_rate),
         data=DataConfig(
             name="imagenet2012",
+            exif_orientation=False,
             image_size=image_size,
             crop_pct=crop_pct,
             crop_mode=crop_mode,

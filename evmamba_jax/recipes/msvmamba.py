@@ -13,7 +13,12 @@ def recipe(model: str, *, drop_path_rate: float, lr: float = 1e-3, min_lr: float
     return Config(
         model=ModelConfig(name=model, drop_path_rate=drop_path_rate),
         data=DataConfig(
-            name="imagenet2012", auto_augment="rand-m9-mstd0.5-inc1", mixup=0.8, cutmix=1.0, mixup_batch=128
+            name="imagenet2012",
+            exif_orientation=False,
+            auto_augment="rand-m9-mstd0.5-inc1",
+            mixup=0.8,
+            cutmix=1.0,
+            mixup_batch=128,
         ),
         optim=OptimConfig(
             lr=lr,

@@ -18,6 +18,7 @@ def recipe(model: str, *, batch_size: int, weight_decay: float, drop_path_rate: 
         model=ModelConfig(name=model, drop_path_rate=drop_path_rate, dtype="float32"),
         data=DataConfig(
             name="imagenet2012",
+            exif_orientation=False,
             auto_augment="rand-m9-mstd0.5-inc1",
             repeated_aug=3,
             mixup=0.8,

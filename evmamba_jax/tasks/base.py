@@ -136,9 +136,13 @@ class Task(abc.ABC):
         return sources.describe(config.data)
 
     @classmethod
-    def open_source(cls, config: Config, split: str) -> Any:
-        """Open a split: a :class:`evmamba_jax.data.sources.Split` that also has ``class_names``."""
-        return sources.open_source(config.data, split)
+    def open_source(cls, config: Config, split: str, work: Path | None = None) -> Any:
+        """Open a split: a :class:`evmamba_jax.data.sources.Split` that also has ``class_names``.
+
+        Where the source has ``findings``, lines about its data, a run prints them before it begins; its
+        ``fingerprint``, if it has one, tells other data from these. ``work`` is where it may keep what it found.
+        """
+        return sources.open_source(config.data, split, work)
 
     @abc.abstractmethod
     def reader(self) -> Reader:

@@ -47,11 +47,14 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
     kind = task_of(config)
     meshes.join_processes(config.distributed)
     mesh = meshes.make_mesh(config)
-    source = kind.open_source(config, config.data.eval_split)
+    source = kind.open_source(config, config.data.eval_split, Path(workdir))
+    if _is_main():
+        for finding in getattr(source, "findings", ()):
+            print(f"data: {finding}")
     evaluator = Evaluator(kind(config, source.class_names), mesh, source)
     if config.eval_only:
         return _evaluate_only(evaluator, Path(workdir))
-    return _train(evaluator, kind.open_source(config, config.data.train_split), Path(workdir))
+    return _train(evaluator, kind.open_source(config, config.data.train_split, Path(workdir)), Path(workdir))
 
 
 def _is_main() -> bool:

@@ -6,6 +6,8 @@
 - To train on, a model also takes weights for another number of classes, and starts its head anew; Vim takes a position
   embedding of another grid of patches, and resizes it.
 
+- A model for other images than RGB takes a stem for RGB, summed or repeated.
+
 All else must have the same shape.
 """
 
@@ -46,6 +48,35 @@ def fit_head(model: Any, arrays: Mapping[str, Any], given: str, name: str, *, fi
     headless.head = None
     has = "no head" if classes is None else f"{classes} classes"
     return headless, f"{given} has {has}: the head of {name}, with {wanted}, starts anew"
+
+
+def fit_stem(model: Any, arrays: Mapping[str, Any], given: str, *, official: bool) -> tuple[dict[str, Any], str]:
+    """Return weights for RGB images as a model for other images takes them, and the line that says so.
+
+    For one channel the stem's three are added up, which is what a grey image seen as RGB gives. For others they are
+    repeated and made smaller by the same factor, so that the sum over channels keeps its size.
+
+    Args:
+        model: the model, which may be abstract.
+        arrays: the weights, by path.
+        given: what a message calls them.
+        official: whether kernels are (O, I, H, W), the official layout, and not (H, W, I, O).
+
+    Source: timm's ``adapt_input_conv``.
+    """
+    channels, axis, fitted = model.in_channels, 1 if official else 2, dict(arrays)
+    wanted = split(model).params
+    for path, array in arrays.items():
+        stem = path in wanted and len(wanted[path].shape) == 4 and wanted[path].shape[2] == channels != 3
+        if not stem or array.ndim != 4 or array.shape[axis] != 3:
+            continue
+        if channels == 1:
+            fitted[path] = array.sum(axis, keepdims=True)
+            return fitted, f"{given} is for 3 channels: the stem's are added up for one"
+        repeated = np.concatenate([array] * math.ceil(channels / 3), axis).take(range(channels), axis)
+        fitted[path] = (repeated * np.float32(3 / channels)).astype(array.dtype)
+        return fitted, f"{given} is for 3 channels: the stem's are repeated for {channels}, times 3/{channels}"
+    return fitted, ""
 
 
 def fit_body(model: Any, arrays: Mapping[str, Any], *, resize: bool) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from evmamba_jax.checkpoints import Saved
 from evmamba_jax.errors import UserError
 from evmamba_jax.models import abstract_model
 from evmamba_jax.weights.convert import by_path, from_official, table
-from evmamba_jax.weights.fit import fit_body, fit_head
+from evmamba_jax.weights.fit import fit_body, fit_head, fit_stem
 from evmamba_jax.weights.torch_file import read_torch_file
 
 logger = logging.getLogger(__name__)
@@ -243,6 +243,9 @@ def _stated_options(meta: dict[str, Any]) -> dict[str, Any]:
 
 def _fitted(model: Any, found: _Found, name: str, initial: Callable[[], nnx.Module] | None) -> Weights:
     arrays = by_path(model, found.arrays) if found.official else found.arrays
+    arrays, adapted = fit_stem(model, arrays, found.given, official=found.official)
+    if adapted:
+        logger.warning(adapted)
     body, note = fit_head(model, arrays, found.given, name, fine_tune=initial is not None)
     arrays = fit_body(body, arrays, resize=initial is not None)
     _, *wanted = split(body)

@@ -180,7 +180,7 @@ def test_a_worker_names_the_corrupt_image_too(digits, small):
     records = [source.records[i] for i in range(4)]
     broken = dataclasses.replace(source, records=[record.replace(b"IDAT", b"OOPS") for record in records])
     batches = train_batches(dataclasses.replace(config, num_workers=1), broken, seed=0, global_batch=2)
-    with batches, pytest.raises(UserError, match=r"corrupt image train\[\d\]"):
+    with batches, pytest.raises(UserError, match=r"corrupt image in digits:1.0.0, split train: train\[\d\]: "):
         next(batches)
 
 

@@ -376,7 +376,7 @@ def test_fashion_mnist_truncated(fashion_files, tmp_path):
     [
         ({"on_corrupt": "ignore"}, "data.on_corrupt='ignore' is not allowed: it must be 'error' or 'skip'"),
         ({"image_size": 0}, "data.image_size=0"),
-        ({"in_channels": 4}, "data.in_channels=4"),
+        ({"in_channels": 4}, "data.mean=(0.485, 0.456, 0.406)"),
         ({"crop_pct": 1.1}, "data.crop_pct=1.1 is not allowed: it must be above 0, up to 1"),
         ({"crop_mode": "border"}, "data.crop_mode='border' is not allowed: it must be 'center' or 'squash'"),
         ({"eval_interpolation": "random"}, "data.eval_interpolation='random'"),

@@ -12,7 +12,8 @@ from scipy import stats
 from sklearn.datasets import load_sample_image
 
 from evmamba_jax.data.config import DataConfig
-from evmamba_jax.data.transforms import CorruptImageError, decode, eval_image, random_crop_box, train_image
+from evmamba_jax.data.decoding import CorruptImageError, decode
+from evmamba_jax.data.transforms import eval_image, random_crop_box, train_image
 
 
 def encode(pixels: np.ndarray, kind: str = "PNG", mode: str | None = None, **options) -> bytes:

@@ -15,8 +15,8 @@ from flax import nnx
 
 from evmamba_jax.checkpoints import load_model
 from evmamba_jax.data.config import DataConfig
+from evmamba_jax.data.decoding import decode
 from evmamba_jax.data.device import normalize
-from evmamba_jax.data.transforms import decode
 from evmamba_jax.tasks import Collector, Figure, Task, register
 from evmamba_jax.training.config import Config, Duration, ModelConfig, OptimConfig
 from evmamba_jax.weights import Weights
