@@ -42,6 +42,6 @@ def test_models_runs_as_printed():
     assert names["logits"].shape == (2, 10)
 
 
-@pytest.mark.parametrize("page", ["models.md", "preflight.md", "scan_orders.md", "training.md"])
+@pytest.mark.parametrize("page", ["models.md", "own_data.md", "preflight.md", "scan_orders.md", "training.md"])
 def test_every_page_is_found_from_the_readme(page):
     assert f"](docs/{page})" in (DOCS.parent / "README.md").read_text()

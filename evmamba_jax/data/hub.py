@@ -86,13 +86,16 @@ class Rows:
     def listing(self) -> Listing:
         """Return the split and the label of each row."""
         splits, labels = [], []
+        sets: dict[tuple[str, ...], int] = {}
         for split, table in self._tables.items():
             at = split_of(split)
             if split and at < 0:
                 raise UserError(f"{self.place} has a split {split!r}; known are {', '.join(SPLITS)}")
             splits += [at] * len(table)
-            labels += [(self._label(value),) for value in table["label"]]
-        return Listing(np.arange(len(splits)), np.array(splits, np.int8), labels)
+            labels += [sets.setdefault((self._label(value),), len(sets)) for value in table["label"]]
+        # Names are sorted as text, rows as numbers.
+        order = np.argsort([f"{split}/{row}" for split, table in self._tables.items() for row in range(len(table))])
+        return Listing(np.arange(len(splits)), np.array(splits, np.int8)[order], np.array(labels)[order], list(sets))
 
     def _label(self, value: Any) -> str:
         if self.class_names and 0 <= value < len(self.class_names):

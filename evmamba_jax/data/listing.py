@@ -27,14 +27,16 @@ class Listing(NamedTuple):
     Attributes:
         rows: int64 (N,), the place of each in the names of the files.
         splits: int8 (N,), an index into :data:`SPLITS`; -1 where none is named.
-        labels: of each picture; several where a table names several.
+        labels: int64 (N,), an index into ``label_sets``.
+        label_sets: the labels that pictures have: one, or several or none where a table says so.
         asides: files that belong to no class or split, in words.
         missing: files that a table names and that are not there.
     """
 
     rows: np.ndarray
     splits: np.ndarray
-    labels: list[tuple[str, ...]]
+    labels: np.ndarray
+    label_sets: Sequence[tuple[str, ...]]
     asides: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
 
@@ -47,26 +49,31 @@ def by_folders(names: Iterable[str]) -> Listing:
     Args:
         names: of the files, relative, with ``/``.
     """
-    parts = [name.split("/") for name in names]
-    outer = _outer(parts)
-    by_split = any(len(part) > outer + 1 and split_of(part[outer]) == 0 for part in parts) or all(
-        len(part) > outer + 1 and split_of(part[outer]) >= 0 for part in parts
-    )
+    names = list(names)
+    # A million files lie in some thousand folders: what a folder is, is settled once.
+    seen: dict[str, int] = {}
+    folder_of = np.array([seen.setdefault(name[: max(0, name.rfind("/"))], len(seen)) for name in names], np.int64)
+    folders = [folder.split("/") if folder else [] for folder in seen]
+    outer = _outer(folders)
+    within = [folder[outer] for folder in folders if len(folder) > outer]
+    by_split = any(split_of(name) == 0 for name in within) or all(split_of(name) >= 0 for name in within)
     at = outer + 1 if by_split else outer
-    rows, splits, labels, loose, strange = [], [], [], [], {}
-    for i, part in enumerate(parts):
-        split = split_of(part[outer]) if by_split and len(part) > outer + 1 else -1
-        if by_split and split < 0 and len(part) > outer + 1:
-            strange[part[outer]] = strange.get(part[outer], 0) + 1
-        elif len(part) < at + 2:
-            loose.append("/".join(part))
-        else:
-            rows.append(i)
-            splits.append(split)
-            labels.append((part[at],))
-    asides = [f"the folder {name} is no split, its files are left out ({count})" for name, count in strange.items()]
-    asides += [counted(loose, "file lies in no class folder", "files lie in no class folder")] if loose else []
-    return Listing(np.array(rows, np.int64), np.array(splits, np.int8), labels, tuple(asides))
+    splits = np.array([split_of(f[outer]) if by_split and len(f) > outer else -1 for f in folders], np.int8)
+    classes: dict[tuple[str, ...], int] = {}
+    labels = np.array([classes.setdefault((f[at],), len(classes)) if len(f) > at else -1 for f in folders], np.int64)
+    strange = by_split & (splits < 0) & np.array([len(folder) > outer for folder in folders], bool)
+    labels[strange] = -1
+
+    counts = np.bincount(folder_of, minlength=len(folders))
+    asides = []
+    for name in dict.fromkeys(folders[k][outer] for k in np.flatnonzero(strange)):
+        count = sum(counts[k] for k in np.flatnonzero(strange) if folders[k][outer] == name)
+        asides.append(f"the folder {name} is no split, its files are left out ({count})")
+    loose = [names[i] for i in np.flatnonzero(((labels < 0) & ~strange)[folder_of])]
+    if loose:
+        asides.append(counted(loose, "file lies in no class folder", "files lie in no class folder"))
+    rows = np.flatnonzero(labels[folder_of] >= 0)
+    return Listing(rows, splits[folder_of[rows]], labels[folder_of[rows]], list(classes), tuple(asides))
 
 
 def split_of(name: str) -> int:
@@ -75,16 +82,16 @@ def split_of(name: str) -> int:
     return -1 if known is None else SPLITS.index(known)
 
 
-def _outer(parts: Sequence[Sequence[str]]) -> int:
+def _outer(folders: Sequence[Sequence[str]]) -> int:
     """Return how many folders lie around the splits or classes: those that all files share, but for a class."""
-    shared: Sequence[str] = min((part[:-1] for part in parts), key=len, default=())
-    for part in parts:
-        same = [a == b for a, b in zip(shared, part, strict=False)]
+    shared: Sequence[str] = min(folders, key=len, default=())
+    for folder in folders:
+        same = [a == b for a, b in zip(shared, folder, strict=False)]
         shared = shared[: same.index(False)] if False in same else shared
     for depth, name in enumerate(shared):
         if split_of(name) >= 0:
             return depth
-    within = {part[len(shared)] for part in parts if len(part) > len(shared) + 1}
+    within = {folder[len(shared)] for folder in folders if len(folder) > len(shared)}
     around = len(within) > 1 or any(split_of(name) >= 0 for name in within)
     return len(shared) if around else max(0, len(shared) - 1)
 
@@ -134,10 +141,12 @@ def by_table(table: Sequence[Row], names: Sequence[str], place: Path) -> Listing
     found = [(places.get(relative(row.path, place)), row) for row in table]
     missing = [row.path for at, row in found if at is None]
     there = [(at, row) for at, row in found if at is not None]
+    sets: dict[tuple[str, ...], int] = {}
     return Listing(
         np.array([at for at, _ in there], np.int64),
         np.array([row.split for _, row in there], np.int8),
-        [row.labels for _, row in there],
+        np.array([sets.setdefault(row.labels, len(sets)) for _, row in there], np.int64),
+        list(sets),
         missing=tuple(missing),
     )
 

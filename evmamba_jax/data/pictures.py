@@ -10,7 +10,7 @@ import numpy as np
 
 from evmamba_jax.data.config import DataConfig
 from evmamba_jax.data.decoding import CorruptImageError
-from evmamba_jax.data.files import Files, Listed, Strings, open_files
+from evmamba_jax.data.files import Files, Found, Listed, Strings, open_files
 from evmamba_jax.data.imagenet import in_words
 from evmamba_jax.data.index import IMAGE, OTHER, UNREADABLE, Index, open_index
 from evmamba_jax.data.listing import (
@@ -37,9 +37,8 @@ class PictureSource:
         split: its name.
         class_names: in label order.
         files: where the bytes lie.
-        names: of the files, in the order of the split.
-        sizes: int64 (N,), bytes.
-        where: int64 (N, 3), what ``files.read`` takes.
+        found: all files of the place.
+        rows: int64 (N,), the files of this split among them, in its order.
         labels: int32 (N,).
         fingerprint: a hash of contents, order and labels.
         findings: what is worth saying before training, a line each.
@@ -49,9 +48,8 @@ class PictureSource:
     split: str
     class_names: tuple[str, ...]
     files: Files
-    names: Strings
-    sizes: np.ndarray
-    where: np.ndarray
+    found: Found
+    rows: np.ndarray
     labels: np.ndarray
     fingerprint: str
     findings: tuple[str, ...]
@@ -70,12 +68,13 @@ class PictureSource:
         Raises:
             CorruptImageError: the file cannot be read, or is not what it was.
         """
-        name = self.names[index]
+        row = int(self.rows[index])
+        name = self.found.names[row]
         try:
-            data = self.files.read(name, self.where[index])
+            data = self.files.read(name, self.found.where[row])
         except Exception as error:  # zlib and struct have their own kinds, for damaged archives
             raise CorruptImageError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-        if self.sizes[index] not in (-1, len(data)):
+        if self.found.sizes[row] not in (-1, len(data)):
             raise CorruptImageError(f"{name} has changed since it was listed: start again")
         return {"image": data, "label": int(self.labels[index]), "id": name}
 
@@ -121,16 +120,15 @@ def open_split(config: DataConfig, split: str, work: Path | None = None) -> Pict
             f"{sorted(pictures.splits)}"
         )
     rows, labels = pictures.splits[split]
-    found, digests = pictures.index.found, pictures.index.digests[rows]
+    digests = pictures.index.digests[rows]
     contents = hashlib.sha256(digests.tobytes() + labels.tobytes()).hexdigest()[:32]
     return PictureSource(
         name=str(pictures.place),
         split=split,
         class_names=pictures.class_names,
         files=pictures.files,
-        names=Strings.of(found.names[int(i)] for i in rows),
-        sizes=found.sizes[rows],
-        where=found.where[rows],
+        found=pictures.index.found,
+        rows=rows,
         labels=labels,
         fingerprint=contents,
         findings=pictures.findings,
@@ -170,20 +168,25 @@ def open_pictures(config: DataConfig, work: Path | None = None) -> Pictures:
     good = np.flatnonzero(kinds == IMAGE)
     if not len(good):
         raise UserError(f"{place} holds no pictures {_EXPECTED[config.name]}")
-    rows, splits = listing.rows[good], listing.splits[good]
-    labels = [listing.labels[i] for i in good]
-    several = [names[int(row)] for row, label in zip(rows, labels, strict=True) if len(label) != 1]
+    rows, splits, labels = listing.rows[good], listing.splits[good], listing.labels[good]
+    sets = listing.label_sets
+
+    def having(wrong: Sequence[bool]) -> list[str]:
+        found = np.flatnonzero(np.array(wrong, bool)[labels])
+        return [f"{names[int(rows[i])]} ({'; '.join(sets[labels[i]])})" for i in found]
+
+    several = having([len(labels) != 1 for labels in sets])
     if several:
         what = "none or several labels, where one is needed"
         raise UserError(counted(several, f"picture has {what}", f"pictures have {what}"))
-    single = [label[0] for label in labels]
-    class_names = _classes(config, known, set(single), numbers=config.name == "table")
+    used = {sets[k][0] for k in np.unique(labels)}
+    class_names = _classes(config, known, used, numbers=config.name == "table")
     numbers = {name: k for k, name in enumerate(class_names)}
-    outside = [f"{names[int(row)]} ({label})" for row, label in zip(rows, single, strict=True) if label not in numbers]
+    outside = having([labels[0] not in numbers for labels in sets])
     if outside:
         where = f"outside the {len(class_names)} classes of {config.classes or place}"
         raise UserError(counted(outside, f"picture has a label {where}", f"pictures have labels {where}"))
-    label_numbers = np.array([numbers[label] for label in single], np.int32)
+    label_numbers = np.array([numbers.get(labels[0], -1) for labels in sets], np.int32)[labels]
     splits = _held_out(splits, index.halves()[rows], config.held_out)
     by_name = {
         name: (rows[splits == k], label_numbers[splits == k]) for k, name in enumerate(SPLITS) if (splits == k).any()
@@ -232,7 +235,9 @@ def _about_contents(splits: Mapping[str, tuple[np.ndarray, np.ndarray]], index: 
     of = np.repeat(np.arange(len(splits)), [len(rows) for rows, _ in splits.values()])
     labels = np.concatenate([labels for _, labels in splits.values()])
     halves = index.halves()[rows]
-    order = np.lexsort((rows, of, halves[:, 1], halves[:, 0]))
+    first = np.sort(halves[:, 0])
+    twice = np.flatnonzero(np.isin(halves[:, 0], first[1:][first[1:] == first[:-1]]))  # few, so the rest is quick
+    order = twice[np.lexsort((rows[twice], of[twice], halves[twice, 1], halves[twice, 0]))]
     same = (halves[order][1:] == halves[order][:-1]).all(1)
     pairs = list(zip(order[:-1][same].tolist(), order[1:][same].tolist(), strict=True))
     kinds = list(splits)

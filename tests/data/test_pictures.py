@@ -341,4 +341,4 @@ def test_strings_come_back_whatever_their_bytes():
 
 def test_one_class_folder_is_not_taken_for_a_wrapper():
     listing = by_folders(["cats/1.png", "cats/2.png"])
-    assert listing.labels == [("cats",), ("cats",)]
+    assert [listing.label_sets[k] for k in listing.labels] == [("cats",), ("cats",)]

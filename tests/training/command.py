@@ -1,21 +1,26 @@
 """Runs ``train_tpu.py`` as its user does, in a process of its own, or for the time it saves in this one."""
 
 import contextlib
+import functools
 import io
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
+import jax
+
+from evmamba_jax.training import mesh as meshes
 from train_tpu import main
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "tests" / "training" / "tiny.py")
 
 
-def environment(devices: int = 8, **more: str) -> dict[str, str]:
-    """Return the environment of a user with CPU devices. With eight, as here, commands find programs compiled here."""
+def environment(devices: int = 1, **more: str) -> dict[str, str]:
+    """Return the environment of a user with CPU devices: one, as most have; several share two cores and take longer."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     flags = re.sub(r"device_count=\d+", f"device_count={devices}", kept["XLA_FLAGS"])
     return kept | {"XLA_FLAGS": flags} | more
@@ -36,10 +41,12 @@ def run(*arguments: object, config: str = TINY, env: dict[str, str] | None = Non
     return process.returncode, out, err
 
 
-def run_here(*arguments: object, config: str = TINY) -> tuple[int, str, str]:
-    """Run the command in this process, on its eight devices; return exit code, stdout and stderr."""
+def run_here(*arguments: object, config: str = TINY, devices: int = 1) -> tuple[int, str, str]:
+    """Run the command in this process, on some of its devices; return exit code, stdout and stderr."""
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    fewer = functools.partial(meshes.make_mesh, described=jax.devices()[:devices])
+    patched = mock.patch.object(meshes, "make_mesh", fewer)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), patched:
         code = main(["train_tpu.py", "--config", str(ROOT / config), *map(str, arguments)])
     return code, out.getvalue(), err.getvalue()
 

@@ -20,13 +20,23 @@ def get_config():
         model=ModelConfig("evmamba_t", 0.1, "float32", options={"width": 8, "depths": (1, 0, 1, 0), "d_state": 2}),
         data=DataConfig("imagenet2012", image_size=32, crop_pct=0.875, num_threads=2),
         optim=OptimConfig(warmup=Duration(steps=2)),
-        batch_size=16,
-        # 64 steps of 16 images: one pass over the 1000 training images and a little more
-        duration=Duration(steps=64),
-        log_every=Duration(steps=8),
-        eval_every=Duration(steps=32),
-        save_every=Duration(steps=8),
+        batch_size=64,
+        # 16 steps of 64 images: one pass over the 1000 training images and a little more
+        duration=Duration(steps=16),
+        log_every=Duration(steps=2),
+        eval_every=Duration(steps=8),
+        save_every=Duration(steps=2),
     )
+"""
+
+
+RECIPE = f"""
+import runpy
+
+def get_config():
+    config = runpy.run_path({str(ROOT / "configs" / "evmamba_t.py")!r})["get_config"]()
+    config.model.options = {{"width": 16, "depths": (1, 1, 2, 1), "d_state": 4}}
+    return config
 """
 
 
@@ -47,13 +57,13 @@ def test_prepare_train_kill_resume(prepared, tmp_path):
     config = str(folder / "config.py")
     code, out, err = run("--workdir", tmp_path / "whole", config=config, env=env)
     assert code == 0, out + err
-    assert "on imagenet2012, step 64" in out
+    assert "on imagenet2012, step 16" in out
     rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert [row["examples"] for row in rows if "top1" in row] == [50, 50]
 
     killed = start("--workdir", tmp_path / "killed", config=config, env=env)
     for line in killed.stdout:
-        if line.startswith("step 16/"):
+        if line.startswith("step 4/"):
             break
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
@@ -64,12 +74,13 @@ def test_prepare_train_kill_resume(prepared, tmp_path):
 
 
 def test_the_published_recipe_on_small_images(prepared, tmp_path):
-    """All of configs/evmamba_t.py but size and length: train, be killed, go on, evaluate, convert, evaluate that."""
+    """All of configs/evmamba_t.py but sizes and length: train, be killed, go on, evaluate, convert, evaluate that."""
     _, env = prepared
+    (tmp_path / "small.py").write_text(RECIPE)
     lengths = {"duration": 12, "optim.warmup": 4, "log_every": 4, "save_every": 4, "eval_every": 12}
     small = [f"--config.{name}.steps={n}" for name, n in lengths.items()]
     small += ["--config.data.image_size=32", "--config.batch_size=16", "--config.data.num_threads=2"]
-    options = {"config": str(ROOT / "configs" / "evmamba_t.py"), "env": env}
+    options = {"config": str(tmp_path / "small.py"), "env": env}
     killed = start("--workdir", tmp_path / "run", *small, **options)
     for line in killed.stdout:
         if line.startswith("step 8/"):
