@@ -22,17 +22,18 @@ ROWS = {
     "errors": "",
     "cli": "errors",
     "storage": "errors",
+    "ranges": "errors",
     "arrays": "errors",
     "ops": "pallas_kernels pallas_kernels.dispatch",
     "checkpoints": "errors storage",
-    "layers": "errors ops pallas_kernels",
-    "data": "cli errors",
-    "models": "arrays cli errors layers pallas_kernels",
+    "layers": "errors ops pallas_kernels ranges",
+    "data": "cli errors ranges storage",
+    "models": "arrays cli errors layers pallas_kernels ranges",
     "analysis": "arrays cli errors layers models pallas_kernels",
     "weights": "arrays checkpoints cli errors layers models storage",
     "factory": "models weights",
     "evmamba_jax": "factory models",
-    "config": "data errors",
+    "config": "data errors ranges",
     "reports": "storage",
     "tasks": "arrays config data errors models reports weights",
     "training": "arrays checkpoints config data errors evmamba_jax reports storage tasks weights",
@@ -44,8 +45,8 @@ ROWS = {
     "benchmarks": """analysis arrays configs data errors evmamba_jax layers models pallas_kernels pallas_kernels.gpu
                      pallas_kernels.tpu preflight reports tasks training weights""",
     "tests": """analysis arrays checkpoints cli config configs data errors evmamba_jax layers models ops
-                pallas_kernels pallas_kernels.gpu pallas_kernels.tpu predict preflight reports storage tasks train_tpu
-                training weights""",
+                pallas_kernels pallas_kernels.gpu pallas_kernels.tpu predict preflight ranges reports storage tasks
+                train_tpu training weights""",
 }
 TREES = ("pallas_kernels", "evmamba_jax", "configs", "benchmarks", "tests")
 
