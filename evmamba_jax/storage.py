@@ -14,14 +14,16 @@ from evmamba_jax.errors import UserError
 
 try:
     import fcntl
-except ImportError:  # Windows
-    fcntl = None
+    import resource
+except ImportError:  # Windows, which has no such limit
+    fcntl = resource = None
     import msvcrt
 
+OPEN_FILES = 128  # at a time: a save of the smallest model takes about half
 OWNER = ".owner"  # in a work folder while a run is alive
 
 # pathlib makes one slash of two.
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
+_SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):/{1,2}")
 
 
 def is_bucket(place: str | os.PathLike[str]) -> bool:
@@ -45,7 +47,10 @@ def local(place: str | os.PathLike[str]) -> Path:
     if not isinstance(place, str | os.PathLike) or not isinstance(os.fspath(place), str) or not os.fspath(place):
         raise UserError(f"{place!r} is no file or folder: give its path")
     if is_bucket(place):
-        raise UserError(f"{place} is not on a disk of this machine: give a path here, and copy from or to it yourself")
+        address = _SCHEME.sub(r"\1://", os.fspath(place))
+        raise UserError(
+            f"{address} is not on a disk of this machine: give a path here, and copy from or to it yourself"
+        )
     text = os.fspath(place)
     if _SCHEME.match(text):  # file:///path, or file:/path
         address = urlsplit(text)
@@ -56,6 +61,25 @@ def local(place: str | os.PathLike[str]) -> Path:
         return Path(text).expanduser().resolve()
     except (OSError, RuntimeError, ValueError) as error:  # links in a circle, an unknown ~user, a NUL
         raise UserError(f"{text!r} is no path that can be followed: {error}") from error
+
+
+def allow_open_files(count: int = OPEN_FILES) -> None:
+    """Raise this process's limit of open files to a count, as far as the system lets it.
+
+    Raises:
+        UserError: it does not; what fails in a library then is told by none.
+    """
+    if resource is None:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= count:
+        return
+    if hard != resource.RLIM_INFINITY and hard < count:
+        raise UserError(
+            f"this machine allows {hard} open files at a time, and a run takes {count} or more: allow more, e.g. with "
+            "`ulimit -n 4096`"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
 
 
 @contextlib.contextmanager

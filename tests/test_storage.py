@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -10,7 +11,16 @@ from pathlib import Path
 import pytest
 
 from evmamba_jax.errors import UserError
-from evmamba_jax.storage import OWNER, is_bucket, local, owned, storage_errors, written_whole
+from evmamba_jax.storage import (
+    OPEN_FILES,
+    OWNER,
+    allow_open_files,
+    is_bucket,
+    local,
+    owned,
+    storage_errors,
+    written_whole,
+)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +80,7 @@ def test_every_form_of_a_place_is_the_same_folder(tmp_path, monkeypatch):
         ("s3://bucket/run", "is not on a disk"),
         ("hdfs://host/run", "is not on a disk"),
         ("gcs+x://b", "is not on a disk"),
-        (Path("gs://bucket/run"), "gs:/bucket/run is not on a disk"),
+        (Path("gs://bucket/run"), "gs://bucket/run is not on a disk"),
         ("file://host/run", "names the machine 'host'"),
         ("~nobody-has-this-name/run", "no path that can be followed"),
         ("a\0b", "no path that can be followed"),
@@ -139,3 +149,29 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write in .*file/run"), owned(tmp_path / "file" / "run"):
         pass
+
+
+# Open files
+
+
+@pytest.mark.parametrize(
+    ("limits", "allowed"),
+    [
+        ((40, 4096), [(OPEN_FILES, 4096)]),
+        ((40, resource.RLIM_INFINITY), [(OPEN_FILES, resource.RLIM_INFINITY)]),
+        ((OPEN_FILES, OPEN_FILES), []),
+        ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), []),
+    ],
+)
+def test_open_files_are_allowed_as_far_as_the_system_lets(limits, allowed, monkeypatch):
+    given = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits)
+    monkeypatch.setattr(resource, "setrlimit", lambda _, new: given.append(new))
+    allow_open_files()
+    assert given == allowed
+
+
+def test_too_few_open_files_are_told(monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (40, 40))
+    with pytest.raises(UserError, match=f"allows 40 open files at a time, and a run takes {OPEN_FILES} or more"):
+        allow_open_files()

@@ -25,7 +25,7 @@ from evmamba_jax.errors import UserError
 from evmamba_jax.reports.curves import curves
 from evmamba_jax.reports.drawing import drawn
 from evmamba_jax.reports.writer import Reporter
-from evmamba_jax.storage import local, owned, storage_errors
+from evmamba_jax.storage import allow_open_files, local, owned, storage_errors
 from evmamba_jax.tasks import Collector, Figure, Task, task_of
 from evmamba_jax.training import mesh as meshes
 from evmamba_jax.training import resume
@@ -52,6 +52,7 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
     """
     kind = task_of(config)
     folder = local(workdir)
+    allow_open_files()
     meshes.join_processes(config.distributed)
     mesh = meshes.make_mesh(config)
     source = kind.open_source(config, config.data.eval_split)
