@@ -21,9 +21,10 @@ def main(argv: list[str]) -> int:
         print(__doc__.strip())
         return 0 if len(argv) > 1 else 2
     from evmamba_jax import cli
-    from evmamba_jax.training import parse_command, run
 
     def train() -> None:
+        from evmamba_jax.training import parse_command, run
+
         config, workdir = parse_command(argv)
         run(config, workdir)
 

@@ -1,6 +1,8 @@
 """Every command ends alike."""
 
+import errno
 import importlib
+import re
 
 import pytest
 
@@ -40,6 +42,35 @@ def test_a_mistake_is_one_line(capsys):
 def test_ctrl_c_is_one_word(capsys):
     assert ends(KeyboardInterrupt()) == 130
     assert capsys.readouterr() == ("", "interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("exception", "told"),
+    [
+        (OSError(errno.EMFILE, "Too many open files", "/data/a"), "too few open files at a time.*ulimit -n.*/data/a"),
+        (ValueError("INTERNAL: Too many open files [os_error_code='24']"), "too few open files"),
+        (RuntimeError("can't start new thread"), "too few threads and processes.*num_threads"),
+        (MemoryError("Unable to allocate 9. TiB for an array"), "not enough memory: lower batch_size"),
+        (MemoryError(), "not enough memory"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"), "not enough memory"),
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
+        (OSError(errno.EFBIG, "File too large", "a"), "no larger files.*ulimit -f"),
+        (FileNotFoundError(2, "No usable temporary directory found in ['/tmp']"), "set TMPDIR"),
+        (PermissionError(errno.EACCES, "Permission denied", "/root/a"), "/root/a cannot be used: Permission denied"),
+    ],
+)
+def test_what_the_machine_refuses_is_one_line_wherever_it_was_found(exception, told, capsys):
+    def command():
+        try:
+            raise exception
+        except Exception as error:
+            raise RuntimeError("a library of ours failed") from error
+
+    assert (ends(exception), cli.main(command)) == (2, 2)
+    out, err = capsys.readouterr()
+    first, second = err.splitlines()
+    assert (out, first) == ("", second)
+    assert re.fullmatch(f"error: .*{told}.*", first)
 
 
 @pytest.mark.parametrize("exception", [SystemExit(143), ZeroDivisionError("a fault of ours")])

@@ -22,18 +22,19 @@ ROWS = {
     "errors": "",
     "cli": "errors",
     "storage": "errors",
+    "ranges": "errors",
     "arrays": "errors",
     "ops": "pallas_kernels pallas_kernels.dispatch",
     "checkpoints": "errors storage",
-    "layers": "errors ops pallas_kernels",
-    "data": "cli errors storage",
-    "models": "arrays cli errors layers pallas_kernels",
+    "layers": "errors ops pallas_kernels ranges",
+    "data": "cli errors ranges storage",
+    "models": "arrays cli errors layers pallas_kernels ranges",
     "analysis": "arrays cli errors layers models pallas_kernels",
     "weights": "arrays checkpoints cli errors layers models storage",
     "factory": "models weights",
     "preprocessing": "data errors models",
     "evmamba_jax": "factory models preprocessing",
-    "config": "data errors",
+    "config": "data errors ranges",
     "reports": "storage",
     "tasks": "arrays config data errors models reports weights",
     "training": "arrays checkpoints config data errors evmamba_jax reports storage tasks weights",
@@ -45,8 +46,8 @@ ROWS = {
     "benchmarks": """analysis arrays configs data errors evmamba_jax layers models pallas_kernels pallas_kernels.gpu
                      pallas_kernels.tpu preflight reports tasks training weights""",
     "tests": """analysis arrays checkpoints cli config configs data errors evmamba_jax layers models ops
-                pallas_kernels pallas_kernels.gpu pallas_kernels.tpu predict preflight preprocessing reports storage
-                tasks train_tpu training weights""",
+                pallas_kernels pallas_kernels.gpu pallas_kernels.tpu predict preflight preprocessing ranges reports
+                storage tasks train_tpu training weights""",
 }
 TREES = ("pallas_kernels", "evmamba_jax", "configs", "benchmarks", "tests")
 

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from etils import epath
 
 from evmamba_jax.checkpoints.seal import crc32, read_description
+from evmamba_jax.storage import is_bucket, local
 
 
 def absolute(directory: str | os.PathLike) -> epath.Path:
     """Return the path of a folder on a disk or in a bucket."""
-    return epath.Path(directory).expanduser().resolve()
+    return epath.Path(directory if is_bucket(directory) else local(directory))
 
 
 def steps_in(folder: epath.Path) -> list[int]:

@@ -3,7 +3,9 @@
 Items go to disk in the background; before their folder gets its final name, checkpoint.json seals it.
 """
 
+import logging
 import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +20,20 @@ from evmamba_jax.checkpoints.seal import seal
 # Orbax reports every phase of every save through absl, whose level is INFO once flags are parsed. What matters comes
 # as an exception.
 absl_logging.get_absl_logger().addFilter(lambda record: os.path.join("orbax", "checkpoint") not in record.pathname)
+
+# Where the disk refuses one of many files, orbax closes its event loop under the others, whose writers then complain of
+# that one by one. The first error, which says what is wrong, comes as an exception.
+_CLOSED = "Event loop is closed"
+_unraisablehook = sys.unraisablehook
+
+
+def _without_complaints(unraisable: Any) -> None:
+    if str(unraisable.exc_value) != _CLOSED:
+        _unraisablehook(unraisable)
+
+
+sys.unraisablehook = _without_complaints
+logging.getLogger("asyncio").addFilter(lambda record: "never retrieved" not in record.getMessage())
 
 
 class _SealingHandler(ocp.CompositeCheckpointHandler):

@@ -24,6 +24,7 @@ from evmamba_jax.data.listing import (
     relative,
 )
 from evmamba_jax.errors import UserError, nearest
+from evmamba_jax.storage import local
 
 FEW = 10  # pictures of a class to train on, below which a line says so
 
@@ -139,7 +140,7 @@ def open_pictures(config: DataConfig, work: Path | None = None) -> Pictures:
     """List the configured pictures; arguments and errors as for :func:`open_split`."""
     if not config.data_dir:
         raise UserError(f"data.name={config.name!r} needs data.data_dir, the place of the pictures")
-    place = Path(config.data_dir).expanduser().absolute()
+    place = local(config.data_dir)
     files, index, listing, known = PLACES[config.name](place, work)
     kinds = index.kinds[listing.rows]
     names = index.found.names
@@ -202,7 +203,7 @@ def _classes(config: DataConfig, known: Sequence[str], found: set[str], *, numbe
     """Return the classes in label order: as listed by the user or the data set, else sorted."""
     if config.classes:
         try:
-            lines = Path(config.classes).expanduser().read_text(encoding="utf-8-sig").splitlines()
+            lines = local(config.classes).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"data.classes={config.classes!r} cannot be read: {reason}") from error
@@ -311,7 +312,7 @@ def _hub(place: Path, work: Path | None) -> Opened:
 
 def kind_of(place: str) -> str:
     """Return the key of :data:`PLACES` that a place is of, by its form."""
-    path = Path(place).expanduser()
+    path = local(place)
     if path.suffix in TABLES:
         return "table"
     saved = ("dataset_dict.json", "dataset_info.json")

@@ -7,6 +7,7 @@ import numpy as np
 
 from evmamba_jax.data.config import DataConfig
 from evmamba_jax.data.transforms import eval_crop, read_pixels, train_view
+from evmamba_jax.errors import UserError
 
 Example = dict[str, np.ndarray | np.generic]
 
@@ -41,13 +42,21 @@ class LabelledImages:
 
     Attributes:
         config: reads the host-side fields.
+        num_classes: of the data set; None where any label will do.
     """
 
     config: DataConfig
+    num_classes: int | None = None
 
     def decode(self, record: Any) -> Any:
-        """Return pixels and label."""
-        return read_pixels(record["image"], self.config), np.int32(record["label"])
+        """Return pixels and label; raises a UserError for a label that is none of the classes."""
+        label = int(record["label"])
+        if self.num_classes is not None and not 0 <= label < self.num_classes:
+            raise UserError(
+                f"image {record['id']} of {self.config.name} has the label {label}; of its {self.num_classes} classes "
+                f"the labels are 0 to {self.num_classes - 1}: mend the data set, and prepare it again"
+            )
+        return read_pixels(record["image"], self.config), np.int32(label)
 
     def train(self, decoded: Any, rng: np.random.Generator) -> Example:
         """Return a random crop, augmented."""

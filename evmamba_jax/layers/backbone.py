@@ -9,12 +9,15 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
 
-from evmamba_jax.errors import UserError, one_of
+from evmamba_jax import ranges
+from evmamba_jax.errors import UserError
 from evmamba_jax.layers.blocks import REMAT, run_blocks
 from evmamba_jax.layers.drop_path import drop_path_rates, fold_in
 from evmamba_jax.layers.norm import LayerNorm
 from evmamba_jax.layers.patches import Stem
 from evmamba_jax.layers.projections import Linear
+from evmamba_jax.ranges import chosen, ranged, stated
+from pallas_kernels.selective_scan import IMPLEMENTATIONS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,20 +38,18 @@ class BackboneConfig:
         UserError: an option that cannot be.
     """
 
-    num_classes: int = 1000
-    in_channels: int = 3
-    drop_path_rate: float = 0.0
-    dtype: Dtype | None = None
-    remat: str = "none"
-    implementation: str | None = None
+    num_classes: int = ranged(1000, least=0)
+    in_channels: int = ranged(3, least=1)
+    drop_path_rate: float = ranged(0.0, least=0, below=1)
+    dtype: Dtype | None = stated(None, "a floating-point type of 16 bits or more, or None", ranges.is_dtype)  # noqa: RUF009
+    remat: str = chosen("none", REMAT)
+    implementation: str | None = chosen(None, IMPLEMENTATIONS)
 
     def __post_init__(self):
         # A configuration is part of a model's structure, which JAX compares and hashes.
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, list):
-                object.__setattr__(self, field.name, tuple(value))
-        one_of("remat", self.remat, REMAT)
+            object.__setattr__(self, field.name, ranges.plain(getattr(self, field.name)))
+        ranges.check(self)
 
     def pick(self, *names: str) -> dict[str, Any]:
         """Return some of the options by name, for a layer that has them too."""
@@ -95,15 +96,18 @@ class StagedConfig(BackboneConfig):
 
     STAGES: ClassVar[int] = 4
 
-    width: int = 96
-    depths: Sequence[int] = (2, 2, 4, 2)
+    width: int = ranged(96, least=1)
+    depths: Sequence[int] = ranged((2, 2, 4, 2), least=0)
     out_norms: bool = False
 
     def __post_init__(self):
         super().__post_init__()
-        if len(self.depths) != self.STAGES or min(self.depths) < 0:
+        if len(self.depths) != self.STAGES:
             stages = "four" if self.STAGES == 4 else self.STAGES
             raise UserError(f"depths must name the blocks of {stages} stages, e.g. (2, 2, 4, 2); got {self.depths}")
+        for name in ("ssm_ratio", "mlp_ratio", "ffn_ratio"):
+            if 0 < getattr(self, name, 0) * self.width < 1:
+                raise UserError(f"{name}={getattr(self, name)} of width={self.width} leaves no channel: enlarge it")
 
 
 class StagedBackbone(Backbone):

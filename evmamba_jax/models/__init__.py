@@ -9,6 +9,6 @@ from evmamba_jax.models import vim as vim
 from evmamba_jax.models import mambavision as mambavision
 
 # isort: on
-from evmamba_jax.models.registry import abstract_model, build_model, list_models, model_card
+from evmamba_jax.models.registry import abstract_model, build_model, configuration, list_models, model_card
 
-__all__ = ["abstract_model", "build_model", "list_models", "model_card"]
+__all__ = ["abstract_model", "build_model", "configuration", "list_models", "model_card"]

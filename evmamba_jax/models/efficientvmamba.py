@@ -21,6 +21,7 @@ from evmamba_jax.layers.projections import depthwise_conv, pointwise_conv
 from evmamba_jax.layers.squeeze_excite import SqueezeExcite
 from evmamba_jax.layers.ss2d import SS2D
 from evmamba_jax.models.registry import ModelCard, register
+from evmamba_jax.ranges import ranged
 from pallas_kernels import ATROUS
 
 
@@ -93,9 +94,9 @@ class EfficientVMambaConfig(StagedConfig):
     """
 
     width: int = 48
-    patch_size: int = 4
-    d_state: int = 16
-    ssm_ratio: float = 2.0
+    patch_size: int = ranged(4, least=1)
+    d_state: int = ranged(16, least=1)
+    ssm_ratio: float = ranged(2.0, above=0)
 
 
 class EfficientVMamba(StagedBackbone):

@@ -28,6 +28,7 @@ from evmamba_jax.layers.patches import Stem
 from evmamba_jax.layers.projections import Linear, conv, depthwise_conv
 from evmamba_jax.layers.s6 import S6, default_dt_rank
 from evmamba_jax.models.registry import ModelCard, register
+from evmamba_jax.ranges import ranged
 from pallas_kernels import Order
 
 
@@ -214,14 +215,14 @@ class MambaVisionConfig(StagedConfig):
     """
 
     width: int = 80
-    stem_width: int = 32
+    stem_width: int = ranged(32, least=1)
     depths: Sequence[int] = (1, 3, 8, 4)
-    num_heads: Sequence[int] = (2, 4, 8, 16)
-    window_size: Sequence[int] = (8, 8, 14, 7)
-    mlp_ratio: float = 4.0
-    layer_scale: float | None = None
-    d_state: int = 8
-    d_conv: int = 3
+    num_heads: Sequence[int] = ranged((2, 4, 8, 16), least=1)
+    window_size: Sequence[int] = ranged((8, 8, 14, 7), least=1)
+    mlp_ratio: float = ranged(4.0, above=0)
+    layer_scale: float | None = ranged(None, above=0)
+    d_state: int = ranged(8, least=1)
+    d_conv: int = ranged(3, least=1)
     double_dt_bias: bool = True
     mamba_dt_init: bool = False
 
@@ -229,7 +230,7 @@ class MambaVisionConfig(StagedConfig):
         super().__post_init__()
         for name in ("num_heads", "window_size"):
             numbers = getattr(self, name)
-            if len(numbers) != 4 or min(numbers) < 1:
+            if len(numbers) != 4:
                 raise UserError(f"{name} must give one positive number for each of four stages; got {numbers}")
 
 

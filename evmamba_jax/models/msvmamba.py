@@ -16,7 +16,6 @@ from einops import rearrange
 from flax import nnx
 from flax.typing import Dtype
 
-from evmamba_jax.errors import UserError
 from evmamba_jax.layers.backbone import StagedBackbone, StagedConfig
 from evmamba_jax.layers.block import Block
 from evmamba_jax.layers.mlp import gelu
@@ -27,6 +26,7 @@ from evmamba_jax.layers.resize import resize
 from evmamba_jax.layers.s6 import S6, default_dt_rank
 from evmamba_jax.layers.squeeze_excite import SqueezeExcite
 from evmamba_jax.models.registry import ModelCard, register
+from evmamba_jax.ranges import ranged
 from pallas_kernels import Chain, Order
 
 Version = Literal[1, 2]
@@ -134,22 +134,15 @@ class MSVMambaConfig(StagedConfig):
         leak_state: scan the three half-resolution directions as one sequence, as the official code does: the state
             runs from each into the next. False scans them one by one, as the paper has it, with the same parameters.
 
-    Raises:
-        UserError: depths that are not four, an unknown version.
     """
 
     depths: Sequence[int] = (2, 2, 9, 2)
     version: Version = 2
-    d_state: int = 1
-    ssm_ratio: float = 1.0
-    ffn_ratio: float = 4.0
+    d_state: int = ranged(1, least=1)
+    ssm_ratio: float = ranged(1.0, above=0)
+    ffn_ratio: float = ranged(4.0, above=0)
     gate: bool = False
     leak_state: bool = True
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.version not in (1, 2):
-            raise UserError(f"unknown version {self.version!r} of MSVMamba; allowed: 1 (arXiv v1), 2 (NeurIPS)")
 
 
 class MSVMamba(StagedBackbone):

@@ -92,17 +92,26 @@ def model_card(name: str) -> ModelCard:
 
 def build_model(name: str, *, rngs: nnx.Rngs | None = None, **options: Any) -> Any:
     """Build a model in evaluation mode with the official initial values; arguments as for ``create_model``."""
-    if name not in VARIANTS:
-        raise UserError(f"unknown model {name!r}{nearest(name, VARIANTS)}; known: {', '.join(sorted(VARIANTS))}")
-    family, config, _ = VARIANTS[name]
+    config = configuration(name, **options)
+    if not isinstance(rngs, nnx.Rngs | None):
+        raise UserError(f"rngs={rngs!r} is not allowed: it must be an nnx.Rngs, e.g. nnx.Rngs(0), or None")
+    model: Any = VARIANTS[name].family(config, rngs=rngs or nnx.Rngs(0))
+    model.eval()
+    return model
+
+
+def configuration(name: str, **options: Any) -> BackboneConfig:
+    """Return a variant's configuration with some options changed; raises a UserError for what cannot be."""
+    if not isinstance(name, str) or name not in VARIANTS:
+        near = nearest(str(name), VARIANTS)
+        raise UserError(f"unknown model {name!r}{near}; known: {', '.join(sorted(VARIANTS))}")
+    config = VARIANTS[name].config
     allowed = sorted(field.name for field in dataclasses.fields(config))
     for option in options:
         if option not in allowed:
             near = nearest(option, allowed)
             raise UserError(f"unknown option {option!r} of model {name}{near}; allowed: {', '.join(allowed)}")
-    model: Any = family(dataclasses.replace(config, **options), rngs=rngs or nnx.Rngs(0))
-    model.eval()
-    return model
+    return dataclasses.replace(config, **options)
 
 
 def abstract_model(name: str, **options: Any) -> Any:

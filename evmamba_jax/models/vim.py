@@ -31,6 +31,7 @@ from evmamba_jax.layers.projections import Linear, depthwise_conv
 from evmamba_jax.layers.resize import resize
 from evmamba_jax.layers.s6 import S6, default_dt_rank
 from evmamba_jax.models.registry import ModelCard, register
+from evmamba_jax.ranges import ranged
 from pallas_kernels import Order
 
 # Where the class token stands in a position embedding of M + 1 entries.
@@ -214,14 +215,14 @@ class VimConfig(BackboneConfig):
         UserError: no blocks, an image_size below one patch, an unknown pos_embed_class_token.
     """
 
-    width: int = 192
-    depth: int = 24
-    image_size: int | Sequence[int] = 224
-    patch_size: int = 16
-    stride: int = 16
-    d_state: int = 16
-    d_conv: int = 4
-    expand: int = 2
+    width: int = ranged(192, least=1)
+    depth: int = ranged(24, least=1)
+    image_size: int | Sequence[int] = ranged(224, least=1)
+    patch_size: int = ranged(16, least=1)
+    stride: int = ranged(16, least=1)
+    d_state: int = ranged(16, least=1)
+    d_conv: int = ranged(4, least=1)
+    expand: int = ranged(2, least=1)
     divide_out: bool = True
     mamba_dt_init_backward: bool = False
     pos_embed_class_token: Place = "first"
@@ -229,15 +230,12 @@ class VimConfig(BackboneConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.depth < 1:
-            raise UserError(f"depth is {self.depth}: there must be 1 block or more")
         sides = (self.image_size,) * 2 if isinstance(self.image_size, int) else tuple(self.image_size)
         if len(sides) != 2 or min(sides) < self.patch_size:
             raise UserError(
                 f"image_size is {self.image_size!r}: give a side or (height, width) of at least "
                 f"patch_size={self.patch_size}"
             )
-        one_of("pos_embed_class_token", self.pos_embed_class_token, CLASS_TOKEN_AT)
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -7,7 +7,6 @@ the two differ this file follows the code: the stem ends at a quarter of the ima
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Literal
 
 from flax import nnx
 
@@ -15,10 +14,11 @@ from evmamba_jax.errors import UserError, one_of
 from evmamba_jax.layers.backbone import StagedBackbone, StagedConfig
 from evmamba_jax.layers.block import Block
 from evmamba_jax.layers.initializers import SCAN_INITS
-from evmamba_jax.layers.mlp import ACTIVATIONS, Activation, Mlp
+from evmamba_jax.layers.mlp import Activation, Mlp
 from evmamba_jax.layers.patches import PATCHES
 from evmamba_jax.layers.ss2d import SS2D, Scan
 from evmamba_jax.models.registry import ModelCard, register
+from evmamba_jax.ranges import chosen, ranged, stated
 from pallas_kernels import CROSS, Chain, Order
 
 # The scan patterns of the paper's table 10, each with four sets of parameters; cascade_aligned is ours (see SS2D).
@@ -53,21 +53,19 @@ class VMambaConfig(StagedConfig):
     """
 
     depths: Sequence[int] = (2, 2, 8, 2)
-    d_state: int = 1
-    ssm_ratio: float = 1.0
-    mlp_ratio: float = 4.0
+    d_state: int = ranged(1, least=1)
+    ssm_ratio: float = ranged(1.0, above=0)
+    mlp_ratio: float = ranged(4.0, least=0)
     overlap: bool = True
     gate: bool = False
     conv: bool = True
     conv_bias: bool = False
     act: Activation = "silu"
-    init: Literal["mamba", "random", "zero"] = "mamba"
-    scan: str | Scan = "cross"
+    init: str = chosen("mamba", SCAN_INITS)
+    scan: str | Scan = stated("cross", "a scan", lambda scan: True)  # noqa: RUF009
 
     def __post_init__(self):
         super().__post_init__()
-        one_of("act", self.act, ACTIVATIONS)
-        one_of("init", self.init, SCAN_INITS)
         orders = self.orders
         if not isinstance(orders, str) and not (
             isinstance(orders, tuple) and orders and all(isinstance(order, Order | Chain) for order in orders)

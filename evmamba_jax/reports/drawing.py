@@ -1,6 +1,7 @@
 """What several pictures share: colours, names of classes, images, bars, and the saving."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,16 @@ def bars(
     axes.set_ylim(len(shares) - 0.3, -0.7)
     axes.set_xlim(0, longest or 1.9 * max(shares, default=1) or 1)
     axes.axis("off")
+
+
+def drawn(name: str, draw: Callable[[], object]) -> bool:
+    """Draw a picture and return whether that went well; where not, a line says why, and nothing is ended by it."""
+    try:
+        draw()
+    except Exception as error:
+        print(f"{name} is not drawn: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        return False
+    return True
 
 
 def save(figure: Figure, path: Path) -> None:

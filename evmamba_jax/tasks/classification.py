@@ -20,8 +20,9 @@ from evmamba_jax.config import Config
 from evmamba_jax.data import device
 from evmamba_jax.data.readers import LabelledImages, Reader
 from evmamba_jax.errors import UserError
-from evmamba_jax.models import abstract_model, build_model
+from evmamba_jax.models import abstract_model, build_model, configuration
 from evmamba_jax.reports.confusion import CONFUSION, confusion
+from evmamba_jax.reports.drawing import drawn
 from evmamba_jax.reports.per_class import PER_CLASS, Counts, write_per_class
 from evmamba_jax.reports.predictions import predictions
 from evmamba_jax.tasks.base import Batch, Collector, Figure, Moment, Task
@@ -56,17 +57,21 @@ class Classification(Task):
 
     @classmethod
     def validate(cls, config: Config) -> None:
-        """Check what mixing, MESA and the picture of mistakes need."""
+        """Check the model's options, and what mixing, MESA and the picture of mistakes need."""
+        for name in ("num_classes", "in_channels"):
+            if name in config.model.options:
+                raise UserError(f"config.model.options has {name!r}, which comes from the data: leave it out")
+        configuration(config.model.name, **cls._model_options(config, 0))
         if config.confusion and not config.eval_only:
             raise UserError("config.confusion draws what an evaluation counts; add --config.eval_only=True")
         if config.data.mixup + config.data.cutmix > 0 and config.batch_size % 2:
             raise UserError(
                 f"config.batch_size is {config.batch_size}; mixup and cutmix pair images, so it must be even"
             )
-        if config.optim.mesa < 0 or (config.optim.mesa and not config.optim.ema_decay):
+        if config.optim.mesa and not config.optim.ema_decay:
             raise UserError(
-                f"config.optim.mesa is {config.optim.mesa} and config.optim.ema_decay {config.optim.ema_decay}; MESA's "
-                "weight must be 0 (none) or more, and it needs a moving average to learn from"
+                f"config.optim.mesa is {config.optim.mesa} and config.optim.ema_decay 0; MESA learns from the moving "
+                "average: set ema_decay, or mesa to 0"
             )
 
     def check_lengths(self, *, total_steps: int, steps_per_epoch: int) -> None:
@@ -83,7 +88,7 @@ class Classification(Task):
     def abstract_model(self) -> Any:
         """Return the model, traced once for its errors: sizes that it cannot take are found before anything runs."""
         config = self.config
-        model = abstract_model(config.model.name, **self._model_options())
+        model = abstract_model(config.model.name, **self._model_options(config, len(self.class_names)))
         graphdef, *arrays = split(model)
         side, channels = config.data.image_size, config.data.in_channels
         image = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
@@ -92,12 +97,13 @@ class Classification(Task):
 
     def build_model(self) -> nnx.Module:
         """Return the model with fresh initial values."""
-        return build_model(self.config.model.name, rngs=nnx.Rngs(self.config.seed), **self._model_options())
+        options = self._model_options(self.config, len(self.class_names))
+        return build_model(self.config.model.name, rngs=nnx.Rngs(self.config.seed), **options)
 
-    def _model_options(self) -> dict[str, Any]:
-        config = self.config
+    @staticmethod
+    def _model_options(config: Config, num_classes: int) -> dict[str, Any]:
         return {
-            "num_classes": len(self.class_names),
+            "num_classes": num_classes,
             "in_channels": config.data.in_channels,
             "drop_path_rate": config.model.drop_path_rate,
             "remat": config.model.remat,
@@ -118,8 +124,8 @@ class Classification(Task):
     # The data.
 
     def reader(self) -> Reader:
-        """Return the reader of images with labels."""
-        return LabelledImages(self.config.data)
+        """Return the reader of images with labels, which are among the classes."""
+        return LabelledImages(self.config.data, len(self.class_names))
 
     # Training.
 
@@ -207,10 +213,10 @@ class Classification(Task):
         """Write per_class.csv and, if asked for, confusion.png of the better of parameters and moving average."""
         counts = {variant: total["by_class"] for variant, total in sums.items()}
         write_per_class(folder, counts, self.class_names)
-        if not self.config.confusion:
-            return [PER_CLASS]
         title = whose + (", moving average" if best == "ema" else "")
-        confusion(folder, counts[best].confusion, self.class_names, title)
+        draw = lambda: confusion(folder, counts[best].confusion, self.class_names, title)  # noqa: E731
+        if not self.config.confusion or not drawn(CONFUSION, draw):
+            return [PER_CLASS]
         return [PER_CLASS, CONFUSION]
 
 

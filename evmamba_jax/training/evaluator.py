@@ -1,7 +1,7 @@
 """Evaluations of any task: every example exactly once, by the parameters and by their moving average."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -59,7 +59,13 @@ class Evaluator:
         return sums | counts, answers
 
     def __call__(
-        self, model: Variables, ema: Variables | None, *, detailed: bool = False, pictures: bool = False
+        self,
+        model: Variables,
+        ema: Variables | None,
+        *,
+        detailed: bool = False,
+        pictures: bool = False,
+        check: Callable[[], None] = lambda: None,
     ) -> Evaluation:
         """Evaluate a model and, where there is one, its moving average.
 
@@ -68,6 +74,7 @@ class Evaluator:
             ema: the arrays of the average.
             detailed: sum what the task's tables need.
             pictures: collect what the task's pictures need.
+            check: is called before each batch; what it raises ends the evaluation.
 
         Raises:
             UserError: not one example can be read.
@@ -77,6 +84,7 @@ class Evaluator:
         totals: dict[str, Any] = {}
         with self._batches() as batches:
             for rows in batches:
+                check()
                 batch = global_batch(self.mesh, {name: rows[name] for name in rows if name != "index"})
                 for name, variables in variants.items():
                     with jax.set_mesh(self.mesh):  # kernels find their shards by it

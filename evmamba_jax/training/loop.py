@@ -2,12 +2,14 @@
 
 import contextlib
 import dataclasses
+import functools
+import json
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import flax
 import jax
@@ -21,44 +23,55 @@ from evmamba_jax.config import Config
 from evmamba_jax.data import loader
 from evmamba_jax.errors import UserError
 from evmamba_jax.reports.curves import curves
+from evmamba_jax.reports.drawing import drawn
 from evmamba_jax.reports.writer import Reporter
-from evmamba_jax.storage import storage_errors
-from evmamba_jax.tasks import Figure, Task, task_of
+from evmamba_jax.storage import allow_open_files, local, owned, storage_errors
+from evmamba_jax.tasks import Collector, Figure, Task, task_of
 from evmamba_jax.training import mesh as meshes
+from evmamba_jax.training import resume
 from evmamba_jax.training.evaluator import Evaluator, global_batch
 from evmamba_jax.training.setup import Setup
 from evmamba_jax.training.state import TrainState
+from evmamba_jax.training.stopping import Stopped, Stopping
 
 
 def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
     """Train (or, with ``config.eval_only``, evaluate) and return the figures of the last evaluation.
 
-    A work folder that holds checkpoints is resumed: the run continues to the bit as if it had never stopped.
+    A work folder that holds checkpoints is resumed: the run continues to the bit as if it had never stopped. In a
+    thread that is not the main one signals are left to the main thread.
 
     Args:
         config: what to run.
-        workdir: folder for config.json, metrics.jsonl, speed.jsonl, tensorboard/, checkpoints/ and the pictures; an
-            evaluation alone writes per_class.csv and, if asked for, confusion.png.
+        workdir: folder on a disk of this machine for config.json, metrics.jsonl, speed.jsonl, tensorboard/,
+            checkpoints/ and the pictures; an evaluation alone writes per_class.csv and, if asked for, confusion.png.
 
     Raises:
-        UserError: any mistake of the user's, in one line; a loss that is not finite.
+        UserError: any mistake of the user's, in one line; a loss that is not finite; a work folder whose run is alive.
         SystemExit: after SIGTERM or SIGINT, once the state is saved; its code is 128 + the signal's number.
     """
     kind = task_of(config)
+    folder = local(workdir)
+    allow_open_files()
     meshes.join_processes(config.distributed)
     mesh = meshes.make_mesh(config)
-    source = kind.open_source(config, config.data.eval_split, Path(workdir))
+    source = kind.open_source(config, config.data.eval_split, folder)
     if _is_main():
         for finding in getattr(source, "findings", ()):
             print(f"data: {finding}")
     evaluator = Evaluator(kind(config, source.class_names), mesh, source)
     if config.eval_only:
-        return _evaluate_only(evaluator, Path(workdir))
-    return _train(evaluator, kind.open_source(config, config.data.train_split, Path(workdir)), Path(workdir))
+        return _evaluate_only(evaluator, folder)
+    return _train(evaluator, kind.open_source(config, config.data.train_split, folder), folder)
 
 
 def _is_main() -> bool:
     return jax.process_index() == 0
+
+
+def _say(text: str) -> None:
+    if _is_main():
+        print(text, flush=True)
 
 
 def _evaluate_only(evaluator: Evaluator, workdir: Path) -> dict[str, float]:
@@ -95,7 +108,8 @@ def _train(evaluator: Evaluator, source: Any, workdir: Path) -> dict[str, float]
     eval_every, save_every = setup.in_steps(config.eval_every), setup.in_steps(config.save_every)
 
     with contextlib.ExitStack() as stack:
-        stopping = stack.enter_context(_Stopping())
+        stopping = stack.enter_context(Stopping())
+        _own(workdir, stack)
         checkpoints = stack.enter_context(
             Checkpoints(
                 workdir / "checkpoints",
@@ -105,67 +119,76 @@ def _train(evaluator: Evaluator, source: Any, workdir: Path) -> dict[str, float]
                 higher=task.chooses.higher,
             )
         )
-        start, state, meta = _restore_or_init(setup, checkpoints, workdir)
-        figures, evaluated = meta["figures"], meta["evaluated"]  # of the last evaluation, and its step
-        if start == evaluated == total:
-            print(
-                f"the run in {workdir} has ended at step {total}: {task.told(figures)}; "
-                "another --workdir starts a new one"
-            )
-            return figures
-        report = Reporter(workdir, total_steps=total, steps_per_epoch=setup.steps_per_epoch, is_main=_is_main())
-        stack.callback(report.close)
-        report.rewind(start)
-        if _is_main():
-            with storage_errors(workdir):
-                (workdir / "config.json").write_text(config.to_json() + "\n")
-        batches = stack.enter_context(
-            loader.train_batches(
-                config.data,
-                source,
-                seed=config.seed,
-                global_batch=config.batch_size,
-                start_step=start,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
-                reader=task.reader(),
-            )
-        )
-        train_step = _compile(setup, report)
+        try:
+            with stopping.at_once():
+                start, state, meta = _restore_or_init(setup, checkpoints, source, workdir)
+                figures, evaluated = meta["figures"], meta["evaluated"]  # of the last evaluation, and its step
+                if start == evaluated == total:
+                    print(
+                        f"the run in {workdir} has ended at step {total}: {task.told(figures)}; "
+                        "another --workdir starts a new one"
+                    )
+                    return figures
+                report = Reporter(workdir, total_steps=total, steps_per_epoch=setup.steps_per_epoch, is_main=_is_main())
+                stack.callback(report.close)
+                report.rewind(start)
+                if _is_main():
+                    with storage_errors(workdir):
+                        (workdir / "config.json").write_text(config.to_json() + "\n")
+                batches = _batches(task, source, start)
+                stack.callback(_close, batches, stopping)
+                train_step = stopping.minding(lambda: _compile(setup, report))
+        except Stopped as stopped:  # before anything that is not on disk
+            _say(f"{stopped.signal.name}: nothing new to save in {workdir}; the same command starts from there")
+            raise SystemExit(128 + stopped.signal) from None
         clock = _Clock(config.batch_size)
+        collector: Collector | None = None
+
+        def save(step: int, state: TrainState) -> None:
+            _check_finite(task, state, checkpoints, source, report)
+            report.flush()
+            metrics = {task.chooses.name: _best(task.chooses, figures)} if evaluated == step else None
+            about = _meta(task, step, figures, evaluated, source)
+            checkpoints.save(step, state.items(), meta=about, metrics=metrics)
+            clock.restart()
+
+        def leave(stop: signal.Signals, step: int, state: TrainState) -> NoReturn:
+            save(step, state)
+            checkpoints.wait()
+            report.line(f"{stop.name}: step {step} is saved in {workdir}; the same command continues from there")
+            raise SystemExit(128 + stop) from None
 
         for step in range(start, total + 1):
-            stop = stopping.at(step)
-            evaluate = step != evaluated and not stop and (step == total or (step > 0 and step % eval_every == 0))
-            save = evaluate or (step > start and bool(stop or step % save_every == 0))
-            if save:
-                _check_finite(task, state, checkpoints, report)
-
-            if evaluate:
-                figures, _, _, collector = evaluator(state.model, state.ema, pictures=step == total)
+            stop = stopping.received()
+            if step != evaluated and not stop and (step == total or (step > 0 and step % eval_every == 0)):
+                _check_finite(task, state, checkpoints, source, report)
+                try:
+                    evaluate = functools.partial(
+                        evaluator, state.model, state.ema, pictures=step == total, check=stopping.check
+                    )
+                    figures, _, _, collector = stopping.minding(evaluate)
+                except Stopped as stopped:  # the next start evaluates this step
+                    leave(stopped.signal, step, state)
                 evaluated = step
-                if step == total and collector is not None and _is_main():
-                    task.pictures(workdir, collector)
                 report.log_eval(step, figures)
-            if save:
-                report.flush()
-                metrics = {task.chooses.name: _best(task.chooses, figures)} if evaluated == step else None
-                checkpoints.save(step, state.items(), meta=_meta(task, step, figures, evaluated), metrics=metrics)
-                clock.restart()
-            if stop:
-                checkpoints.wait()
-                report.line(f"{stop.name}: step {step} is saved in {workdir}; the same command continues from there")
-                raise SystemExit(128 + stop)
+                save(step, state)
+            elif stop:
+                leave(stop, step, state)
+            elif step > start and step % save_every == 0:
+                save(step, state)
             if step == total:
                 break
 
-            with clock.waiting_for_input():
-                batch = global_batch(setup.mesh, next(batches))
-            state = train_step(state, batch)
+            try:
+                with stopping.at_once(), clock.waiting_for_input():
+                    rows = next(batches)
+            except Stopped as stopped:
+                leave(stopped.signal, step, state)
+            state = train_step(state, global_batch(setup.mesh, rows))
             clock.steps += 1
 
             if (step + 1) % log_every == 0 or step + 1 == total:
-                _check_finite(task, state, checkpoints, report)
+                _check_finite(task, state, checkpoints, source, report)
                 window = {name: float(value) for name, value in jax.device_get(state.window).items()}
                 mean = {name: window[name] / window["steps"] for name in ("loss", "grad_norm", *task.parts)}
                 metrics = {"loss": mean.pop("loss"), "lr": float(np.asarray(setup.schedule(step))), **mean}
@@ -175,10 +198,56 @@ def _train(evaluator: Evaluator, source: Any, workdir: Path) -> dict[str, float]
                 clock.restart()
 
         checkpoints.wait()
-        if _is_main():
-            curves(workdir, task.chooses.name, task.chooses.title, task.parts)
+        try:
+            with stopping.at_once():
+                _draw(task, workdir, collector)
+        except Stopped as stopped:
+            leave(stopped.signal, total, state)
         report.summary(f"{config.model.name} on {config.data.name}, step {total}: {task.told(figures)}; see {workdir}")
     return figures
+
+
+def _own(workdir: Path, stack: contextlib.ExitStack) -> None:
+    """Own the work folder until the stack is left; of several processes the first does, and all learn if it can."""
+    refusal: UserError | None = None
+    if _is_main():
+        try:
+            stack.enter_context(owned(workdir))
+        except UserError as error:
+            refusal = error
+    if jax.process_count() > 1:
+        owns = bool(multihost_utils.broadcast_one_to_all(np.bool_(refusal is None)))
+        refusal = refusal or (None if owns else UserError(f"the first process cannot have the work folder {workdir}"))
+    if refusal is not None:
+        raise refusal
+
+
+def _batches(task: Task, source: Any, start: int) -> loader.Batches:
+    return loader.train_batches(
+        task.config.data,
+        source,
+        seed=task.config.seed,
+        global_batch=task.config.batch_size,
+        start_step=start,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        reader=task.reader(),
+    )
+
+
+def _close(batches: loader.Batches, stopping: Stopping) -> None:
+    """Stop reading; a run that a signal ends does not wait for a reader that hangs."""
+    with contextlib.suppress(Stopped):
+        stopping.minding(batches.close)
+
+
+def _draw(task: Task, workdir: Path, collector: Collector | None) -> None:
+    """Draw what the last evaluation collected, and the curves; the state is on disk, and no picture ends a run."""
+    if not _is_main():
+        return
+    if collector is not None:
+        drawn("the last evaluation", lambda: task.pictures(workdir, collector))
+    drawn("curves.png", lambda: curves(workdir, task.chooses.name, task.chooses.title, task.parts))
 
 
 def _best(chooses: Figure, figures: Mapping[str, float]) -> float:
@@ -187,7 +256,7 @@ def _best(chooses: Figure, figures: Mapping[str, float]) -> float:
     return max(values) if chooses.higher else min(values)
 
 
-def _meta(task: Task, step: int, figures: dict[str, float], evaluated: int | None) -> dict[str, Any]:
+def _meta(task: Task, step: int, figures: dict[str, float], evaluated: int | None, source: Any) -> dict[str, Any]:
     """Return what a checkpoint says about itself."""
     config = task.config
     return {
@@ -198,7 +267,8 @@ def _meta(task: Task, step: int, figures: dict[str, float], evaluated: int | Non
         "evaluated": evaluated,
         "ema": config.optim.ema_decay > 0,
         "chooses": {"figure": task.chooses.name, "higher": task.chooses.higher},
-        "config": dataclasses.asdict(config),
+        "config": json.loads(config.to_json()),
+        "data": resume.data_facts(source),
         "versions": {"evmamba-jax": __version__, "jax": jax.__version__, "flax": flax.__version__},
     }
 
@@ -213,25 +283,23 @@ def _compile(setup: Setup, report: Reporter) -> Callable[[TrainState, dict[str, 
     return compiled
 
 
-def _restore_or_init(setup: Setup, checkpoints: Checkpoints, workdir: Path) -> tuple[int, TrainState, dict[str, Any]]:
+def _restore_or_init(
+    setup: Setup, checkpoints: Checkpoints, source: Any, workdir: Path
+) -> tuple[int, TrainState, dict[str, Any]]:
     """Return step, state and meta: of the newest whole checkpoint, of ``init_from``, or of a fresh model."""
     stored = checkpoints.restore_meta()
     if stored is not None:
-        for name in ("batch_size", "seed"):
-            there, here = stored["config"][name], getattr(setup.task.config, name)
-            if there != here:
-                raise UserError(
-                    f"config.{name} is {here}, but the run in {workdir} was started with {there}, on which the order "
-                    f"of its data depends: set --config.{name}={there}, or choose another --workdir"
-                )
+        resume.check_settings(stored, setup.task, source, workdir)
     restored = checkpoints.restore(setup.abstract_state.items())
     if restored is None:
         return 0, setup.first_state(), {"figures": {}, "evaluated": None}
     step, items, meta = restored
+    resume.check_model(meta, setup.task, workdir)
+    resume.check_length(step, setup.total_steps, workdir)
     return step, TrainState.of_items(items), meta
 
 
-def _check_finite(task: Task, state: TrainState, checkpoints: Checkpoints, report: Reporter) -> None:
+def _check_finite(task: Task, state: TrainState, checkpoints: Checkpoints, source: Any, report: Reporter) -> None:
     """Stop the run at a loss or gradient that is not finite, with the state before it on disk."""
     last = {name: float(value) for name, value in jax.device_get(state.last).items()}
     bad = next((name for name, value in last.items() if not np.isfinite(value)), None)
@@ -240,7 +308,7 @@ def _check_finite(task: Task, state: TrainState, checkpoints: Checkpoints, repor
     step = int(state.step)
     before = dataclasses.replace(state, last=jax.tree.map(jnp.zeros_like, state.last))
     report.flush()
-    checkpoints.save(step, before.items(), meta=_meta(task, step, {}, None))
+    checkpoints.save(step, before.items(), meta=_meta(task, step, {}, None, source))
     checkpoints.wait()
     raise UserError(
         f"{bad} is {last[bad]} at step {step + 1}; the state before it, step {step}, is saved: "
@@ -267,33 +335,3 @@ class _Clock:
     def speed(self) -> dict[str, float]:
         elapsed = time.perf_counter() - self.began
         return {"images_per_second": self.steps * self.batch_size / elapsed, "input_wait": self.waited / elapsed}
-
-
-class _Stopping(contextlib.AbstractContextManager):
-    """Notes SIGTERM and SIGINT, so that the loop can save and leave; a second SIGINT interrupts at once."""
-
-    def __init__(self):
-        self.received: signal.Signals | None = None
-
-    def __enter__(self) -> "_Stopping":
-        # With several processes jax.distributed catches SIGTERM itself and lets all agree on one step.
-        signals = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
-        self.previous = {number: signal.signal(number, self._note) for number in signals}
-        return self
-
-    def __exit__(self, *exc_info) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame) -> None:
-        if self.received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number)
-        # Not print: the signal may have come in the middle of one.
-        os.write(2, f"{self.received.name}: saving after this step; Ctrl-C leaves at once\n".encode())
-
-    def at(self, step: int) -> signal.Signals | None:
-        """Return the signal that asks to stop before ``step``, the same on every process."""
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
-            return signal.SIGTERM
-        return self.received

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from evmamba_jax import cli
 from evmamba_jax.checkpoints import save_model
 from evmamba_jax.errors import UserError
-from evmamba_jax.storage import written_whole
+from evmamba_jax.storage import local, written_whole
 from evmamba_jax.weights.convert import to_torch
 from evmamba_jax.weights.load import EMA_WORDS, Ema, Weights, open_place
 
@@ -104,7 +104,7 @@ def convert_file(
     Raises:
         UserError: ``out`` holds something already; otherwise as ``open_model``.
     """
-    folder = Path(out)
+    folder = local(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{str(out)!r} exists and is not an empty folder; name a new folder for the checkpoint")
     opened = open_place(place, model_name, ema=ema, key=key, **options)
@@ -131,7 +131,7 @@ def export_file(
     Raises:
         UserError: ``out`` exists or does not end in .safetensors; otherwise as ``open_model``.
     """
-    path = Path(out)
+    path = local(out)
     if path.suffix != ".safetensors":
         raise UserError(f"{str(out)!r} must end in .safetensors, the one kind of file that is written")
     if path.exists():

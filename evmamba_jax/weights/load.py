@@ -28,6 +28,7 @@ from evmamba_jax.arrays import Variables, check_same_shapes, fill, split
 from evmamba_jax.checkpoints import Saved
 from evmamba_jax.errors import UserError
 from evmamba_jax.models import abstract_model
+from evmamba_jax.storage import is_bucket, local
 from evmamba_jax.weights.convert import by_path, from_official, table
 from evmamba_jax.weights.fit import fit_body, fit_head, fit_stem
 from evmamba_jax.weights.torch_file import read_torch_file
@@ -181,8 +182,14 @@ class _Found(NamedTuple):
 def _read(place: str | PathLike[str], ema: Ema, key: str | None = None) -> _Found:
     if ema not in (True, False, "better"):
         raise UserError(f"ema is {ema!r}; allowed: True, False or 'better'")
-    path = epath.Path(place).expanduser()
-    if not path.exists():
+    path = epath.Path(place if is_bucket(place) else local(place))
+    try:
+        exists = path.exists()
+    except Exception as error:  # of whatever library reads that kind of bucket, or lacks for it
+        raise UserError(
+            f"{place} cannot be read from here ({' '.join(str(error).split())[:200]}); copy it to a disk first"
+        ) from error
+    if not exists:
         raise UserError(
             f"{str(place)!r} does not exist; give a file of official weights (.pth, .pth.tar, .ckpt, .bin, "
             ".safetensors), or the folder of a converted model, of a training run, or of one of its checkpoints"
@@ -195,7 +202,7 @@ def _read(place: str | PathLike[str], ema: Ema, key: str | None = None) -> _Foun
     saved = checkpoints.find(path)
     average, part = _choice(saved, ema)
     params, batch_stats = saved.read(ema=average)
-    below = saved.folder.relative_to(path.resolve()).as_posix()
+    below = saved.folder.relative_to(path).as_posix()
     step = str(place) if below == "." else f"{str(place).rstrip('/')}/{below}"
     return _Found({**params, **batch_stats}, False, saved.meta, f"checkpoint {place}", step, part)
 

@@ -14,6 +14,7 @@ import numpy as np
 import safetensors.numpy
 
 from evmamba_jax.errors import UserError, nearest
+from evmamba_jax.storage import local
 from evmamba_jax.weights import inert_pickle
 from evmamba_jax.weights.inert_pickle import Global
 
@@ -97,7 +98,7 @@ def read_torch_file(
         key: the entry to take.
         average: take the entry with a moving average: ``model_ema``, ``state_dict_ema`` or ``ema_model``.
     """
-    path = Path(path)
+    path = local(path)
     if not path.is_file():
         raise UserError(f"{str(path)!r} is not an existing file; give the path of a .pth, .pt or .safetensors file")
     try:

@@ -337,8 +337,8 @@ def test_any_size_gives_maps_of_half_the_size_each(name, size, first, out_norms)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"version": 3}, r"unknown version 3 of MSVMamba; allowed: 1 \(arXiv v1\), 2 \(NeurIPS\)"),
-        ({"version": "v2"}, "unknown version 'v2'"),
+        ({"version": 3}, "version=3 is not allowed: it must be 1 or 2"),
+        ({"version": "v2"}, "version='v2' is not allowed"),
         ({"depths": (2, 2, 9)}, r"depths must name the blocks of four stages.*\(2, 2, 9\)"),
     ],
 )

@@ -309,12 +309,12 @@ def test_wrong_images_are_refused(shape, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"depth": 0}, "depth is 0: there must be 1 block or more"),
+        ({"depth": 0}, "depth=0 is not allowed: it must be 1 or more"),
         ({"image_size": 3}, "image_size is 3: give a side or (height, width) of at least patch_size=4"),
         ({"image_size": (16, 16, 3)}, "image_size is (16, 16, 3): give a side or (height, width)"),
         (
             {"pos_embed_class_token": "centre"},
-            "unknown pos_embed_class_token 'centre'; allowed: 'first', 'middle'",
+            "pos_embed_class_token='centre' is not allowed: it must be 'first' or 'middle'",
         ),
         ({"img_size": 32}, "unknown option 'img_size' of model vim_t, did you mean 'image_size'?"),
     ],

@@ -64,6 +64,12 @@ def test_answers_are_ranked_and_counted_by_weight(task):
     assert (float(sums["top1"]), float(sums["top5"])) == (0, 0)  # not every one, though nothing scores higher than NaN
 
 
+@pytest.mark.parametrize("label", [-1, 8, 2**40])
+def test_a_label_that_is_none_of_the_classes_is_named(task, label):
+    with pytest.raises(UserError, match=rf"image seven\.png of imagenet2012 has the label {label}; of its 8 classes"):
+        task.reader().decode({"image": b"", "label": label, "id": "seven.png"})
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (8, 1), (2, 4)])
 def test_the_count_by_class_is_what_a_loop_counts(shape):
     classes, rng = 7, np.random.default_rng(0)

@@ -51,11 +51,14 @@ def refused(*arguments, config=DIGITS) -> str:
         ("--config.optim=3", "config key 'optim' cannot be set as a whole; set its parts, e.g. --config.optim.name="),
         ("--confg.optim.lr=1", "Unknown command line flag 'confg.optim.lr'"),
         ("more", "unexpected argument 'more'"),
-        ("--config.model.dtype=float16", "config.model.dtype is 'float16'; allowed: 'bfloat16', 'float32'"),
-        ("--config.optim.name=sgd", "config.optim.name is 'sgd'; allowed: 'adamw', 'lamb'"),
+        (
+            "--config.model.dtype=float16",
+            "config.model.dtype='float16' is not allowed: it must be 'bfloat16' or 'float32'",
+        ),
+        ("--config.optim.name=sgd", "config.optim.name='sgd' is not allowed: it must be 'adamw' or 'lamb'"),
         (
             "--config.optim.mesa=-1",
-            "config.optim.mesa is -1.0 and config.optim.ema_decay 0.99; MESA's weight must be 0",
+            "config.optim.mesa=-1.0 is not allowed: it must be 0 or more",
         ),
         (
             "--config.data.mixup_mode=half",
