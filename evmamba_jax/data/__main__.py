@@ -13,30 +13,29 @@ from evmamba_jax.data.sources import IMAGENET_COMMAND, find_folder, prepare
 from evmamba_jax.errors import UserError
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m evmamba_jax.data") -> int:
     """Run the command.
 
     Args:
         argv: the arguments; None reads ``sys.argv``.
+        prog: what the help calls the command.
 
     Returns:
         The exit code: 0, or 2 after a user's mistake, told in one line.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m evmamba_jax.data", description="Make data sets ready for training."
-    )
+    parser = cli.Parser(prog=prog, description="Make data sets ready for training.")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("prepare", help="write a data set as TFDS array_record files")
     command.add_argument("name", help="imagenet2012, digits, fashion_mnist_debian, or a TFDS name")
     command.add_argument("--train", type=Path, metavar="TAR", help="imagenet2012 only: ILSVRC2012_img_train.tar")
     command.add_argument("--val", type=Path, metavar="TAR", help="imagenet2012 only: ILSVRC2012_img_val.tar")
     command.add_argument("--data-dir", default="", help="default: $TFDS_DATA_DIR, else ~/tensorflow_datasets")
-    arguments = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that unfinished folders are removed then, too
-    return cli.main(lambda: _prepare(arguments, resolve_data_dir(arguments.data_dir)))
+    return cli.main(lambda: _prepare(parser.parse_args(argv)))
 
 
-def _prepare(arguments: argparse.Namespace, data_dir: Path) -> None:
+def _prepare(arguments: argparse.Namespace) -> None:
+    data_dir = resolve_data_dir(arguments.data_dir)
     folder = find_folder(data_dir, arguments.name)
     if folder is not None:
         print(f"{arguments.name} is already prepared in {folder}")
