@@ -6,7 +6,7 @@
     python train_tpu.py --config configs/evmamba_t.py --config.optim.lr=1e-3 --config.batch_size=512
     python train_tpu.py --config configs/evmamba_t.py --config.eval_only=True --config.init_from=FILE.pth
 
---config FILE[:VARIANT]     a file of configs/
+--config FILE[:VARIANT]     a file of configs/, or its name alone
 --config.NAME=VALUE         replace a value; evmamba_jax/config.py and data/config.py list the names
 --workdir DIR               where everything is written (default: runs/NAME_OF_THE_CONFIG); started again with the
                             same folder, a run continues from its newest checkpoint
@@ -20,15 +20,9 @@ def main(argv: list[str]) -> int:
     if len(argv) == 1 or {"-h", "--help", "-help"} & set(argv):
         print(__doc__.strip())
         return 0 if len(argv) > 1 else 2
-    from evmamba_jax import cli
+    from evmamba_jax import train
 
-    def train() -> None:
-        from evmamba_jax.training import parse_command, run
-
-        config, workdir = parse_command(argv)
-        run(config, workdir)
-
-    return cli.main(train)
+    return train.main(argv[1:], prog=argv[0])
 
 
 if __name__ == "__main__":

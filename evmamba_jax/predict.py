@@ -122,11 +122,9 @@ class Predictor:
         return np.concatenate(found)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, prog: str = "python -m evmamba_jax.predict") -> int:
     """Run the command with ``argv``; return the exit code, 2 for a user's mistake."""
-    parser = argparse.ArgumentParser(
-        prog="python -m evmamba_jax.predict", description="Say what images show, in words, and draw it."
-    )
+    parser = cli.Parser(prog=prog, description="Say what images show, in words, and draw it.")
     parser.add_argument("--model", default="", metavar="NAME", help="the model; not needed for a folder that names it")
     parser.add_argument(
         "--weights", required=True, metavar="FILE_OR_DIR", help="official weights, a converted model, or a training run"

@@ -21,6 +21,7 @@ ROWS = {
                          pallas_kernels.portable pallas_kernels.tpu""",
     "errors": "",
     "cli": "errors",
+    "packaged": "errors",
     "storage": "errors",
     "ranges": "errors",
     "arrays": "errors",
@@ -37,17 +38,21 @@ ROWS = {
     "config": "data errors ranges",
     "reports": "storage",
     "tasks": "arrays config data errors models reports weights",
-    "training": "arrays checkpoints config data errors evmamba_jax reports storage tasks weights",
+    "training": "arrays checkpoints config data errors evmamba_jax packaged reports storage tasks weights",
+    "train": "cli packaged training",
     "predict": "arrays checkpoints cli data errors models preprocessing reports storage training weights",
-    "preflight": "analysis cli data errors evmamba_jax models pallas_kernels pallas_kernels.tpu tasks training",
+    "preflight": """analysis cli data errors evmamba_jax models packaged pallas_kernels pallas_kernels.tpu tasks
+                    training""",
+    "__main__": "cli errors evmamba_jax",
     "recipes": "data errors training",
     "configs": "data recipes training",
-    "train_tpu": "cli training",
+    "train_tpu": "train",
+    "setup": "",
     "benchmarks": """analysis arrays configs data errors evmamba_jax layers models pallas_kernels pallas_kernels.gpu
                      pallas_kernels.tpu preflight reports tasks training weights""",
-    "tests": """analysis arrays checkpoints cli config configs data errors evmamba_jax layers models ops
-                pallas_kernels pallas_kernels.gpu pallas_kernels.tpu predict preflight preprocessing ranges reports
-                storage tasks train_tpu training weights""",
+    "tests": """__main__ analysis arrays checkpoints cli config configs data errors evmamba_jax layers models ops
+                packaged pallas_kernels pallas_kernels.gpu pallas_kernels.tpu predict preflight preprocessing ranges
+                reports storage tasks train train_tpu training weights""",
 }
 TREES = ("pallas_kernels", "evmamba_jax", "configs", "benchmarks", "tests")
 
@@ -60,7 +65,7 @@ def room_of(name):
         return second if second and inside and second != "__init__" else first
     if first == "pallas_kernels":  # its public functions, each in a file of its own name, are one room
         return f"{first}.{second}" if inside and second not in ("", "__init__", "scan2d", "selective_scan") else first
-    return first if first in (*TREES, "train_tpu") else None
+    return first if first in (*TREES, "train_tpu", "setup") else None
 
 
 def python_files():

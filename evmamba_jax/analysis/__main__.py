@@ -5,32 +5,32 @@ import sys
 
 from evmamba_jax import cli
 from evmamba_jax.analysis.flops import count_flops, count_parameters, flops_by_operation, xla_flops
+from evmamba_jax.errors import UserError
 from evmamba_jax.models import model_card
 
 _OPERATIONS = ("products", "convolutions", "scans", "attention")
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, prog: str = "python -m evmamba_jax.analysis") -> int:
     """Run the command with ``argv``; return the exit code, 2 for a user's mistake."""
-    parser = argparse.ArgumentParser(
-        prog="python -m evmamba_jax.analysis",
+    parser = cli.Parser(
+        prog=prog,
         description="Parameters, multiply-adds of one image by operation, and XLA's own count, in units of 1e6.",
     )
     parser.add_argument("models", nargs="+", metavar="NAME", help="e.g. vmamba_t")
     parser.add_argument(
         "--image-size", nargs="+", type=int, metavar="N", help="side, or height and width (default: the card's)"
     )
-    args = parser.parse_args(argv)
+    return cli.main(lambda: _print_figures(parser.parse_args(argv)))
+
+
+def _print_figures(args: argparse.Namespace) -> None:
     if args.image_size and len(args.image_size) > 2:
-        parser.error(f"--image-size takes a side, or height and width; got {len(args.image_size)} numbers")
-    return cli.main(lambda: _print_figures(args.models, args.image_size))
-
-
-def _print_figures(models: list[str], image_size: list[int] | None) -> None:
+        raise UserError(f"--image-size takes a side, or height and width; got {len(args.image_size)} numbers")
     titles = ("parameters", "FLOPs", "published", *_OPERATIONS, "XLA's count")
     print(f"{'model':<18}", *(f"{title:>12}" for title in titles))
-    for name in models:
-        figures = _figures(name, image_size)
+    for name in args.models:
+        figures = _figures(name, args.image_size)
         print(f"{name:<18}", *(f"{'' if n is None else format(n / 1e6, ',.1f'):>12}" for n in figures), flush=True)
 
 

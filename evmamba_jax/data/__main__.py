@@ -18,18 +18,17 @@ from evmamba_jax.data.sources import IMAGENET_COMMAND, find_folder, prepare
 from evmamba_jax.errors import UserError
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m evmamba_jax.data") -> int:
     """Run the command.
 
     Args:
         argv: the arguments; None reads ``sys.argv``.
+        prog: what the help calls the command.
 
     Returns:
         The exit code: 0, or 2 after a user's mistake, told in one line.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m evmamba_jax.data", description="Make data sets ready for training."
-    )
+    parser = cli.Parser(prog=prog, description="Make data sets ready for training.")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("prepare", help="write a data set as TFDS array_record files")
     command.add_argument("name", help="imagenet2012, digits, fashion_mnist_debian, or a TFDS name")
@@ -42,11 +41,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     check.add_argument(
         "place", help="a folder of train/CLASS/ and val/CLASS/, or of CLASS/; a zip or tar of it; a table"
     )
-    arguments = parser.parse_args(argv)
-    if arguments.command == "check":
-        return cli.main(lambda: _check(arguments.place))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that unfinished folders are removed then, too
-    return cli.main(lambda: _prepare(arguments, resolve_data_dir(arguments.data_dir)))
+    return cli.main(lambda: _run(parser.parse_args(argv)))
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    if arguments.command == "check":
+        _check(arguments.place)
+    else:
+        _prepare(arguments)
 
 
 def _check(place: str) -> None:
@@ -55,7 +58,8 @@ def _check(place: str) -> None:
         print(finding)
 
 
-def _prepare(arguments: argparse.Namespace, data_dir: Path) -> None:
+def _prepare(arguments: argparse.Namespace) -> None:
+    data_dir = resolve_data_dir(arguments.data_dir)
     folder = find_folder(data_dir, arguments.name)
     if folder is not None:
         print(f"{arguments.name} is already prepared in {folder}")

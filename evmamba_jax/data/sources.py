@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import io
 import re
-import resource
 import socket
 import sys
 import urllib.parse
@@ -393,6 +392,10 @@ def _count_array_records(shards: Sequence[Path]) -> list[int]:
 
 def _allow_open_files(shards: int) -> None:
     """Raise the soft limit of open files: every array_record shard stays open, and ImageNet has more than 1024."""
+    if sys.platform == "win32":
+        return  # it has no such limit
+    import resource
+
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = soft + 2 * shards
     if soft != resource.RLIM_INFINITY and shards > 256:

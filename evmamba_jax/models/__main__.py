@@ -12,10 +12,10 @@ _TITLES = ("model", "parameters", "FLOPs", "published", "top-1", "input", "crop"
 _NUMBERS = _TITLES[1:7]
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, prog: str = "python -m evmamba_jax.models") -> int:
     """Run the command with ``argv``; return the exit code, 2 for a user's mistake."""
-    parser = argparse.ArgumentParser(
-        prog="python -m evmamba_jax.models",
+    parser = cli.Parser(
+        prog=prog,
         description="Parameters, multiply-adds, published accuracy, and source and licence of the official weights.",
     )
     parser.add_argument("models", nargs="*", metavar="NAME|PATTERN", help="e.g. vmamba_t, or 'vmamba*' (default: all)")

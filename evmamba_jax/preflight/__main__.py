@@ -3,13 +3,7 @@
     python -m evmamba_jax.preflight --config configs/evmamba_t.py --topology v5e-256
     python -m evmamba_jax.preflight --config configs/evmamba_t.py --topology v5p-128 --fast --config.batch_size=4096
 
---config FILE[:VARIANT], --config.NAME=VALUE    as for train_tpu.py; no data set is needed
---topology NAME    v5e-N, v6e-N (N chips); v4-N, v5p-N, tpu7x-N (N TensorCores, two a chip); 2xv5e-256 is two slices;
-                   a100-N, h100-N, h200-N (N GPUs): as far as a compiler without a GPU goes
---fast             compile with less optimization: sooner, with less memory; its time is too long, the rest holds
---find-batch       also search the largest batch of a device that fits (compiles several times, with --fast)
---export FILE      write the lowered step, which jax.export.deserialize reads
-Exit code: 0 it fits, 1 it does not compile or fit, 2 a mistake in the command.
+The configuration is given as for a training.
 """
 
 import argparse
@@ -26,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from evmamba_jax import cli
+from evmamba_jax import cli, packaged
 from evmamba_jax.errors import UserError
 from evmamba_jax.preflight import aot, gpu
 from evmamba_jax.preflight.batch import largest_batch
@@ -39,16 +33,51 @@ GRANULE = 8  # images: the search for a batch goes in rows of a TPU's registers
 LEAST_MEMORY = 2e9  # bytes: the smallest step of the tests takes 1.2e9, a reader of kernels 0.7e9
 
 
-def main(argv: list[str]) -> int:
-    """Run the command; return its exit code."""
-    if not argv or {"-h", "--help"} & set(argv):
-        print((__doc__ or "").strip())
-        return 0 if argv else 2
-    return cli.main(lambda: _preflight(argv))
+def main(argv: list[str] | None = None, prog: str = "python -m evmamba_jax.preflight") -> int:
+    """Run the command with ``argv``; return its exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    return cli.main(lambda: _preflight(arguments, _parser(prog)))
 
 
-def _preflight(argv: list[str]) -> int:
-    options, request = _parse(argv)
+def _parser(prog: str) -> cli.Parser:
+    parser = cli.Parser(
+        prog=prog,
+        usage="%(prog)s --config NAME|FILE[:VARIANT] --topology NAME [options] [--config.KEY=VALUE ...]",
+        description=(
+            "Compile the exact train step for a TPU or GPU system that is not here, and say what it would need.\n"
+            "No data set is needed. Exit code: 0 it fits, 1 it does not compile or fit, 2 a mistake in the command."
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=packaged.help_text(),
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--topology",
+        metavar="NAME",
+        help="v5e-N, v6e-N (N chips); v4-N, v5p-N, tpu7x-N (N TensorCores, two a chip); 2xv5e-256 is two slices; "
+        "a100-N, h100-N, h200-N (N GPUs): as far as a compiler without a GPU goes",
+    )
+    parser.add_argument(
+        "--fast",
+        action="store_true",
+        help="compile with less optimization: sooner, with less memory; its time is too long, the rest holds",
+    )
+    parser.add_argument(
+        "--find-batch",
+        action="store_true",
+        help="also search the largest batch of a device that fits (compiles several times, with --fast)",
+    )
+    parser.add_argument(
+        "--export", default="", metavar="FILE", help="write the lowered step, which jax.export.deserialize reads"
+    )
+    return parser
+
+
+def _preflight(argv: list[str], parser: cli.Parser) -> int:
+    if not argv:
+        parser.print_help()
+        return 2
+    options, request = _parse(argv, parser)
     facts = inspect(request, fast=options.fast)
     print(report(facts, fast=options.fast), flush=True)
     if options.find_batch:
@@ -56,22 +85,12 @@ def _preflight(argv: list[str]) -> int:
     return 0 if needed(facts) <= facts["available"] else 1
 
 
-class _Arguments(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message}; see --help")
-
-
-def _parse(argv: list[str]) -> tuple[argparse.Namespace, Request]:
+def _parse(argv: list[str], parser: cli.Parser) -> tuple[argparse.Namespace, Request]:
     """Read the command and refuse at once what needs no compiler to be seen."""
-    parser = _Arguments(allow_abbrev=False, add_help=False)
-    parser.add_argument("--topology")
-    parser.add_argument("--fast", action="store_true")
-    parser.add_argument("--find-batch", action="store_true")
-    parser.add_argument("--export", default="")
     options, rest = parser.parse_known_args(argv)
     if not options.topology:
         raise UserError("--topology is missing: v5e-8, v5e-256, v4-32, h100-8 ...; see --help")
-    config, _ = parse_command(["train_tpu.py", *rest])
+    config, _ = parse_command([parser.prog, *rest])
     task_of(config)  # checks it
     if gpu.is_gpu(options.topology):
         gpu.parse_name(options.topology)
@@ -247,4 +266,4 @@ class _Progress:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

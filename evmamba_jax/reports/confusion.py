@@ -9,13 +9,14 @@ from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from evmamba_jax.reports.drawing import BLUE, ORANGE, bars, numbered, save, short
+from evmamba_jax.reports.drawing import BLUE, ORANGE, bars, drawable, draws_names, numbered, save, short
 
 CONFUSION = "confusion.png"
 _WRITTEN_OUT = 30  # classes up to which every number of the matrix can be read
 _LISTED = 25
 
 
+@draws_names
 def confusion(workdir: str | os.PathLike, counts: np.ndarray, class_names: Sequence[str], whose: str) -> None:
     """Draw confusion.png: which classes are taken for which.
 
@@ -29,7 +30,7 @@ def confusion(workdir: str | os.PathLike, counts: np.ndarray, class_names: Seque
         whose: what was evaluated, for the title.
     """
     right, images = counts.trace(), counts.sum()
-    title = f"{whose}\n{right:,} of {images:,} images right ({right / images:.1%})"
+    title = f"{drawable(whose)}\n{right:,} of {images:,} images right ({right / images:.1%})"
     if len(counts) <= _WRITTEN_OUT:
         figure = _whole_matrix(counts, class_names, title)
     else:

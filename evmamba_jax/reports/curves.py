@@ -9,10 +9,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from evmamba_jax.reports.drawing import COLOURS, GREY, save
+from evmamba_jax.reports.drawing import COLOURS, GREY, draws_names, save
 from evmamba_jax.reports.writer import METRICS, read_rows
 
 
+@draws_names
 def curves(workdir: str | os.PathLike, figure: str, title: str, parts: Sequence[str] = ()) -> None:
     """Draw curves.png from metrics.jsonl: training loss, a figure of the evaluations, learning rate, over the steps.
 

@@ -3,7 +3,7 @@
 import csv
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
@@ -42,10 +42,15 @@ def write_per_class(folder: Path, counts: Mapping[str, Counts], class_names: Seq
         for row, images, figures in zip(rows, found.confusion.sum(1), _figures(found, class_names), strict=True):
             row["images"] = int(images)  # the same for every variant
             row |= {prefix + name: value for name, value in figures.items()}
-    with written_whole(folder / PER_CLASS) as beside, beside.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+    with written_whole(folder / PER_CLASS) as beside, _open(beside) as file:
+        writer = csv.DictWriter(file, rows[0])  # of any other line ends it leaves a bare "\r" in a name unquoted
         writer.writeheader()
         writer.writerows(rows)
+
+
+def _open(path: Path) -> TextIO:
+    # File names that are no UTF-8 give names with lone surrogates, which are written as escapes.
+    return path.open("w", encoding="utf-8", errors="backslashreplace", newline="")
 
 
 def _figures(counts: Counts, class_names: Sequence[str]) -> Iterator[dict[str, int | str]]:

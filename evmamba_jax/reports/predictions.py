@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from evmamba_jax.reports.drawing import BLUE, ORANGE, bars, numbered, save, short, show
+from evmamba_jax.reports.drawing import BLUE, ORANGE, bars, draws_names, numbered, save, short, show
 
 _COLUMNS = 8
 
 
+@draws_names
 def predictions(
     workdir: str | os.PathLike,
     images: np.ndarray,
@@ -49,6 +50,7 @@ def predictions(
     save(figure, Path(workdir) / "predictions.png")
 
 
+@draws_names
 def guesses(
     path: str | os.PathLike,
     images: np.ndarray,

@@ -1,18 +1,23 @@
-"""The command line of ``train_tpu.py``."""
+"""The command line of a training: a config, values to replace in it, a work folder."""
 
 import dataclasses
+import operator
 import typing
 from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
 
+from evmamba_jax import packaged
 from evmamba_jax.config import Config
 from evmamba_jax.errors import UserError, nearest
 
 
 def parse_command(argv: list[str]) -> tuple[Config, Path]:
-    """Read ``--config FILE[:VARIANT] --config.NAME=VALUE ... --workdir DIR``.
+    """Read ``--config NAME|FILE[:VARIANT] --config.NAME=VALUE ... --workdir DIR``.
+
+    Args:
+        argv: the program's name and its arguments.
 
     Returns:
         The configuration, and the work folder (``runs/`` + the file's name and variant when not given).
@@ -20,6 +25,7 @@ def parse_command(argv: list[str]) -> tuple[Config, Path]:
     Raises:
         UserError: an unknown flag, name or variant, a value of the wrong type, a file that cannot be loaded.
     """
+    argv = _with_file(argv)
     without_overrides = [argument for argument in argv if not _is_override(argument)]
     config, *_ = _parse(without_overrides)  # a task may have a Config with further fields
     _check_names(argv, type(config))
@@ -37,9 +43,8 @@ def _parse(argv: list[str]) -> tuple[Config, Path, list[str]]:
     try:
         rest = values(argv)[1:]
         name = config_flags.get_config_filename(values["config"]) if values["config"].present else ""
-        path = name.partition(".py:")[0].removesuffix(".py") + ".py"
-        if not Path(path).is_file():
-            raise UserError(f"--config {name or '(not given)'}: there is no file {path}; see --help")
+        if not name:
+            raise UserError(f"--config (not given): name a file or one of {', '.join(packaged.names())}; see --help")
         flags.FLAGS.mark_as_parsed()  # grain reads absl's global flags
         config = file.value
     except Exception as error:  # absl's own kinds, and whatever the user's file raises, which absl wraps in a traceback
@@ -47,6 +52,26 @@ def _parse(argv: list[str]) -> tuple[Config, Path, list[str]]:
     if not isinstance(config, Config):
         raise UserError(f"--config {name}: get_config() returned a {type(config).__name__}; it must return a Config")
     return config, Path(workdir.value or Path("runs") / Path(name.replace(".py:", "_")).stem), rest
+
+
+def settings(config: Config) -> list[str]:
+    """Return every value of a config as the argument that would set it."""
+    values = {name: operator.attrgetter(name)(config) for name, kind in _fields(type(config)) if not _has_parts(kind)}
+    written = lambda value: ",".join(map(str, value)) if isinstance(value, tuple) else value  # noqa: E731
+    return [f"--config.{name}={written(value)}" for name, value in values.items()]
+
+
+def _with_file(argv: list[str]) -> list[str]:
+    """Put the file in the place of the name of a packaged config."""
+    given = list(argv)
+    for place, argument in enumerate(given):
+        option, equals, value = argument.partition("=")
+        if option in ("--config", "-config"):
+            if equals:
+                given[place] = f"{option}={packaged.find(value)}"
+            elif place + 1 < len(given):
+                given[place + 1] = packaged.find(given[place + 1])
+    return given
 
 
 def _is_override(argument: str) -> bool:
@@ -72,10 +97,15 @@ def _check_names(argv: list[str], kind: type[Config]) -> None:
                 raise UserError(
                     f"unknown config key {name!r}{nearest(name, known)}; --help says where the names are listed"
                 )
-            if typing.get_origin(known[name]) is dict or dataclasses.is_dataclass(known[name]):
+            if _has_parts(known[name]):
                 inner = [key for key in known if key.startswith(name + ".")]
                 hint = f"set its parts, e.g. --config.{inner[0]}=..." if inner else "change it in the config file"
                 raise UserError(f"config key {name!r} cannot be set as a whole; {hint}")
+
+
+def _has_parts(kind: type) -> bool:
+    """Return whether a field cannot be set as a whole."""
+    return typing.get_origin(kind) is dict or dataclasses.is_dataclass(kind)
 
 
 def _fields(kind: type, prefix: str = "") -> typing.Iterator[tuple[str, type]]:

@@ -24,9 +24,9 @@ from evmamba_jax.weights.load import EMA_WORDS, Ema, Weights, open_place
 _PLACES = "official weights, a converted model, a training run, or one of its checkpoints"
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, prog: str = "python -m evmamba_jax.weights") -> int:
     """Run the command with ``argv``; return the exit code, 2 for a user's mistake."""
-    shared = argparse.ArgumentParser(add_help=False)
+    shared = cli.Parser(add_help=False)
     shared.add_argument(
         "--model", default="", metavar="NAME", help="e.g. evmamba_t; not needed for a folder that names it"
     )
@@ -43,9 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         default="better",
         help="whether to take a run's moving average (default: where its evaluation found it better)",
     )
-    parser = argparse.ArgumentParser(
-        prog="python -m evmamba_jax.weights", description="Official weights for our models, and ours for theirs."
-    )
+    parser = cli.Parser(prog=prog, description="Official weights for our models, and ours for theirs.")
     commands = parser.add_subparsers(dest="command", required=True)
     to_ours = commands.add_parser("convert", parents=[shared], help="make a checkpoint without training state")
     to_ours.add_argument("--torch", required=True, metavar="FILE_OR_DIR", help=_PLACES)
