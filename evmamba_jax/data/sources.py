@@ -15,8 +15,6 @@ from typing import Any, NamedTuple, Protocol, TypedDict
 
 import numpy as np
 import tensorflow_datasets as tfds
-from array_record.python.array_record_data_source import ArrayRecordDataSource
-from array_record.python.array_record_module import ArrayRecordReader
 from tensorflow_datasets.proto import tf_example_pb2
 
 from evmamba_jax.data import builders
@@ -339,6 +337,9 @@ def _open_folder(folder: Path, split: str) -> Source:
     expected = info.splits[base].shard_lengths
     suffix = info.file_format.file_suffix
     if suffix == "array_record":
+        # Not at the top: there is none for Windows, where pictures in folders are read all the same.
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+
         _check_counts(shards, _count_array_records(shards), expected)
         _allow_open_files(len(shards))
         records: Records = ArrayRecordDataSource(instructions)
@@ -376,6 +377,8 @@ def _check_counts(shards: Sequence[Path], counts: Sequence[int], expected: Seque
 
 
 def _count_array_records(shards: Sequence[Path]) -> list[int]:
+    from array_record.python.array_record_module import ArrayRecordReader
+
     def count(shard: Path) -> int:
         try:
             reader = ArrayRecordReader(str(shard))
