@@ -114,6 +114,25 @@ def test_a_room_imports_only_what_its_row_names(room):
             assert name.split(".")[0] not in strangers, f"{place}, which is of {' or '.join(trees)}"
 
 
+def test_every_folder_of_the_package_is_in_the_wheel():
+    for tree in ("pallas_kernels", "evmamba_jax"):
+        for folder in {path.parent for path in (ROOT / tree).rglob("*.py")}:
+            assert (folder / "__init__.py").is_file(), f"setup.py does not find {folder.relative_to(ROOT)}"
+
+
+def test_no_module_takes_unix_to_be_imported():
+    for path, _ in python_files():
+        if path.relative_to(ROOT).parts[0] in ("pallas_kernels", "evmamba_jax"):
+            whole = ast.parse(path.read_text())
+            names = {
+                name.split(".")[0]
+                for node in whole.body
+                if isinstance(node, ast.Import | ast.ImportFrom)
+                for name in ([alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module])
+            }
+            assert not names & {"fcntl", "grp", "pty", "pwd", "resource", "termios"}, path
+
+
 def test_the_kernels_import_only_jax():
     for path in (ROOT / "pallas_kernels").rglob("*.py"):
         roots = {name.split(".")[0] for _, name in imported(path)}
