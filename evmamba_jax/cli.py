@@ -116,7 +116,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 def _missing(package: str) -> str:
     """Return what to say where a package is not installed."""
     if package == "array_record" and sys.platform == "win32":
-        return "data sets are read with array_record, which there is not for Windows: use Linux, macOS or WSL"
+        return "TFDS data sets are read with array_record, which there is not for Windows: use Linux, macOS or WSL"
     return f"{package} is needed here and not installed: install evmamba-jax again in this environment"
 
 

@@ -93,9 +93,7 @@ class Rows:
                 raise UserError(f"{self.place} has a split {split!r}; known are {', '.join(SPLITS)}")
             splits += [at] * len(table)
             labels += [sets.setdefault((self._label(value),), len(sets)) for value in table["label"]]
-        # Names are sorted as text, rows as numbers.
-        order = np.argsort([f"{split}/{row}" for split, table in self._tables.items() for row in range(len(table))])
-        return Listing(np.arange(len(splits)), np.array(splits, np.int8)[order], np.array(labels)[order], list(sets))
+        return Listing(np.arange(len(splits)), np.array(splits, np.int8), np.array(labels, np.int64), list(sets))
 
     def _label(self, value: Any) -> str:
         if self.class_names and 0 <= value < len(self.class_names):

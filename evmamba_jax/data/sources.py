@@ -72,12 +72,14 @@ class Source:
         split: as asked for, slices included.
         class_names: in label order; words where the data set has WordNet ids.
         records: the serialised ``tf.train.Example`` protos.
+        fingerprint: tells other data of the same name from these; None where nothing is known.
     """
 
     name: str
     split: str
     class_names: tuple[str, ...]
     records: Records
+    fingerprint: str | None = None
 
     @property
     def num_classes(self) -> int:
@@ -352,7 +354,9 @@ def _open_folder(folder: Path, split: str) -> Source:
         )
     else:
         raise UserError(f"{folder} is stored as {suffix}, which is not read here; prepare it as array_record")
-    return Source(name=name, split=split, class_names=class_names, records=records)
+    whole = info.splits[base]  # the same in whatever format the records are kept
+    fingerprint = f"{name} {split} {list(whole.shard_lengths)} {whole.num_bytes}"
+    return Source(name=name, split=split, class_names=class_names, records=records, fingerprint=fingerprint)
 
 
 def _class_names(name: str, features) -> tuple[str, ...]:

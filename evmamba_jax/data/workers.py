@@ -22,12 +22,15 @@ PATIENCE = 60.0  # seconds of waiting for data after which a line says who is wa
 
 _index = 0  # of this process among the workers
 
-_HINTS = {
-    -signal.SIGKILL: "the system does this to who takes too much memory: lower data.num_workers or data.num_threads",
-    -signal.SIGBUS: "its shared memory is probably full: enlarge /dev/shm, or lower data.num_workers",
-    -signal.SIGSEGV: "a damaged file can do this to a decoder: look at these records",
-    -signal.SIGABRT: "a damaged file can do this to a decoder: look at these records",
+_DAMAGED = "a damaged file can do this to a decoder: look at these records"
+_BY_SIGNAL = {
+    "SIGKILL": "the system does this to who takes too much memory: lower data.num_workers or data.num_threads",
+    "SIGBUS": "its shared memory is probably full: enlarge /dev/shm, or lower data.num_workers",
+    "SIGSEGV": _DAMAGED,
+    "SIGABRT": _DAMAGED,
 }
+# Windows has fewer signals.
+_HINTS = {-getattr(signal, name): hint for name, hint in _BY_SIGNAL.items() if hasattr(signal, name)}
 
 
 class Ledger:
@@ -135,7 +138,7 @@ class Ledger:
         """End the worker processes at once."""
         for pid in self._table[:, 0].tolist():
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL) if pid else None
+                os.kill(pid, getattr(signal, "SIGKILL", signal.SIGTERM)) if pid else None
 
 
 def _watch(reference: weakref.ref[Ledger], closed: threading.Event) -> None:

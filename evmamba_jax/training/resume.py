@@ -37,9 +37,13 @@ DECISIONS: dict[str, Decision] = {
     "data.data_dir": FREE,
     "data.train_split": ORDER,
     "data.eval_split": FREE,
+    "data.classes": FREE,  # the classes themselves are compared, and with the next the pictures
+    "data.held_out": FREE,
     "data.on_corrupt": FREE,
     "data.image_size": FREE,
     "data.in_channels": STATE,
+    "data.exif_orientation": FREE,
+    "data.max_pixels": FREE,
     "data.crop_pct": FREE,
     "data.crop_mode": FREE,
     "data.eval_interpolation": FREE,

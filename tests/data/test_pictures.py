@@ -9,7 +9,10 @@ import shutil
 import tarfile
 import zipfile
 
+import datasets
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
@@ -342,3 +345,48 @@ def test_strings_come_back_whatever_their_bytes():
 def test_one_class_folder_is_not_taken_for_a_wrapper():
     listing = by_folders(["cats/1.png", "cats/2.png"])
     assert [listing.label_sets[k] for k in listing.labels] == [("cats",), ("cats",)]
+
+
+def test_parquet_tables(photos):
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows()), photos / "table.parquet")
+    source = open_split(of(photos / "table.parquet", name="table"), "train")
+    assert labels(source) == labels(open_split(of(photos), "train"))
+    (photos / "broken.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"broken\.parquet cannot be read"):
+        open_split(of(photos / "broken.parquet", name="table"), "train")
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["class labels", "plain labels"])
+@pytest.mark.parametrize("whole", [True, False], ids=["splits", "one table"])
+def test_data_sets_saved_by_hugging_face(photos, tmp_path, named, whole):
+    datasets.disable_progress_bars()
+
+    def of_split(split):
+        chosen = [name for name in SPLIT if name.startswith(split)]
+        columns = {
+            "image": [{"bytes": SPLIT[name], "path": None} for name in chosen],
+            "label": [int("cats" in name) if named else name.split("/")[1] for name in chosen],
+        }
+        label = datasets.ClassLabel(names=["dogs", "cats"]) if named else datasets.Value("string")
+        features = datasets.Features({"image": datasets.Image(), "label": label})
+        return datasets.Dataset.from_dict(columns, features=features)
+
+    saved = datasets.DatasetDict({split: of_split(split) for split in ("train", "val")}) if whole else of_split("train")
+    saved.save_to_disk(str(tmp_path / "saved"))
+    source = open_split(of(tmp_path / "saved", name="hf"), "train")
+    assert source.class_names == (("dogs", "cats") if named else ("cats", "dogs"))
+    expected = {SPLIT[name]: name.split("/")[1] for name in SPLIT if name.startswith("train")}
+    found = {source[i]["image"]: source.class_names[source[i]["label"]] for i in range(len(source))}
+    if whole:
+        assert found == expected
+    else:
+        held_out = open_split(of(tmp_path / "saved", name="hf"), "validation")
+        assert len(found) + len(held_out) == 24
+        assert found.items() < expected.items()
+    assert pickle.loads(pickle.dumps(source))[3] == source[3]
+    assert main(["check", str(tmp_path / "saved")]) == 0
+
+
+def test_a_folder_that_hugging_face_did_not_write(photos):
+    with pytest.raises(UserError, match="is not what datasets' save_to_disk writes"):
+        open_split(of(photos, name="hf"), "train")
