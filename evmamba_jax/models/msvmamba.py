@@ -136,6 +136,7 @@ class MSVMambaConfig(StagedConfig):
 
     """
 
+    width: int = ranged(96, least=2)  # of which an overlapping stem takes half
     depths: Sequence[int] = (2, 2, 9, 2)
     version: Version = 2
     d_state: int = ranged(1, least=1)

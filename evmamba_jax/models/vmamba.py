@@ -52,6 +52,7 @@ class VMambaConfig(StagedConfig):
         UserError: depths that are not four, an unknown act, init or scan.
     """
 
+    width: int = ranged(96, least=2)  # of which an overlapping stem takes half
     depths: Sequence[int] = (2, 2, 8, 2)
     d_state: int = ranged(1, least=1)
     ssm_ratio: float = ranged(1.0, above=0)

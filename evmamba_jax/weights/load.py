@@ -195,7 +195,7 @@ def _read(place: str | PathLike[str], ema: Ema, key: str | None = None) -> _Foun
             ".safetensors), or the folder of a converted model, of a training run, or of one of its checkpoints"
         )
     if not path.is_dir():
-        arrays, entry = read_torch_file(path, key=key, average=ema is True)
+        arrays, entry = read_torch_file(place, key=key, average=ema is True)
         return _Found(arrays, True, {}, str(place), str(place), f"entry {entry!r}" if entry else "")
     if key is not None:
         raise UserError(f"key {key!r} was given, but {place} is a folder, which has no entries; omit it")

@@ -98,9 +98,9 @@ def read_torch_file(
         key: the entry to take.
         average: take the entry with a moving average: ``model_ema``, ``state_dict_ema`` or ``ema_model``.
     """
-    path = local(path)
+    given, path = str(path), local(path)
     if not path.is_file():
-        raise UserError(f"{str(path)!r} is not an existing file; give the path of a .pth, .pt or .safetensors file")
+        raise UserError(f"{given!r} is not an existing file; give the path of a .pth, .pt or .safetensors file")
     try:
         with path.open("rb") as file:
             start = file.read(64)
@@ -112,16 +112,16 @@ def read_torch_file(
             arrays, entry = _read_legacy(path, key, average)
         else:
             raise UserError(
-                f"{str(path)!r} is no weight file: it starts with {start[:8]!r}; "
+                f"{given!r} is no weight file: it starts with {start[:8]!r}; "
                 "allowed are files written by torch.save and safetensors"
             )
     except (UserError, MemoryError):
         raise
     except OSError as error:
-        raise UserError(f"{str(path)!r} cannot be read: {_one_line(error)}") from error
+        raise UserError(f"{given!r} cannot be read: {_one_line(error)}") from error
     except Exception as error:  # whatever a damaged file makes zipfile, the pickle reader or safetensors raise
         raise UserError(
-            f"{str(path)!r} is damaged or incomplete ({type(error).__name__}: {_one_line(error)}); download it again"
+            f"{given!r} is damaged or incomplete ({type(error).__name__}: {_one_line(error)}); download it again"
         ) from error
     return _without_wrappers(arrays), entry
 

@@ -28,6 +28,7 @@ CASES = {
     "vmamba_t": OF_ALL
     | OF_STAGES
     | {
+        "width": (0, 1),
         "ssm_ratio": (0, -1, 0.001),
         "mlp_ratio": (-1, NAN, 0.001),
         "gate": (1, None),
