@@ -81,8 +81,9 @@ def pytest_runtest_makereport(item, call):
 
 def pytest_runtest_logreport(report):
     """Add a report, which a worker may have sent, to its folder."""
-    *_, (_, spent) = report.user_properties
-    _folders["/".join(report.nodeid.split("::")[0].split("/")[:-1])].update(spent)
+    for name, spent in report.user_properties:  # none for a test with which its worker crashed
+        if name == "spent":
+            _folders["/".join(report.nodeid.split("::")[0].split("/")[:-1])].update(spent)
 
 
 def pytest_terminal_summary(terminalreporter):

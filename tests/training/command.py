@@ -51,9 +51,9 @@ def run_here(*arguments: object, config: str = TINY, devices: int = 1) -> tuple[
     return code, out.getvalue(), err.getvalue()
 
 
-def refused_here(*arguments: object, config: str = TINY) -> str:
+def refused_here(*arguments: object, config: str = TINY, devices: int = 1) -> str:
     """Run the command in this process, check that it is refused in one line, and return the line."""
-    code, out, err = run_here(*arguments, config=config)
+    code, out, err = run_here(*arguments, config=config, devices=devices)
     assert code == 2, out + err
     (line,) = err.splitlines()
     assert line.startswith("error: ")

@@ -32,9 +32,9 @@ def refused_command(*arguments, config=DIGITS) -> str:
     return lines[0]
 
 
-def refused(*arguments, config=DIGITS) -> str:
+def refused(*arguments, config=DIGITS, devices=1) -> str:
     """Do the same in this process, which is sooner done; two kinds of mistakes also run as commands below."""
-    return refused_here(*arguments, config=config)
+    return refused_here(*arguments, config=config, devices=devices)
 
 
 @pytest.mark.parametrize(
@@ -110,9 +110,9 @@ def test_incomplete_and_foreign_data_folders(data_dir, tmp_path):
 
 def test_batch_that_does_not_divide(data_dir, tmp_path):
     common = (f"--config.data.data_dir={data_dir}", "--workdir", tmp_path / "run", "--config.accumulation=2")
-    line = refused("--config.batch_size=40", *common)
+    line = refused("--config.batch_size=40", *common, devices=8)
     assert "config.batch_size is 40; it must be a multiple of devices x accumulation = 8 x 2 = 16" in line
-    assert "their product must be the 8 devices" in refused("--config.mesh.fsdp=3", *common)
+    assert "their product must be the 8 devices" in refused("--config.mesh.fsdp=3", *common, devices=8)
 
 
 def test_image_too_small(data_dir, tmp_path):
