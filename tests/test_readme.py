@@ -15,6 +15,7 @@ DOCUMENTS = [
     "CONTRIBUTING.md",
     "docs/scan_orders.md",
     "docs/models.md",
+    "docs/own_data.md",
     "docs/training.md",
     "pallas_kernels/README.md",
 ]
@@ -78,6 +79,6 @@ def test_flags_that_are_shown_are_known():
     from evmamba_jax.training.config import Config
 
     known = dict(_fields(Config))
-    for document in ["README.md", "docs/training.md", "CONTRIBUTING.md"]:
+    for document in ["README.md", "docs/own_data.md", "docs/training.md", "CONTRIBUTING.md"]:
         for name in re.findall(r"--config\.([a-z_.]+)=", (ROOT / document).read_text()):
             assert name in known, f"{document}: {name}"

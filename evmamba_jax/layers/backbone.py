@@ -180,9 +180,8 @@ class StagedBackbone(Backbone):
 def check_images(images: jax.Array, channels: int, smallest: int) -> None:
     """Raise a UserError unless ``images`` is (B, H, W, channels) with both sides at least ``smallest``."""
     shape = images.shape
-    if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise UserError(f"images are {images.dtype}; a model takes normalised floats: see evmamba_jax.preprocess")
-    if len(shape) != 4 or shape[3] != channels:
-        raise UserError(f"images must be (batch, height, width, {channels}) floats; got shape {shape}")
+    if len(shape) != 4 or shape[3] != channels or not jnp.issubdtype(images.dtype, jnp.floating):
+        wanted = f"(batch, height, width, {channels}) normalised floats, as evmamba_jax.preprocess makes them"
+        raise UserError(f"images must be {wanted}; got {images.dtype} of shape {shape}")
     if min(shape[1:3]) < smallest:
         raise UserError(f"image size {shape[1]}x{shape[2]} is too small: height and width must be at least {smallest}")

@@ -74,5 +74,5 @@ def test_weights_for_other_images_than_rgb_do_not_fit(tmp_path):
 @pytest.mark.parametrize("name", SMALL)
 def test_images_that_are_not_normalised_are_refused(name):
     model = abstract_model(name, **SMALL[name])
-    with pytest.raises(UserError, match=r"images are uint8; a model takes normalised floats: see evmamba_jax"):
+    with pytest.raises(UserError, match=r"normalised floats, as evmamba_jax\.preprocess makes them; got uint8"):
         jax.eval_shape(lambda images: model(images), jax.ShapeDtypeStruct((1, 32, 32, 3), np.uint8))
