@@ -25,8 +25,8 @@ class Loop:
         depth: 0 for the outermost.
         trips: how often its body runs each time it is entered; None where neither dump nor caller say.
         is_grid: whether it is the loop over the grid that Pallas makes.
-        rows: rows of the timeline, one a cycle, stalls included, inner loops left out.
-        predicated: how many of ``rows`` a condition guards (``pl.when``); they are counted as run every time.
+        rows: rows of the timeline, one a cycle, stalls included, without those of inner loops.
+        predicated: those of ``rows`` that a condition guards (``pl.when``); they are counted as run every time.
         cycles: of all runs of these rows; a loop of unknown trips counts as one.
         loads: share of each unit's slots that these rows fill, 0 to 1.
         spills, fills: registers written to and read from memory in one run of these rows.
@@ -55,7 +55,7 @@ class Schedule:
     Attributes:
         kernel: the ``name`` of its ``pallas_call``.
         generation: what it was compiled for.
-        grid: steps along each axis; on v4 and v5p, where two cores share the work, the steps of one.
+        grid: steps along each axis; on v4 and v5p those of one of the two cores that share the work.
         rows: length of the timeline.
         cycles: static cycles of a call: every row as often as its loops run, without waiting for memory.
         vmem_bytes: on-chip vector memory, double buffers and spilled registers included.
