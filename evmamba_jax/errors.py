@@ -13,6 +13,11 @@ class UserError(ValueError):
     """
 
 
+def printable(text: str) -> str:
+    """Return text as one line: what ends it, moves the cursor or is no letter is escaped, as ``\\n`` or ``\\x1b``."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
 def nearest(name: str, allowed) -> str:
     """Return ``", did you mean 'x'?"`` for the closest of ``allowed``, or an empty string when none is close."""
     import difflib

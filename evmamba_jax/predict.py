@@ -25,7 +25,7 @@ from evmamba_jax.data.decoding import looks_like_image
 from evmamba_jax.data.device import normalize
 from evmamba_jax.data.files import Folder
 from evmamba_jax.data.imagenet import imagenet_classes
-from evmamba_jax.errors import UserError
+from evmamba_jax.errors import UserError, printable
 from evmamba_jax.models import model_card
 from evmamba_jax.preprocessing import of_card, of_run, view
 from evmamba_jax.reports.predictions import guesses
@@ -171,9 +171,9 @@ def _predict(args: argparse.Namespace) -> None:
             drawn += list(zip(views, titles, probabilities, strict=True))[: DRAWN - len(drawn)]
             for path, shares in zip(titles, probabilities, strict=True):
                 best = np.argsort(-shares, kind="stable")[:top]
-                print(path)
+                print(printable(path))
                 for k in best:
-                    print(f"  {shares[k]:7.2%}  {k:>4}" + (f"  {names[k]}" if names[k] != str(k) else ""))
+                    print(f"  {shares[k]:7.2%}  {k:>4}" + (f"  {printable(names[k])}" if names[k] != str(k) else ""))
                 if table is not None:
                     table.writerow([path, *(cell for k in best for cell in (k, names[k], f"{shares[k]:.6f}"))])
         if not answered:

@@ -248,21 +248,23 @@ def test_a_folder_with_a_bad_picture_is_answered_for_the_others(folder, tmp_path
     for place in ("photos/a, b.jpg", "photos/below/é.jpg"):
         shutil.copy(PHOTOGRAPHS[0], place)
     shutil.copy(PHOTOGRAPHS[1], "photos/c.jpg")
+    shutil.copy(PHOTOGRAPHS[1], "photos/d\n\x1b[2J.jpg")
     Path("photos/cut.jpg").write_bytes(PHOTOGRAPHS[0].read_bytes()[:20_000])
     Path("photos/notes.txt").write_text("hello")
     monkeypatch.setattr(predict, "BATCH", 2)
     assert main(["--weights", str(folder), "--csv", "new/found.csv", "--top", "2", "photos", "absent.png"]) == 0
     said = capsys.readouterr()
     found = told(said.out)
-    assert list(found) == ["photos/a, b.jpg", "photos/below/é.jpg", "photos/c.jpg"]
+    assert list(found) == ["photos/a, b.jpg", "photos/below/é.jpg", "photos/c.jpg", r"photos/d\n\x1b[2J.jpg"]
     left_out = said.err.splitlines()
-    assert left_out[0] == "left out: 2 of 5"
+    assert left_out[0] == "left out: 2 of 6"
     assert "'photos/cut.jpg' cannot be read: image file is truncated" in left_out[1]
     assert "'absent.png' cannot be read: No such file" in left_out[2]
     with open("new/found.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["image", *(f"{what}_{i}" for i in (1, 2) for what in ("class", "name", "probability"))]
-    for row in rows:
+    assert rows[3]["image"] == "photos/d\n\x1b[2J.jpg"  # a table gives every name back
+    for row in rows[:3]:
         for i, (share, name) in enumerate(found[row["image"]], 1):
             assert f"{row[f'class_{i}']}  {row[f'name_{i}']}" == name
             assert 100 * float(row[f"probability_{i}"]) == pytest.approx(share, abs=0.006)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from evmamba_jax.errors import UserError, nearest
+from evmamba_jax.errors import UserError, nearest, printable
 
 SPLITS = ("train", "validation", "test")
 # What folders and columns call them; in any case.
@@ -195,5 +195,5 @@ def _parquet(path: Path, data: bytes) -> list[Mapping[str, Any]]:
 
 def counted(names: Sequence[str], one: str, many: str) -> str:
     """Return how many there are, in words, and the first of them by name."""
-    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    shown = ", ".join(map(printable, names[:3])) + (", ..." if len(names) > 3 else "")
     return f"{len(names):,} {one if len(names) == 1 else many}: {shown}"

@@ -21,7 +21,7 @@ from evmamba_jax.data.decoding import CorruptImageError
 from evmamba_jax.data.readers import Example, LabelledImages, Reader
 from evmamba_jax.data.sources import Split
 from evmamba_jax.data.workers import Ledger, begin
-from evmamba_jax.errors import UserError
+from evmamba_jax.errors import UserError, printable
 
 Batch = Mapping[str, np.ndarray]
 
@@ -269,7 +269,7 @@ def _decoded(source: Split, index: int, reader: Reader) -> Any:
     try:
         return reader.decode(record)
     except CorruptImageError as error:
-        raise CorruptImageError(f"{record['id']}: {error}") from error
+        raise CorruptImageError(f"{printable(record['id'])}: {error}") from error
 
 
 def _stop_unless_skipping(config: DataConfig, source: Split, error: CorruptImageError) -> None:
