@@ -41,12 +41,16 @@ def run(*arguments: object, config: str = TINY, env: dict[str, str] | None = Non
     return process.returncode, out, err
 
 
+def on_devices(count: int) -> contextlib.AbstractContextManager:
+    """Let runs in this process have the first of its devices only."""
+    fewer = functools.partial(meshes.make_mesh, described=jax.devices()[:count])
+    return mock.patch.object(meshes, "make_mesh", fewer)
+
+
 def run_here(*arguments: object, config: str = TINY, devices: int = 1) -> tuple[int, str, str]:
     """Run the command in this process, on some of its devices; return exit code, stdout and stderr."""
     out, err = io.StringIO(), io.StringIO()
-    fewer = functools.partial(meshes.make_mesh, described=jax.devices()[:devices])
-    patched = mock.patch.object(meshes, "make_mesh", fewer)
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), patched:
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), on_devices(devices):
         code = main(["train_tpu.py", "--config", str(ROOT / config), *map(str, arguments)])
     return code, out.getvalue(), err.getvalue()
 

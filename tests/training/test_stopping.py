@@ -10,7 +10,7 @@ import time
 
 import command
 import pytest
-from command import TINY
+from command import TINY, on_devices
 from tiny import get_config
 
 from evmamba_jax.checkpoints import Checkpoints
@@ -210,8 +210,9 @@ def test_a_run_in_another_thread(arguments, whole, tmp_path):
     config.data.data_dir = arguments[-1].partition("=")[2]
     ended = []
     thread = threading.Thread(target=lambda: ended.append(run(config, tmp_path / "run")))
-    thread.start()
-    thread.join()
+    with on_devices(1):
+        thread.start()
+        thread.join()
     assert len(ended) == 1
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
 
