@@ -16,6 +16,8 @@ import numpy as np
 from evmamba_jax.errors import UserError
 
 LARGEST = 1 << 31  # bytes; nothing so long is a picture, and a zip can promise any length
+_PART = 1 << 18  # bytes that are read at a time
+_BINARY = getattr(os, "O_BINARY", 0)  # Windows tells text from bytes
 # Files that programs leave behind, beside those whose names begin with a dot.
 _LEFT_BEHIND = ("__MACOSX", "Thumbs.db", "desktop.ini")
 
@@ -166,9 +168,15 @@ class Folder:
         return _found(files, _stamp_of(self.place, sorted(folders)), empty, broken)
 
     def read(self, name: str, where: np.ndarray) -> bytes:
-        """Read the file."""
-        with open(self.place / name, "rb", buffering=0) as file:
-            return file.read()
+        """Read the file; with three calls of the system, a file object takes twice as many."""
+        file = os.open(f"{self.place}/{name}" if not os.path.isabs(name) else name, os.O_RDONLY | _BINARY)
+        try:
+            parts = [os.read(file, _PART)]
+            while len(parts[-1]) == _PART:
+                parts.append(os.read(file, _PART))
+        finally:
+            os.close(file)
+        return b"".join(parts) if len(parts) > 1 else parts[0]
 
 
 @dataclasses.dataclass(frozen=True)

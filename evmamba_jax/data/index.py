@@ -108,16 +108,19 @@ def _make(files: Files, known: Index | None) -> Index:
     if len(todo) > 20_000:
         print(f"listing {len(todo):,} files of {files.place}", file=sys.stderr, flush=True)
 
+    names = list(found.names)
+
     def look(part: np.ndarray) -> None:
-        for i in part:
+        for i in part.tolist():
             try:
-                data = files.read(found.names[int(i)], found.where[i])
+                data = files.read(names[i], found.where[i])
             except Exception:  # no right to read, a bad disk, a damaged archive: zlib and struct have their own kinds
                 continue
             digests[i] = np.frombuffer(hashlib.sha256(data).digest()[:16], np.uint8)
             kinds[i] = IMAGE if looks_like_image(data[:_SNIFFED]) else OTHER
 
-    with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
+    # Threads wait for disks and hash side by side; more of them only take the interpreter from one another.
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         list(pool.map(look, np.array_split(todo, max(1, len(todo) // _TOGETHER))))
     return Index(found, digests, kinds)
 
