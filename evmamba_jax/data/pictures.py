@@ -183,11 +183,13 @@ def open_pictures(config: DataConfig, work: Path | None = None) -> Pictures:
     used = {sets[k][0] for k in np.unique(labels)}
     class_names = _classes(config, known, used, numbers=config.name == "table")
     numbers = {name: k for k, name in enumerate(class_names)}
-    outside = having([labels[0] not in numbers for labels in sets])
+    # A set that no picture has, of files that are no images, may be empty.
+    label_of_set = [numbers.get(labels[0], -1) if labels else -1 for labels in sets]
+    outside = having([label < 0 for label in label_of_set])
     if outside:
         where = f"outside the {len(class_names)} classes of {config.classes or place}"
         raise UserError(counted(outside, f"picture has a label {where}", f"pictures have labels {where}"))
-    label_numbers = np.array([numbers.get(labels[0], -1) for labels in sets], np.int32)[labels]
+    label_numbers = np.array(label_of_set, np.int32)[labels]
     splits = _held_out(splits, index.halves()[rows], config.held_out)
     by_name = {
         name: (rows[splits == k], label_numbers[splits == k]) for k, name in enumerate(SPLITS) if (splits == k).any()

@@ -298,6 +298,14 @@ def test_a_row_that_cannot_be_is_named(photos, change, message):
         open_split(of(table(photos / "t.csv", records), name="table"), "train")
 
 
+def test_a_row_without_a_label_matters_only_if_its_file_is_an_image(photos):
+    write(photos, {"notes.txt": b"hello"})
+    records = [*rows(), {"path": "notes.txt", "label": " ", "split": "train"}]
+    source = open_split(of(table(photos / "t.csv", records), name="table"), "train")
+    assert len(source) == 24
+    assert "1 file is not an image and is left out: notes.txt" in source.findings
+
+
 def test_columns_that_lack_and_tables_that_cannot_be_read(photos):
     with pytest.raises(UserError, match=r"row 1 has no 'path'; .* it has \['file', 'label'\]"):
         open_split(of(table(photos / "t.csv", [{"file": "x", "label": "a"}]), name="table"), "train")
