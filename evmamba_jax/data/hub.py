@@ -27,7 +27,7 @@ class Rows:
 
     def _open(self) -> None:
         try:
-            import datasets  # pyrefly: ignore[missing-import]
+            import datasets
         except ImportError as error:
             raise UserError("data.name='hf' needs Hugging Face's datasets: pip install 'evmamba-jax[hub]'") from error
         try:
@@ -50,8 +50,8 @@ class Rows:
             )
         self.class_names = tuple(features[labels[0]].names) if classes else ()
         image, label = images[0], labels[0]
-        self._tables = {
-            split: table.select_columns([image, label])
+        self._tables: dict[str, Any] = {
+            str(split): table.select_columns([image, label])
             .rename_columns({image: "image", label: "label"})
             .cast_column("image", datasets.Image(decode=False))
             for split, table in tables.items()

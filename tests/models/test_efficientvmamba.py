@@ -152,7 +152,7 @@ def test_no_classes_gives_pooled_features_and_channels_are_free():
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((2, 3, 32, 32), r"images must be \(batch, height, width, 3\).*got shape \(2, 3, 32, 32\)"),
+        ((2, 3, 32, 32), r"images must be \(batch, height, width, 3\).*got float32 of shape \(2, 3, 32, 32\)"),
         ((32, 32, 3), "images must be"),
         ((1, 3, 32, 3), "image size 3x32 is too small: height and width must be at least 4"),
     ],

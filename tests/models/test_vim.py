@@ -294,7 +294,7 @@ def test_weights_of_another_grid_need_image_size_or_a_resize():
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((2, 3, 16, 16), r"images must be \(batch, height, width, 3\).*got shape \(2, 3, 16, 16\)"),
+        ((2, 3, 16, 16), r"images must be \(batch, height, width, 3\).*got float32 of shape \(2, 3, 16, 16\)"),
         ((16, 16, 3), "images must be"),
         ((1, 3, 16, 3), "image size 3x16 is too small: height and width must be at least 4"),
     ],
