@@ -1,4 +1,4 @@
-"""How ``python -m sphinx -W -b html docs DIR`` makes the pages: those of this folder, and one a room of the API."""
+"""``python -m sphinx -W -b html docs DIR`` makes a page of each file of this folder and of each room of the API."""
 
 import re
 

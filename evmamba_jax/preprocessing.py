@@ -23,7 +23,7 @@ def preprocess(pictures: Any, model: str | ModelCard | DataConfig, *, image_size
         pictures: a picture or a list of them. A picture is the path of an image file, its bytes, a PIL image, or an
             array (H, W) or (H, W, C) of uint8 or uint16.
         model: its name or its card; or the settings of a run.
-        image_size: side of the result, pixels, where it is to be another.
+        image_size: side of the result, pixels; not given, the card's.
 
     Returns:
         float32 (B, image_size, image_size, C); of one picture, B is 1.

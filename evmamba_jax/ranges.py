@@ -154,7 +154,7 @@ def _hints(kind: type) -> dict[str, Any]:
 
 
 def _replaced(kind: type, name: str) -> list[dataclasses.Field]:
-    """Return a field and those of its base classes that it replaces, the nearest first."""
+    """Return a field, and the fields of base classes that it replaces; the nearest comes first."""
     tables = [vars(base).get("__dataclass_fields__", {}) for base in kind.__mro__]
     return [table[name] for table in tables if name in table]
 

@@ -64,7 +64,7 @@ def test_ctrl_c_is_one_word(capsys):
         (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
         (OSError(errno.EFBIG, "File too large", "a"), "no larger files.*ulimit -f"),
         (FileNotFoundError(2, "No usable temporary directory found in ['/tmp']"), "set TMPDIR"),
-        (PermissionError(errno.EACCES, "Permission denied", "/root/a"), "/root/a cannot be used: Permission denied"),
+        (PermissionError(errno.EACCES, "Permission denied", "/data/a"), "/data/a cannot be used: Permission denied"),
     ],
 )
 def test_what_the_machine_refuses_is_one_line_wherever_it_was_found(exception, told, capsys):

@@ -24,7 +24,7 @@ FREE = Decision()
 ORDER = Decision("on which the order of its data depends")
 STATE = Decision("on which its state depends")
 SWITCH = Decision("and its state has a part for this only where it is above 0", lambda value: value > 0)
-SHAPES = Decision("of which its model is made")  # looked at once the arrays are known to fit, which says more
+SHAPES = Decision("which its model is made of")  # looked at once the arrays are known to fit, which says more
 
 DECISIONS: dict[str, Decision] = {
     "task": STATE,
