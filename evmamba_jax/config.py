@@ -69,9 +69,27 @@ class OptimConfig:
 
     # Moving average of parameters and batch statistics.
     ema_decay: float = ranged(0.9999, least=0, below=1, words="0 (none) up to below 1")
+    ema_warmup: bool = False  # after t steps at most (1 + t) / (10 + t), so that it follows a short run
     # MESA: weight of the divergence from the averaged model's prediction, and when that begins; 0 = none.
     mesa: float = ranged(0.0, least=0)
     mesa_start: Duration = field(default_factory=Duration)
+
+
+@dataclass
+class TuneConfig:
+    """What of a model is trained, and how fast each part; all of it at one rate unless said otherwise.
+
+    Patterns are of parameter paths, as the shell has them: ``--config.tune.freeze="patch_embed.*,stages.0.*"``.
+    """
+
+    # "full"; the "head" alone, as a linear probe; or the head and low-rank additions to the linear layers ("lora").
+    method: str = chosen("full", ("full", "head", "lora"))
+    freeze: tuple[str, ...] = free(())  # these stay as they are, whatever the method
+    layer_decay: float = ranged(1.0, above=0, most=1)  # factor of the learning rate, once more for each layer down
+    head_lr: float = ranged(1.0, above=0)  # factor of the head's learning rate
+    lora_rank: int = ranged(8, least=1)
+    lora_alpha: float = ranged(16.0, above=0)  # the additions are scaled by alpha / rank
+    lora_targets: tuple[str, ...] = free(("*",))  # which linear layers get them
 
 
 @dataclass
@@ -100,6 +118,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     seed: int = ranged(0, least=0, most=2**32 - 1)

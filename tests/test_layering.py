@@ -25,20 +25,21 @@ ROWS = {
     "storage": "errors",
     "ranges": "errors",
     "arrays": "errors",
+    "lora": "errors",
     "ops": "pallas_kernels pallas_kernels.dispatch",
     "checkpoints": "errors storage",
     "layers": "errors ops pallas_kernels ranges",
     "data": "cli errors ranges storage",
     "models": "arrays cli errors layers pallas_kernels ranges",
     "analysis": "arrays cli errors layers models pallas_kernels",
-    "weights": "arrays checkpoints cli errors layers models storage",
+    "weights": "arrays checkpoints cli errors layers lora models storage",
     "factory": "models weights",
     "preprocessing": "data errors models",
     "evmamba_jax": "factory models preprocessing",
     "config": "data errors ranges",
     "reports": "storage",
     "tasks": "arrays config data errors models reports weights",
-    "training": "arrays checkpoints config data errors evmamba_jax packaged reports storage tasks weights",
+    "training": "arrays checkpoints config data errors evmamba_jax lora packaged reports storage tasks weights",
     "train": "cli packaged training",
     "predict": "arrays checkpoints cli data errors models preprocessing reports storage training weights",
     "preflight": """analysis cli data errors evmamba_jax models packaged pallas_kernels pallas_kernels.tpu tasks
@@ -50,7 +51,7 @@ ROWS = {
     "setup": "",
     "benchmarks": """analysis arrays configs data errors evmamba_jax layers models pallas_kernels pallas_kernels.gpu
                      pallas_kernels.tpu preflight reports tasks training weights""",
-    "tests": """__main__ analysis arrays checkpoints cli config configs data errors evmamba_jax layers models ops
+    "tests": """__main__ analysis arrays checkpoints cli config configs data errors evmamba_jax layers lora models ops
                 packaged pallas_kernels pallas_kernels.gpu pallas_kernels.tpu predict preflight preprocessing ranges
                 reports storage tasks train train_tpu training weights""",
 }

@@ -76,6 +76,7 @@ class Task(abc.ABC):
         model: the model in evaluation mode, its arrays of shapes only.
         chooses: the figure that chooses the best checkpoint.
         parts: names of the loss's parts that :meth:`loss` returns and the log shows.
+        head: pattern of the paths of the parameters that tell this task's answers from features.
 
     Raises:
         UserError: a model or image size that cannot be.
@@ -83,6 +84,7 @@ class Task(abc.ABC):
 
     chooses: Figure
     parts: tuple[str, ...] = ()
+    head: str = "head.*"
 
     def __init__(self, config: Config, class_names: Sequence[str]):
         self.config = config

@@ -29,7 +29,7 @@ def parse_command(argv: list[str]) -> tuple[Config, Path]:
     without_overrides = [argument for argument in argv if not _is_override(argument)]
     config, *_ = _parse(without_overrides)  # a task may have a Config with further fields
     _check_names(argv, type(config))
-    config, workdir, rest = _parse(argv)
+    config, workdir, rest = _parse(_with_words(argv, type(config)))
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}; options look like --config.optim.lr=1e-3, see --help")
     return config, workdir
@@ -71,6 +71,18 @@ def _with_file(argv: list[str]) -> list[str]:
                 given[place] = f"{option}={packaged.find(value)}"
             elif place + 1 < len(given):
                 given[place + 1] = packaged.find(given[place + 1])
+    return given
+
+
+def _with_words(argv: list[str], kind: type[Config]) -> list[str]:
+    """Put several words, ``a,b``, as Python writes them, which is what absl reads."""
+    words = {name for name, field in _fields(kind) if field == tuple[str, ...]}
+    given = []
+    for argument in argv:
+        option, equals, value = argument.partition("=")
+        if equals and _is_override(argument) and option.lstrip("-").removeprefix("config.") in words:
+            argument = f"{option}={tuple(word.strip() for word in value.split(',') if word.strip())!r}"
+        given.append(argument)
     return given
 
 

@@ -7,6 +7,7 @@ from evmamba_jax.config import (
     MeshConfig,
     ModelConfig,
     OptimConfig,
+    TuneConfig,
 )
 
-__all__ = ["Config", "DistributedConfig", "Duration", "MeshConfig", "ModelConfig", "OptimConfig"]
+__all__ = ["Config", "DistributedConfig", "Duration", "MeshConfig", "ModelConfig", "OptimConfig", "TuneConfig"]

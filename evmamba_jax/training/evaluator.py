@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from evmamba_jax import lora
 from evmamba_jax.arrays import Variables, merge, split
 from evmamba_jax.data import loader
 from evmamba_jax.errors import UserError
@@ -54,7 +55,8 @@ class Evaluator:
         self._add = jax.jit(functools.partial(jax.tree.map, jnp.add), donate_argnums=0, out_shardings=whole)
 
     def _one_batch(self, variables: Variables, batch: Batch, *, detailed: bool) -> tuple[dict[str, Any], Any]:
-        sums, answers = self.task.evaluate(merge(self._graphdef, **variables.asdict()), batch, detailed=detailed)
+        model = merge(self._graphdef, lora.merged(variables.params), variables.batch_stats)
+        sums, answers = self.task.evaluate(model, batch, detailed=detailed)
         counts = {"examples": batch["weight"].sum(), "corrupt": batch["corrupt"].sum().astype(jnp.float32)}
         return sums | counts, answers
 

@@ -1,5 +1,8 @@
 """AdamW and LAMB with the official decay masks, and the official schedules."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax.numpy as jnp
 import optax
 
@@ -59,10 +62,17 @@ def learning_rate(config: OptimConfig, *, total_steps: int, steps_per_epoch: int
     return schedule
 
 
-def make_optimizer(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimConfig, schedule: optax.Schedule, scales: Mapping[str, float] | None = None
+) -> optax.GradientTransformation:
     """Return the optimizer, behind global-norm clipping.
 
     LAMB's trust ratio scales the parameters that weight decay touches; the others move as Adam moves them.
+
+    Args:
+        config: name, moments, decay and clipping.
+        schedule: the learning rate by step.
+        scales: factors of the learning rate by path; None for 1 everywhere.
 
     Source: torch.optim.AdamW; timm.optim.Lamb with its default ``max_grad_norm`` of 1 and ``always_adapt=False``.
     """
@@ -74,4 +84,12 @@ def make_optimizer(config: OptimConfig, schedule: optax.Schedule) -> optax.Gradi
         parts += [optax.clip_by_global_norm(1.0), adam, decay, adapt]
     else:
         parts += [adam, decay]
-    return optax.chain(*parts, optax.scale_by_learning_rate(schedule))
+    parts.append(optax.scale_by_learning_rate(schedule))
+    if scales is not None:
+        # Last, so that the states of the parts before it keep their places whether or not there are scales.
+        parts.append(optax.stateless(lambda updates, _: _scaled(updates, scales)))
+    return optax.chain(*parts)
+
+
+def _scaled(updates: Any, scales: Mapping[str, float]) -> Any:
+    return {name: scales[name] * update for name, update in updates.items()}

@@ -12,7 +12,7 @@ from evmamba_jax.config import Duration
 from evmamba_jax.tasks import Task
 from evmamba_jax.tasks.base import Batch
 from evmamba_jax.training import mesh as meshes
-from evmamba_jax.training import optimizer
+from evmamba_jax.training import optimizer, tuning
 from evmamba_jax.training.state import TrainState, init_state
 from evmamba_jax.training.step import make_train_step
 
@@ -30,12 +30,13 @@ class Setup:
         total_steps: updates in the run.
         log_every: updates from one log line to the next.
         schedule: the learning rate by step.
-        tx: the optimizer.
+        tuning: what of the model is trained.
+        tx: the optimizer, of the parameters that are trained.
         shardings: of the state.
         abstract_state: the state, with ``jax.ShapeDtypeStruct`` for every array.
 
     Raises:
-        UserError: a schedule that cannot be.
+        UserError: a schedule that cannot be; patterns that are the paths of nothing.
     """
 
     def __init__(self, task: Task, mesh: Mesh, examples: int):
@@ -47,9 +48,12 @@ class Setup:
         lengths = {"total_steps": self.total_steps, "steps_per_epoch": self.steps_per_epoch}
         task.check_lengths(**lengths)
         self.schedule = optimizer.learning_rate(config.optim, **lengths)
-        self.tx = optimizer.make_optimizer(config.optim, self.schedule)
         _, params, batch_stats = split(task.model)
-        shapes = jax.eval_shape(self._first, Variables(params, batch_stats))
+        model = jax.eval_shape(self._prepared, Variables(params, batch_stats))
+        self.tuning = tuning.tuning(config.tune, model.params, head=task.head)
+        scaled = any(scale != 1 for scale in self.tuning.scales.values())
+        self.tx = optimizer.make_optimizer(config.optim, self.schedule, self.tuning.scales if scaled else None)
+        shapes = jax.eval_shape(self._first, model)
         self.shardings: TrainState = meshes.state_shardings(mesh, shapes)
         self.abstract_state: TrainState = jax.tree.map(
             lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), shapes, self.shardings
@@ -59,25 +63,43 @@ class Setup:
         """Return a length of training in steps, at least one."""
         return max(1, length.in_steps(self.steps_per_epoch))
 
+    def _prepared(self, model: Variables) -> Variables:
+        config = self.task.config
+        params = tuning.prepare(config.tune, model.params, head=self.task.head, seed=config.seed)
+        return Variables(dict(params), model.batch_stats)
+
     def _first(self, model: Variables) -> TrainState:
-        ema = self.task.config.optim.ema_decay > 0
-        return init_state(model, self.tx, ema=ema, parts=self.task.parts, extra=self.task.extra(model))
+        return init_state(
+            model,
+            self.tx.init(self.tuning.of(model.params)),
+            ema=self.task.config.optim.ema_decay > 0,
+            parts=self.task.parts,
+            extra=self.task.extra(model),
+        )
 
     def first_state(self) -> TrainState:
         """Return the state of step 0: initial values, or the weights of ``init_from``."""
         place = self.task.config.init_from
+        if self.tuning.told and jax.process_index() == 0:
+            print(self.tuning.told)
         if place:
             weights = self.task.load(place)
             if jax.process_index() == 0:
                 print(f"weights: {weights.taken}")
-            return jax.jit(self._first, out_shardings=self.shardings)(weights.variables)
+            return jax.jit(self._first, out_shardings=self.shardings)(self._prepared(weights.variables))
         # Every process draws the same numbers, with NumPy; compiling that takes longer than the step's compilation.
         drawn = jax.device_get(Variables(*split(self.task.build_model())[1:]))
-        return jax.jit(self._first, out_shardings=self.shardings)(drawn)
+        return jax.jit(self._first, out_shardings=self.shardings)(self._prepared(drawn))
 
     def step(self) -> tuple[Callable[[TrainState, Batch], TrainState], tuple[TrainState, Any]]:
         """Return the train step and its abstract arguments, each with its place on the mesh."""
-        step = make_train_step(self.task, self.tx, steps_per_epoch=self.steps_per_epoch, log_every=self.log_every)
+        step = make_train_step(
+            self.task,
+            self.tx,
+            trained=self.tuning.trained,
+            steps_per_epoch=self.steps_per_epoch,
+            log_every=self.log_every,
+        )
         size, sharding = self.task.config.batch_size, meshes.batch_sharding(self.mesh)
         # The loader adds to each example how many unreadable records it passed over.
         example = self.task.reader().blank(training=True) | {"corrupt": np.int32(0)}

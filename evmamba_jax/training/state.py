@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from evmamba_jax.arrays import Variables
 
@@ -51,7 +50,7 @@ class TrainState:
 
 def init_state(
     model: Variables,
-    tx: optax.GradientTransformation,
+    opt_state: Any,
     *,
     ema: bool,
     parts: Sequence[str] = (),
@@ -61,7 +60,7 @@ def init_state(
 
     Args:
         model: its initial values.
-        tx: the optimizer.
+        opt_state: of the optimizer, for the parameters that are trained.
         ema: whether to keep a moving average.
         parts: names of the loss's parts.
         extra: further items of the state.
@@ -70,7 +69,7 @@ def init_state(
     return TrainState(
         model=model,
         ema=jax.tree.map(jnp.copy, model) if ema else None,
-        opt_state=tx.init(model.params),
+        opt_state=opt_state,
         step=jnp.zeros((), jnp.int32),
         window=zero("loss", "grad_norm", *parts, "corrupt", "steps"),
         last=zero("loss", "grad_norm"),

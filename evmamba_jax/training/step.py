@@ -1,7 +1,7 @@
 """One optimizer step of any task, the function that is compiled."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,14 +9,21 @@ import jax.numpy as jnp
 import optax
 from einops import rearrange
 
+from evmamba_jax import lora
 from evmamba_jax.arrays import Arrays, Variables, merge, split
 from evmamba_jax.tasks import Moment, Task
 from evmamba_jax.tasks.base import Batch
 from evmamba_jax.training.state import TrainState
+from evmamba_jax.training.tuning import freeze_modules
 
 
 def make_train_step(
-    task: Task, tx: optax.GradientTransformation, *, steps_per_epoch: int, log_every: int
+    task: Task,
+    tx: optax.GradientTransformation,
+    *,
+    trained: Sequence[str],
+    steps_per_epoch: int,
+    log_every: int,
 ) -> Callable[[TrainState, Batch], TrainState]:
     """Return ``train_step(state, batch) -> state``.
 
@@ -25,12 +32,14 @@ def make_train_step(
 
     Args:
         task: gives model, inputs and loss; of its config the seed, accumulation and the moving average are read.
-        tx: the optimizer.
+        tx: the optimizer of the trained parameters.
+        trained: paths of the parameters that change; no activations are kept for the others.
         steps_per_epoch: turns lengths in epochs into steps.
         log_every: steps from one log line to the next.
     """
     config = task.config
-    gradient = _make_gradient(task, steps_per_epoch)
+    gradient = _make_gradient(task, trained, steps_per_epoch)
+    moved = _make_moved_average(trained, config.optim.ema_decay, warmup=config.optim.ema_warmup)
 
     def train_step(state: TrainState, batch: Batch) -> TrainState:
         input_key, model_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))
@@ -38,12 +47,13 @@ def make_train_step(
         loss, parts, grads, batch_stats = gradient(state, inputs, model_key)
         seen = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
 
-        updates, opt_state = tx.update(grads, state.opt_state, state.model.params)
-        params: Any = optax.apply_updates(state.model.params, updates)
-        model = Variables(params, batch_stats)
+        old = {name: state.model.params[name] for name in trained}
+        updates, opt_state = tx.update(grads, state.opt_state, old)
+        updated: Any = optax.apply_updates(old, updates)
+        model = Variables(state.model.params | updated, batch_stats)
         new = TrainState(
             model=model,
-            ema=_moved_average(state.ema, model, config.optim.ema_decay),
+            ema=moved(state.ema, model, state.step),
             opt_state=opt_state,
             step=state.step + 1,
             window=_noted(state, seen | parts | {"corrupt": batch["corrupt"].sum(), "steps": 1}, log_every),
@@ -55,16 +65,21 @@ def make_train_step(
     return train_step
 
 
-def _make_gradient(task: Task, steps_per_epoch: int) -> Callable[[TrainState, Any, jax.Array], tuple]:
+def _make_gradient(
+    task: Task, trained: Sequence[str], steps_per_epoch: int
+) -> Callable[[TrainState, Any, jax.Array], tuple]:
     """Return the function that gives the mean loss, its parts, the gradient, and the new batch statistics."""
     rounds = task.config.accumulation
     graphdef, params, batch_stats = split(task.model)
     model = merge(graphdef, params, batch_stats)
     model.train()
+    freeze_modules(model, {name.removesuffix(".lora_a") for name in trained})
     graphdef = split(model).graphdef
 
-    def loss_of_round(params: Arrays, batch_stats: Arrays, inputs: Any, key: jax.Array, moment: Moment):
-        model = merge(graphdef, params, batch_stats)
+    def loss_of_round(
+        changing: Arrays, params: Arrays, batch_stats: Arrays, inputs: Any, key: jax.Array, moment: Moment
+    ):
+        model = merge(graphdef, lora.merged(params | changing), batch_stats)
         loss, parts = task.loss(model, inputs, key, moment)
         return loss, (parts, split(model).batch_stats)
 
@@ -77,13 +92,14 @@ def _make_gradient(task: Task, steps_per_epoch: int) -> Callable[[TrainState, An
             (loss_sum, part_sums), grad_sum, batch_stats = carry
             index, inputs = round_inputs
             (loss, (parts, batch_stats)), grads = jax.value_and_grad(loss_of_round, has_aux=True)(
-                state.model.params, batch_stats, inputs, jax.random.fold_in(key, index), moment
+                changing, state.model.params, batch_stats, inputs, jax.random.fold_in(key, index), moment
             )
             sums = loss_sum + loss, jax.tree.map(jnp.add, part_sums, parts)
             return (sums, jax.tree.map(jnp.add, grad_sum, grads), batch_stats), None
 
+        changing = {name: state.model.params[name] for name in trained}
         no_loss = jnp.zeros(()), {name: jnp.zeros(()) for name in task.parts}
-        zeros = no_loss, jax.tree.map(jnp.zeros_like, state.model.params), state.model.batch_stats
+        zeros = no_loss, jax.tree.map(jnp.zeros_like, changing), state.model.batch_stats
         (losses, grads, batch_stats), _ = jax.lax.scan(one_round, zeros, (jnp.arange(rounds), rows))
         loss, parts, grads = jax.tree.map(lambda total: total / rounds, (*losses, grads))
         return loss, parts, grads, batch_stats
@@ -97,15 +113,28 @@ def _averaged(graphdef: Any, ema: Variables | None) -> Callable[[], Any] | None:
         return None
 
     def averaged() -> Any:
-        model = merge(graphdef, **ema.asdict())
+        model = merge(graphdef, lora.merged(ema.params), ema.batch_stats)
         model.eval()
         return model
 
     return averaged
 
 
-def _moved_average(ema: Variables | None, model: Variables, decay: float) -> Variables | None:
-    return jax.tree.map(lambda old, now: decay * old + (1 - decay) * now, ema, model) if ema is not None else None
+def _make_moved_average(
+    trained: Sequence[str], decay: float, *, warmup: bool
+) -> Callable[[Variables | None, Variables, jax.Array], Variables | None]:
+    """Return what moves the average of all that changes towards the model after update ``step``."""
+
+    def moved(ema: Variables | None, model: Variables, step: jax.Array) -> Variables | None:
+        if ema is None:
+            return None
+        updates = (step + 1).astype(jnp.float32)
+        kept = jnp.minimum(decay, (1 + updates) / (10 + updates)) if warmup else decay
+        mix = lambda old, now: kept * old + (1 - kept) * now  # noqa: E731
+        params = {name: mix(ema.params[name], model.params[name]) for name in trained}
+        return Variables(ema.params | params, jax.tree.map(mix, ema.batch_stats, model.batch_stats))
+
+    return moved
 
 
 def _noted(state: TrainState, numbers: dict[str, Any], log_every: int) -> dict[str, jax.Array]:

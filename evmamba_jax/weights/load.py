@@ -23,7 +23,7 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from evmamba_jax import checkpoints
+from evmamba_jax import checkpoints, lora
 from evmamba_jax.arrays import Variables, check_same_shapes, fill, split
 from evmamba_jax.checkpoints import Saved
 from evmamba_jax.errors import UserError
@@ -202,6 +202,7 @@ def _read(place: str | PathLike[str], ema: Ema, key: str | None = None) -> _Foun
     saved = checkpoints.find(path)
     average, part = _choice(saved, ema)
     params, batch_stats = saved.read(ema=average)
+    params = lora.merged(params)
     below = saved.folder.relative_to(path).as_posix()
     step = str(place) if below == "." else f"{str(place).rstrip('/')}/{below}"
     return _Found({**params, **batch_stats}, False, saved.meta, f"checkpoint {place}", step, part)

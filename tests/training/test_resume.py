@@ -104,7 +104,8 @@ def test_sigterm_saves_and_the_next_start_continues(arguments, uninterrupted, tm
     assert process.returncode == 128 + signal.SIGTERM, out + err
     (saved,) = steps_on_disk(workdir)
     assert f"SIGTERM: step {saved} is saved in {workdir}; the same command continues from there" in out
-    assert "SIGTERM: saving after this step; Ctrl-C leaves at once" in err
+    # Between steps it is said that one is awaited; where the run waits for data there is none.
+    assert not err or "SIGTERM: saving after this step; Ctrl-C leaves at once" in err
     code, out, err = run_here(*arguments, "--workdir", workdir)
     assert code == 0, out + err
     assert_same_run(workdir, uninterrupted)

@@ -19,6 +19,11 @@ REFUSED = {
     "data.in_channels",
     "data.repeated_aug",
     "optim.name",
+    "tune.method",
+    "tune.freeze",
+    "tune.lora_rank",
+    "tune.lora_alpha",
+    "tune.lora_targets",
     "seed",
     "batch_size",
 }
@@ -52,7 +57,7 @@ def other(value):
     if isinstance(value, str):
         return value + "x"
     if isinstance(value, tuple):
-        return tuple(number / 2 for number in value)
+        return tuple(number / 2 for number in value) if value and isinstance(value[0], float) else (*value, "x")
     return {"width": 8} if isinstance(value, dict) else value + 1
 
 

@@ -41,7 +41,7 @@ def old():
 
 def abstract(*, extra=None, mesh=None):
     model = Variables(filled(0), {"a.mean": np.ones(128, np.float32)})
-    shapes = jax.eval_shape(lambda: init_state(model, optax.adam(1e-3), ema=True, extra=extra))
+    shapes = jax.eval_shape(lambda: init_state(model, optax.adam(1e-3).init(model.params), ema=True, extra=extra))
     mesh = mesh or Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "fsdp"))
     return jax.tree.map(
         lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),

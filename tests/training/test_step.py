@@ -75,9 +75,10 @@ def observing():
 def compiled(config, start, mesh, tx=None, steps_per_epoch=4):
     """Return the step on a mesh and its first state."""
     tx = tx or optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, eps=1e-4))
-    make = lambda p, s: init_state(Variables(p, s), tx, ema=True)  # noqa: E731
+    make = lambda p, s: init_state(Variables(p, s), tx.init(p), ema=True)  # noqa: E731
     shardings = meshes.state_shardings(mesh, jax.eval_shape(make, *start[1:]))
-    step = make_train_step(task_for(config), tx, steps_per_epoch=steps_per_epoch, log_every=2)
+    lengths = {"steps_per_epoch": steps_per_epoch, "log_every": 2}
+    step = make_train_step(task_for(config), tx, trained=tuple(start[1]), **lengths)
     state = jax.device_put(make(*start[1:]), shardings)
     return jax.jit(step, out_shardings=shardings), state
 
