@@ -76,6 +76,17 @@ class OptimConfig:
 
 
 @dataclass
+class LossConfig:
+    """What a classification minimises."""
+
+    # Of softmax, or "bce": binary cross-entropy of each class by itself, the mean over classes.
+    name: str = chosen("cross_entropy", ("cross_entropy", "bce"))
+    class_weights: tuple[float, ...] = ranged((), above=0)  # factors of the loss by class, in label order; none: all 1
+    # Factors that make all classes count the same: images / (classes * images of the class), in the training split.
+    balanced: bool = False
+
+
+@dataclass
 class TuneConfig:
     """What of a model is trained, and how fast each part; all of it at one rate unless said otherwise.
 
@@ -118,6 +129,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     tune: TuneConfig = field(default_factory=TuneConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
@@ -128,6 +140,8 @@ class Config:
     log_every: Duration = field(default_factory=lambda: Duration(steps=50))
     eval_every: Duration = field(default_factory=lambda: Duration(epochs=1))  # a checkpoint follows every evaluation
     save_every: Duration = field(default_factory=lambda: Duration(epochs=1))
+    # Evaluations in a row that find nothing better, after which the run ends; 0: it goes on to its last step.
+    early_stopping: int = ranged(0, least=0)
     keep_last: int = ranged(3, least=1)
     keep_best: int = ranged(1, least=0)
     # Start from a file of official weights, or the folder of a converted model or another run.

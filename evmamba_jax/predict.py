@@ -82,11 +82,13 @@ class Predictor:
             self.data.image_size = image_size
         self.data.validate()
 
+        several = meta.get("config", {}).get("task") == "multilabel"  # each label by itself
+        squash = jax.nn.sigmoid if several else jax.nn.softmax
         graphdef, *self._arrays = split(model)
 
         def forward(arrays: Any, images: jax.Array) -> jax.Array:
             logits = merge(graphdef, *arrays)(normalize(images, self.data.mean, self.data.std))
-            return jax.nn.softmax(logits.astype(jnp.float32))
+            return squash(logits.astype(jnp.float32))
 
         self._forward = jax.jit(forward)
 

@@ -38,7 +38,7 @@ ROWS = {
     "evmamba_jax": "factory models preprocessing",
     "config": "data errors ranges",
     "reports": "storage",
-    "tasks": "arrays config data errors models reports weights",
+    "tasks": "arrays config data errors models reports storage weights",
     "training": "arrays checkpoints config data errors evmamba_jax lora packaged reports storage tasks weights",
     "train": "cli packaged training",
     "predict": "arrays checkpoints cli data errors models preprocessing reports storage training weights",

@@ -54,7 +54,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def _check(place: str) -> None:
     config = DataConfig(name=kind_of(place), data_dir=place, on_corrupt="skip")
-    for finding in open_pictures(config).findings:
+    for finding in open_pictures(config, several=None).findings:
         print(finding)
 
 

@@ -33,6 +33,8 @@ class DataConfig:
     classes: str = place("")
     # Own pictures without a validation or test split: the share that is held out to validate.
     held_out: float = ranged(0.2, least=0, below=1)
+    # Draw classes equally often, and any image of the class then, in place of every image once an epoch.
+    balanced: bool = False
     # An unreadable image stops the run ("error") or is passed over and counted ("skip").
     on_corrupt: str = chosen("error", ("error", "skip"))
 

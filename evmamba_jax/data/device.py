@@ -117,7 +117,7 @@ def mixup_cutmix(
     Args:
         key: typed PRNG key.
         images: normalised (B, H, W, C), float; B even.
-        labels: int32 (B,).
+        labels: int32 (B,), or float32 (B, K) of 0 and 1 where an image may have several.
         num_classes: K.
         mixup: alpha of mixup; 0 turns it off.
         cutmix: alpha of cutmix; 0 turns it off.
@@ -128,12 +128,15 @@ def mixup_cutmix(
         label_smoothing: eps of the targets.
 
     Returns:
-        images (B, H, W, C) in the images' dtype, and targets, float32 (B, K), whose rows sum to 1.
+        images (B, H, W, C) in the images' dtype, and targets, float32 (B, K), whose rows sum to 1 for single labels.
 
     Source: timm.data.Mixup, where the partner is the same image of the reversed batch; in a batch of random order that
     is the same, and there the images would have to change devices.
     """
-    targets = one_hot_smooth(labels, num_classes, label_smoothing)
+    if labels.ndim == 2:
+        targets = labels * (1 - label_smoothing) + label_smoothing / 2
+    else:
+        targets = one_hot_smooth(labels, num_classes, label_smoothing)
     if not (mixup or cutmix):
         return images, targets
     batch, height, width, _ = images.shape
@@ -180,7 +183,7 @@ def train_augment(
     Args:
         key: typed PRNG key of this step.
         images: uint8 (B, H, W, C).
-        labels: int32 (B,).
+        labels: int32 (B,), or float32 (B, K) of 0 and 1 where an image may have several.
         config: reads the device-side fields.
         num_classes: K.
 

@@ -19,7 +19,7 @@ from absl import flags
 from evmamba_jax.data.config import DataConfig
 from evmamba_jax.data.decoding import CorruptImageError
 from evmamba_jax.data.readers import Example, LabelledImages, Reader
-from evmamba_jax.data.sources import Split
+from evmamba_jax.data.sources import Split, labels_of
 from evmamba_jax.data.workers import Ledger, begin
 from evmamba_jax.errors import UserError, printable
 
@@ -117,7 +117,9 @@ def train_batches(
     rows = _rows(source, global_batch, process_index, process_count)
     if not 0 <= seed < 2**32:
         raise UserError(f"seed={seed} is not allowed: it must be 0 to {2**32 - 1}")
-    order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+    order: grain.MapDataset = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+    if config.balanced:
+        order = _Balanced(order, labels_of(source), seed)
     if config.repeated_aug > 1:
         order = _Views(order, len(source), config.repeated_aug)
     ledger = Ledger(config, source)
@@ -159,6 +161,26 @@ def eval_batches(
     example = _EvalExample(config, source, ledger, reader or LabelledImages(config))
     examples = grain.MapDataset.range(padded).map(example)
     return _read_ahead(_Parts(examples, rows, global_batch), config, ledger)
+
+
+class _Balanced(grain.MapDataset[int]):
+    """An order without end that draws a class, each as likely as any other, and then an image of it.
+
+    Source: torch's ``WeightedRandomSampler`` with weights of one over the number of images of the class.
+    """
+
+    def __init__(self, order: grain.MapDataset, labels: np.ndarray, seed: int):
+        super().__init__(order)
+        self._order, self._seed = order, seed
+        self._members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, index: int):  # pyrefly: ignore[bad-override]
+        rng = np.random.default_rng((self._seed, index))
+        members = self._members[rng.integers(len(self._members))]
+        return int(members[rng.integers(len(members))])
 
 
 class _Views(grain.MapDataset[int]):

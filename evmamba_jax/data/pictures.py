@@ -40,7 +40,8 @@ class PictureSource:
         files: where the bytes lie.
         found: all files of the place.
         rows: int64 (N,), the files of this split among them, in its order.
-        labels: int32 (N,).
+        labels: int32 (N,), the classes; or indices into ``label_sets``.
+        label_sets: the classes of pictures that may have several, or none; None where each has one.
         fingerprint: a hash of contents, order and labels.
         findings: what is worth saying before training, a line each.
     """
@@ -52,6 +53,7 @@ class PictureSource:
     found: Found
     rows: np.ndarray
     labels: np.ndarray
+    label_sets: tuple[tuple[int, ...], ...] | None
     fingerprint: str
     findings: tuple[str, ...]
 
@@ -64,7 +66,7 @@ class PictureSource:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return one record: ``image``, the bytes of the file; ``label``; ``id``, its name.
+        """Return one record: ``image``, the bytes of the file; ``label``, or several ``labels``; ``id``, its name.
 
         Raises:
             CorruptImageError: the file cannot be read, or is not what it was.
@@ -77,7 +79,9 @@ class PictureSource:
             raise CorruptImageError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}") from error
         if self.found.sizes[row] not in (-1, len(data)):
             raise CorruptImageError(f"{name} has changed since it was listed: start again")
-        return {"image": data, "label": int(self.labels[index]), "id": name}
+        label = int(self.labels[index])
+        known = {"label": label} if self.label_sets is None else {"labels": self.label_sets[label]}
+        return {"image": data, **known, "id": name}
 
 
 class Pictures(NamedTuple):
@@ -87,6 +91,7 @@ class Pictures(NamedTuple):
         place: a folder, an archive or a table.
         class_names: in label order.
         splits: rows of ``index`` and labels, by the names of the splits that there are.
+        label_sets: as a :class:`PictureSource` has them.
         index: of all files.
         files: where they lie.
         findings: what is worth saying, a line each.
@@ -95,24 +100,26 @@ class Pictures(NamedTuple):
     place: Path
     class_names: tuple[str, ...]
     splits: Mapping[str, tuple[np.ndarray, np.ndarray]]
+    label_sets: tuple[tuple[int, ...], ...] | None
     index: Index
     files: Files
     findings: tuple[str, ...]
 
 
-def open_split(config: DataConfig, split: str, work: Path | None = None) -> PictureSource:
+def open_split(config: DataConfig, split: str, work: Path | None = None, *, several: bool = False) -> PictureSource:
     """Open one split of the configured pictures.
 
     Args:
         config: reads name (a key of :data:`PLACES`), data_dir, classes, held_out and on_corrupt.
         split: ``train``, ``validation`` or ``test``; without pictures to validate, ``validation`` is ``test``.
         work: a folder for the index, where it cannot be kept beside the pictures.
+        several: whether a picture may have several labels, or none.
 
     Raises:
         UserError: nothing is there, the split is missing or empty, a label is outside the list, or, unless
             ``on_corrupt`` is "skip", a file cannot be read.
     """
-    pictures = open_pictures(config, work)
+    pictures = open_pictures(config, work, several=several)
     if split == "validation" and split not in pictures.splits and "test" in pictures.splits:
         split = "test"
     if split not in pictures.splits:
@@ -122,7 +129,9 @@ def open_split(config: DataConfig, split: str, work: Path | None = None) -> Pict
         )
     rows, labels = pictures.splits[split]
     digests = pictures.index.digests[rows]
-    contents = hashlib.sha256(digests.tobytes() + labels.tobytes()).hexdigest()[:32]
+    contents = hashlib.sha256(digests.tobytes() + labels.tobytes())
+    if pictures.label_sets is not None:
+        contents.update(repr(pictures.label_sets).encode())
     return PictureSource(
         name=str(pictures.place),
         split=split,
@@ -131,13 +140,17 @@ def open_split(config: DataConfig, split: str, work: Path | None = None) -> Pict
         found=pictures.index.found,
         rows=rows,
         labels=labels,
-        fingerprint=contents,
+        label_sets=pictures.label_sets,
+        fingerprint=contents.hexdigest()[:32],
         findings=pictures.findings,
     )
 
 
-def open_pictures(config: DataConfig, work: Path | None = None) -> Pictures:
-    """List the configured pictures; arguments and errors as for :func:`open_split`."""
+def open_pictures(config: DataConfig, work: Path | None = None, *, several: bool | None = False) -> Pictures:
+    """List the configured pictures.
+
+    Arguments and errors are as for :func:`open_split`; ``several=None`` takes the labels as they are.
+    """
     if not config.data_dir:
         raise UserError(f"data.name={config.name!r} needs data.data_dir, the place of the pictures")
     place = local(config.data_dir)
@@ -176,29 +189,38 @@ def open_pictures(config: DataConfig, work: Path | None = None) -> Pictures:
         found = np.flatnonzero(np.array(wrong, bool)[labels])
         return [f"{names[int(rows[i])]} ({'; '.join(sets[labels[i]])})" for i in found]
 
-    several = having([len(labels) != 1 for labels in sets])
-    if several:
-        what = "none or several labels, where one is needed"
-        raise UserError(counted(several, f"picture has {what}", f"pictures have {what}"))
-    used = {sets[k][0] for k in np.unique(labels)}
+    others = having([len(labels) != 1 for labels in sets])
+    if several is None:
+        several = bool(others)
+    if others and several:
+        findings.append(counted(others, "picture has several labels, or none", "pictures have several labels, or none"))
+    elif others:
+        what = "none or several labels, where one is needed (or set config.task=multilabel)"
+        raise UserError(counted(others, f"picture has {what}", f"pictures have {what}"))
+    used = {label for k in np.unique(labels) for label in sets[k]}
     class_names = _classes(config, known, used, numbers=config.name == "table")
     numbers = {name: k for k, name in enumerate(class_names)}
-    # A set that no picture has, of files that are no images, may be empty.
-    label_of_set = [numbers.get(labels[0], -1) if labels else -1 for labels in sets]
-    outside = having([label < 0 for label in label_of_set])
+    outside = having([any(label not in numbers for label in labels) for labels in sets])
     if outside:
         where = f"outside the {len(class_names)} classes of {config.classes or place}"
         raise UserError(counted(outside, f"picture has a label {where}", f"pictures have labels {where}"))
-    label_numbers = np.array(label_of_set, np.int32)[labels]
+    classes_of = tuple(tuple(sorted({numbers[label] for label in labels if label in numbers})) for labels in sets)
+    if several:
+        label_sets, label_numbers = classes_of, labels.astype(np.int32)
+        if all(len(classes_of[k]) == 1 for k in np.unique(labels)):
+            raise UserError(f"every picture of {place} has one label: set config.task=classification")
+    else:
+        # A set that no picture has, of files that are no images, may be empty.
+        label_sets, label_numbers = None, np.array([of[0] if of else -1 for of in classes_of], np.int32)[labels]
     splits = _held_out(splits, index.halves()[rows], config.held_out)
     by_name = {
         name: (rows[splits == k], label_numbers[splits == k]) for k, name in enumerate(SPLITS) if (splits == k).any()
     }
     findings += _about_contents(by_name, index, names)
-    findings += _about_classes(by_name, class_names)
+    findings += _about_classes(by_name, label_sets, class_names)
     counts = ", ".join(f"{len(rows):,} in {name}" for name, (rows, _) in by_name.items())
     findings.insert(0, f"{place}: {len(class_names):,} classes; pictures: {counts}")
-    return Pictures(place, in_words(class_names), by_name, index, files, tuple(findings))
+    return Pictures(place, in_words(class_names), by_name, label_sets, index, files, tuple(findings))
 
 
 def _classes(config: DataConfig, known: Sequence[str], found: set[str], *, numbers: bool) -> tuple[str, ...]:
@@ -254,9 +276,19 @@ def _about_contents(splits: Mapping[str, tuple[np.ndarray, np.ndarray]], index: 
     return [counted(found, f"picture is {where}", f"pictures are {where}") for where, found in twice.items() if found]
 
 
-def _about_classes(splits: Mapping[str, tuple[np.ndarray, np.ndarray]], class_names: Sequence[str]) -> list[str]:
+def _about_classes(
+    splits: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    label_sets: Sequence[tuple[int, ...]] | None,
+    class_names: Sequence[str],
+) -> list[str]:
     """Say which classes have few pictures, and which lack in a split."""
-    counts = {name: np.bincount(labels, minlength=len(class_names)) for name, (_, labels) in splits.items()}
+
+    def count(labels: np.ndarray) -> np.ndarray:
+        if label_sets is not None:
+            labels = np.array([label for k in labels for label in label_sets[k]], np.int64)
+        return np.bincount(labels, minlength=len(class_names))
+
+    counts = {name: count(labels) for name, (_, labels) in splits.items()}
     told = []
     train = counts.get("train")
     if train is not None:

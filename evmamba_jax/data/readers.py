@@ -70,5 +70,41 @@ class LabelledImages:
 
     def blank(self, *, training: bool) -> Example:
         """Return a black image of class 0."""
-        size = self.config.image_size
-        return {"image": np.zeros((size, size, self.config.in_channels), np.uint8), "label": np.int32(0)}
+        return {"image": _black(self.config), "label": np.int32(0)}
+
+
+@dataclasses.dataclass(frozen=True)
+class MultiLabelImages:
+    """Images with any number of classes each: ``image`` uint8 (H, W, C) and ``labels`` float32 (K,), 0 or 1.
+
+    Attributes:
+        config: reads the host-side fields.
+        num_classes: K.
+    """
+
+    config: DataConfig
+    num_classes: int
+
+    def decode(self, record: Any) -> Any:
+        """Return pixels and labels."""
+        labels = np.zeros(self.num_classes, np.float32)
+        labels[list(record["labels"])] = 1
+        return read_pixels(record["image"], self.config), labels
+
+    def train(self, decoded: Any, rng: np.random.Generator) -> Example:
+        """Return a random crop, augmented."""
+        pixels, labels = decoded
+        return {"image": train_view(pixels, self.config, rng), "labels": labels}
+
+    def evaluate(self, decoded: Any) -> Example:
+        """Return the crop of the middle."""
+        pixels, labels = decoded
+        return {"image": eval_crop(pixels, self.config), "labels": labels}
+
+    def blank(self, *, training: bool) -> Example:
+        """Return a black image of no class."""
+        return {"image": _black(self.config), "labels": np.zeros(self.num_classes, np.float32)}
+
+
+def _black(config: DataConfig) -> np.ndarray:
+    return np.zeros((config.image_size, config.image_size, config.in_channels), np.uint8)

@@ -113,7 +113,9 @@ class Source:
         return {"image": image, "label": label, "id": file_name[0].decode() if file_name else f"{self.split}[{index}]"}
 
 
-def open_source(config: DataConfig, split: str, work: Path | None = None) -> Source | PictureSource:
+def open_source(
+    config: DataConfig, split: str, work: Path | None = None, *, several: bool = False
+) -> Source | PictureSource:
     """Open one split of the configured data set, preparing it first where that needs no files from the user.
 
     ``folder``, ``table`` and ``hf`` are pictures of the user's own: :mod:`evmamba_jax.data.pictures`. ``digits`` and
@@ -125,6 +127,7 @@ def open_source(config: DataConfig, split: str, work: Path | None = None) -> Sou
         config: reads name (also ``name/config`` and ``name:version``) and data_dir.
         split: a split's name, or a TFDS slice such as ``"train[:90%]"``.
         work: a folder for the index of the user's own pictures, where it cannot be kept beside them.
+        several: whether an image may have several labels, or none, as only the user's own pictures can.
 
     Returns:
         The source.
@@ -134,7 +137,12 @@ def open_source(config: DataConfig, split: str, work: Path | None = None) -> Sou
             the data set holds no images with labels.
     """
     if config.name in PLACES:
-        return open_split(config, split, work)
+        return open_split(config, split, work, several=several)
+    if several:
+        raise UserError(
+            f"data.name={config.name!r} has one label an image; several are read from a table of your own pictures "
+            "(data.name=table), or set config.task=classification"
+        )
     data_dir = resolve_data_dir(config.data_dir)
     folder = find_folder(data_dir, config.name)
     if folder is None:
@@ -142,6 +150,18 @@ def open_source(config: DataConfig, split: str, work: Path | None = None) -> Sou
         folder = find_folder(data_dir, config.name)
     assert folder is not None
     return _open_folder(folder, split)
+
+
+def labels_of(source: Any) -> np.ndarray:
+    """Return the class of every example of a split, int (N,): known where pictures were listed, else read one by one.
+
+    Raises:
+        UserError: its images have several labels; a record is damaged.
+    """
+    if getattr(source, "label_sets", None) is not None:
+        raise UserError(f"the images of {source.name} may have several labels, so classes cannot be balanced")
+    known = getattr(source, "labels", None)
+    return np.array([source[i]["label"] for i in range(len(source))]) if known is None else known
 
 
 # Classes and training images of the data sets that need not be here: their own documentation.

@@ -53,7 +53,13 @@ class Moment(NamedTuple):
 
 
 class Collector(abc.ABC):
-    """What an evaluation keeps on the host, example by example: for pictures, or for metrics that are no sums."""
+    """What an evaluation keeps on the host, example by example: for pictures, or for metrics that are no sums.
+
+    Attributes:
+        everywhere: whether each process is to get the answers to the examples of all, as metrics need it.
+    """
+
+    everywhere: bool = False
 
     @abc.abstractmethod
     def add(self, rows: Mapping[str, np.ndarray], answers: Any) -> None:
@@ -61,7 +67,7 @@ class Collector(abc.ABC):
 
         Args:
             rows: this process's examples as the loader gives them; ``weight`` is 0 where one does not count.
-            answers: what :meth:`Task.evaluate` answered for them, as NumPy arrays.
+            answers: what :meth:`Task.evaluate` answered for them, as NumPy arrays; of all processes if ``everywhere``.
         """
 
 
@@ -149,6 +155,9 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def reader(self) -> Reader:
         """Return what makes examples of records, on the host."""
+
+    def see(self, source: Any) -> None:  # noqa: B027
+        """Note what the loss needs to know of the training split, before the step is traced."""
 
     # Training, traced into the step.
 

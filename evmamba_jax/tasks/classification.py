@@ -4,7 +4,7 @@
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from evmamba_jax.arrays import merge, split
 from evmamba_jax.config import Config
 from evmamba_jax.data import device
 from evmamba_jax.data.readers import LabelledImages, Reader
+from evmamba_jax.data.sources import labels_of
 from evmamba_jax.errors import UserError
 from evmamba_jax.models import abstract_model, build_model, configuration
 from evmamba_jax.reports.confusion import CONFUSION, confusion
@@ -33,9 +34,31 @@ from evmamba_jax.weights.load import Ema
 PICTURED = 64  # examples in predictions.png
 
 
-def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Soft-target cross-entropy of each example: logits and targets (B, classes) -> (B,), float32 or wider."""
-    return optax.losses.softmax_cross_entropy(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), targets)
+def cross_entropy(logits: jax.Array, targets: jax.Array, weights: Any = 1.0) -> jax.Array:
+    """Soft-target cross-entropy of each example.
+
+    Args:
+        logits: (B, K).
+        targets: (B, K).
+        weights: (K,), factors by class; the mean of the losses over examples is then torch's ``cross_entropy``.
+
+    Returns:
+        (B,), float32 or wider.
+    """
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    return optax.losses.softmax_cross_entropy(logits, targets * weights)
+
+
+def binary_cross_entropy(logits: jax.Array, targets: jax.Array, weights: Any = 1.0) -> jax.Array:
+    """Binary cross-entropy of each example, the mean over classes; arguments as for :func:`cross_entropy`.
+
+    Source: timm's ``BinaryCrossEntropy`` with its defaults.
+    """
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    return (weights * optax.losses.sigmoid_binary_cross_entropy(logits, targets)).mean(-1)
+
+
+LOSSES = {"cross_entropy": cross_entropy, "bce": binary_cross_entropy}
 
 
 def mesa_divergence(logits: jax.Array, averaged: jax.Array) -> jax.Array:
@@ -73,6 +96,26 @@ class Classification(Task):
                 f"config.optim.mesa is {config.optim.mesa} and config.optim.ema_decay 0; MESA learns from the moving "
                 "average: set ema_decay, or mesa to 0"
             )
+
+        if config.loss.balanced and config.loss.class_weights:
+            raise UserError("config.loss.balanced chooses the class weights: leave config.loss.class_weights out")
+
+    def __init__(self, config: Config, class_names: Sequence[str]):
+        given = config.loss.class_weights
+        if given and len(given) != len(class_names):
+            raise UserError(
+                f"config.loss.class_weights has {len(given)} numbers, and {config.data.name} has {len(class_names)} "
+                "classes: give one a class, in label order"
+            )
+        self._weights: Any = np.asarray(given, np.float32) if given else 1.0
+        super().__init__(config, class_names)
+
+    def see(self, source: Any) -> None:
+        """Balance the classes by how many images each has, if the configuration says so."""
+        if self.config.loss.balanced:
+            counts = np.bincount(labels_of(source), minlength=len(self.class_names))
+            # A class without images, of which no loss comes, has no weight.
+            self._weights = np.where(counts, counts.sum() / (len(counts) * np.maximum(counts, 1)), 0).astype(np.float32)
 
     def check_lengths(self, *, total_steps: int, steps_per_epoch: int) -> None:
         """Check that MESA begins within the run."""
@@ -139,9 +182,9 @@ class Classification(Task):
     def loss(
         self, model: Any, inputs: dict[str, jax.Array], key: jax.Array, moment: Moment
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Return the cross-entropy, with MESA's term once that begins."""
+        """Return the loss of the configuration's name, with MESA's term once that begins."""
         logits = model(inputs["images"], key=key)
-        loss = cross_entropy(logits, inputs["targets"]).mean()
+        loss = LOSSES[self.config.loss.name](logits, inputs["targets"], self._weights).mean()
         if self.config.optim.mesa:
             weight, averaged = self._averaged_logits(inputs["images"], moment)
             loss += weight * mesa_divergence(logits, averaged)
@@ -182,7 +225,7 @@ class Classification(Task):
             sums["by_class"] = count_by_class(labels, weight, found, rank, logits.shape[1])
         return sums, {"prediction": found, "probability": jax.nn.softmax(logits).max(1), "rank": rank}
 
-    def collector(self, *, pictures: bool) -> "Gallery | None":
+    def collector(self, *, pictures: bool) -> Collector | None:
         """Return what chooses the examples of predictions.png."""
         return Gallery() if pictures else None
 

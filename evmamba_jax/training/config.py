@@ -4,10 +4,20 @@ from evmamba_jax.config import (
     Config,
     DistributedConfig,
     Duration,
+    LossConfig,
     MeshConfig,
     ModelConfig,
     OptimConfig,
     TuneConfig,
 )
 
-__all__ = ["Config", "DistributedConfig", "Duration", "MeshConfig", "ModelConfig", "OptimConfig", "TuneConfig"]
+__all__ = [
+    "Config",
+    "DistributedConfig",
+    "Duration",
+    "LossConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "TuneConfig",
+]

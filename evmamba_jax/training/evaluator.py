@@ -94,7 +94,8 @@ class Evaluator:
                     totals[name] = self._add(totals[name], sums) if name in totals else sums
                     collector = collectors[name]
                     if collector is not None:
-                        collector.add(rows, _own(answers, len(rows["weight"])))
+                        count = len(rows["weight"])
+                        collector.add(rows, jax.device_get(answers) if collector.everywhere else _own(answers, count))
         sums = {name: jax.device_get(total) for name, total in totals.items()}
         figures, chooses = self._figures(sums, collectors), self.task.chooses
         best = "ema" if average_is_better(figures, chooses.name, chooses.higher) else "model"

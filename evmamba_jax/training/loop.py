@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import os
 import signal
 import time
@@ -103,9 +104,11 @@ def _evaluate_only(evaluator: Evaluator, workdir: Path) -> dict[str, float]:
 
 def _train(evaluator: Evaluator, source: Any, workdir: Path) -> dict[str, float]:
     task, config = evaluator.task, evaluator.task.config
+    task.see(source)
     setup = Setup(task, evaluator.mesh, len(source))
     total, log_every = setup.total_steps, setup.log_every
     eval_every, save_every = setup.in_steps(config.eval_every), setup.in_steps(config.save_every)
+    patience = _patience(config, evaluations=-(-total // eval_every))
 
     with contextlib.ExitStack() as stack:
         stopping = stack.enter_context(Stopping())
@@ -123,9 +126,10 @@ def _train(evaluator: Evaluator, source: Any, workdir: Path) -> dict[str, float]
             with stopping.at_once():
                 start, state, meta = _restore_or_init(setup, checkpoints, source, workdir)
                 figures, evaluated = meta["figures"], meta["evaluated"]  # of the last evaluation, and its step
-                if start == evaluated == total:
+                record = _Record(task.chooses, *meta.get("record", ()))
+                if start == evaluated and (start == total or 0 < patience <= record.waited):
                     print(
-                        f"the run in {workdir} has ended at step {total}: {task.told(figures)}; "
+                        f"the run in {workdir} has ended at step {start}: {task.told(figures)}; "
                         "another --workdir starts a new one"
                     )
                     return figures
@@ -148,7 +152,7 @@ def _train(evaluator: Evaluator, source: Any, workdir: Path) -> dict[str, float]
             _check_finite(task, state, checkpoints, source, report)
             report.flush()
             metrics = {task.chooses.name: _best(task.chooses, figures)} if evaluated == step else None
-            about = _meta(task, step, figures, evaluated, source)
+            about = _meta(task, step, figures, evaluated, source) | {"record": record.noted}
             checkpoints.save(step, state.items(), meta=about, metrics=metrics)
             clock.restart()
 
@@ -162,16 +166,21 @@ def _train(evaluator: Evaluator, source: Any, workdir: Path) -> dict[str, float]
             stop = stopping.received()
             if step != evaluated and not stop and (step == total or (step > 0 and step % eval_every == 0)):
                 _check_finite(task, state, checkpoints, source, report)
+                may_be_last = step == total or record.waited + 1 == patience
                 try:
                     evaluate = functools.partial(
-                        evaluator, state.model, state.ema, pictures=step == total, check=stopping.check
+                        evaluator, state.model, state.ema, pictures=may_be_last, check=stopping.check
                     )
                     figures, _, _, collector = stopping.minding(evaluate)
                 except Stopped as stopped:  # the next start evaluates this step
                     leave(stopped.signal, step, state)
                 evaluated = step
+                record.note(step, _best(task.chooses, figures))
                 report.log_eval(step, figures)
                 save(step, state)
+                if step < total and record.waited == patience > 0:
+                    report.line(f"early stopping: {patience} evaluations found nothing better than step {record.step}")
+                    total = step
             elif stop:
                 leave(stop, step, state)
             elif step > start and step % save_every == 0:
@@ -205,6 +214,37 @@ def _train(evaluator: Evaluator, source: Any, workdir: Path) -> dict[str, float]
             leave(stopped.signal, total, state)
         report.summary(f"{config.model.name} on {config.data.name}, step {total}: {task.told(figures)}; see {workdir}")
     return figures
+
+
+@dataclasses.dataclass
+class _Record:
+    """The best that evaluations of the run have found, and how many in a row have found nothing better since."""
+
+    chooses: Figure
+    value: float = math.nan
+    step: int = 0
+    waited: int = 0
+
+    def note(self, step: int, value: float) -> None:
+        better = value > self.value if self.chooses.higher else value < self.value
+        if better or math.isnan(self.value):
+            self.value, self.step, self.waited = value, step, 0
+        else:
+            self.waited += 1
+
+    @property
+    def noted(self) -> tuple[float, int, int]:
+        return self.value, self.step, self.waited
+
+
+def _patience(config: Config, *, evaluations: int) -> int:
+    """Return after how many evaluations without a better one the run ends, 0 for never."""
+    if config.early_stopping >= evaluations > 0:
+        raise UserError(
+            f"config.early_stopping is {config.early_stopping}, and the run has {evaluations} evaluations, so it could "
+            "never end early: set fewer, or evaluate more often with --config.eval_every"
+        )
+    return config.early_stopping
 
 
 def _own(workdir: Path, stack: contextlib.ExitStack) -> None:

@@ -39,6 +39,7 @@ DECISIONS: dict[str, Decision] = {
     "data.eval_split": FREE,
     "data.classes": FREE,  # the classes themselves are compared, and with the next the pictures
     "data.held_out": FREE,
+    "data.balanced": ORDER,
     "data.on_corrupt": FREE,
     "data.image_size": FREE,
     "data.in_channels": STATE,
@@ -82,6 +83,9 @@ DECISIONS: dict[str, Decision] = {
     "optim.ema_warmup": FREE,
     "optim.mesa": FREE,
     "optim.mesa_start": FREE,
+    "loss.name": FREE,
+    "loss.class_weights": FREE,
+    "loss.balanced": FREE,
     "tune.method": STATE,
     "tune.freeze": STATE,
     "tune.layer_decay": FREE,
@@ -102,6 +106,7 @@ DECISIONS: dict[str, Decision] = {
     "log_every": FREE,
     "eval_every": FREE,
     "save_every": FREE,
+    "early_stopping": FREE,
     "keep_last": FREE,
     "keep_best": FREE,
     "init_from": FREE,  # a run with a checkpoint of its own continues from that

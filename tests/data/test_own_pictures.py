@@ -286,8 +286,8 @@ def test_a_table_without_splits_holds_out_and_numbers_are_sorted_as_numbers(phot
     [
         ({"split": "trian"}, r"row 2 has split 'trian', did you mean 'train'\?"),
         ({"path": ""}, "row 2 has no 'path'"),
-        ({"label": "cats;dogs"}, r"1 picture has none or several labels, where one is needed: train/cats/1\.png"),
-        ({"label": " "}, r"1 picture has none or several labels, where one is needed: train/cats/1\.png"),
+        ({"label": "cats;dogs"}, r"1 picture has none or several labels, where one is needed .*: train/cats/1\.png"),
+        ({"label": " "}, r"1 picture has none or several labels, where one is needed .*: train/cats/1\.png"),
         ({"path": "train/cats/none.png"}, r"1 file cannot be read: train/cats/none\.png"),
     ],
 )

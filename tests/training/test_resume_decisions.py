@@ -17,6 +17,7 @@ REFUSED = {
     "data.name",
     "data.train_split",
     "data.in_channels",
+    "data.balanced",
     "data.repeated_aug",
     "optim.name",
     "tune.method",
