@@ -144,7 +144,8 @@ class Config:
     early_stopping: int = ranged(0, least=0)
     keep_last: int = ranged(3, least=1)
     keep_best: int = ranged(1, least=0)
-    # Start from a file of official weights, or the folder of a converted model or another run.
+    # Start from a file of official weights, the folder of a converted model or another run, hf-hub:owner/name, or
+    # "official": the released file of the model.
     init_from: str = place("")
     eval_only: bool = False  # evaluate init_from, or the newest checkpoint of the work folder
     confusion: bool = False  # with eval_only: also draw confusion.png, which classes are taken for which

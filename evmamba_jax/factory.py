@@ -24,7 +24,8 @@ def create_model(
     Args:
         name: one of :func:`list_models`.
         pretrained: a file of official weights (.pth, .pth.tar, .ckpt, .bin, .safetensors); or a folder: a converted
-            model, a training run (which stands for its newest checkpoint), or one of its checkpoints.
+            model, a training run (which stands for its newest checkpoint), or one of its checkpoints; or
+            ``hf-hub:owner/name[@revision]``; or ``official``, the released file of the model's card.
         ema: False takes the parameters of a run, True their moving average. "better" takes what the checkpoint's own
             evaluation found better; in a tie, and without an evaluation of both at this step, the parameters.
         rngs: source of the initial values; ``nnx.Rngs(0)`` when not given.
@@ -44,6 +45,6 @@ def create_model(
 
     model = abstract_model(name, **options)
     initial = lambda: build_model(name, rngs=rngs, **options)  # noqa: E731
-    weights = load_weights(model, pretrained, name, ema=ema, initial=initial)
+    weights = load_weights(model, pretrained, name, variant=name, ema=ema, initial=initial)
     fill_model(model, weights)
     return model

@@ -162,7 +162,7 @@ class Classification(Task):
         """
         name = f"{self.config.model.name} for {self.config.data.name}"
         initial = None if self.config.eval_only else self.build_model
-        return load_weights(self.model, place, name, ema=ema, initial=initial)
+        return load_weights(self.model, place, name, variant=self.config.model.name, ema=ema, initial=initial)
 
     # The data.
 

@@ -1,11 +1,13 @@
 """The door for all weights: read them from their place, rename them, fit them to a model.
 
-A place is one of four:
+A place is one of six:
 
 - a file of the official code (.pth, .pth.tar, .ckpt, .bin, .safetensors);
 - the folder of a converted model;
 - the work folder of a training run, which stands for its newest whole checkpoint;
-- one of its checkpoints.
+- one of its checkpoints;
+- ``hf-hub:owner/name[@revision]``, a repository of the hub that holds one of these;
+- ``official``, the released file of the model's card, from a cache or from where it is published.
 
 The same rules hold for each: which shapes may differ (``fit.py``), whether parameters or moving average are taken, and
 a line that says so.
@@ -29,6 +31,7 @@ from evmamba_jax.checkpoints import Saved
 from evmamba_jax.errors import UserError
 from evmamba_jax.models import abstract_model
 from evmamba_jax.storage import is_bucket, local
+from evmamba_jax.weights import places
 from evmamba_jax.weights.convert import by_path, from_official, table
 from evmamba_jax.weights.fit import fit_body, fit_head, fit_stem
 from evmamba_jax.weights.torch_file import read_torch_file
@@ -90,6 +93,7 @@ def load_weights(
     place: str | PathLike[str],
     name: str,
     *,
+    variant: str = "",
     ema: Ema = "better",
     initial: Callable[[], nnx.Module] | None = None,
 ) -> Weights:
@@ -99,6 +103,7 @@ def load_weights(
         model: the model, which may be abstract and stays as it is.
         place: see the module.
         name: what a message calls the model.
+        variant: its registered name, which the place ``official`` needs.
         ema: False takes the parameters of a run, True their moving average. "better" takes what the checkpoint's own
             evaluation found better; in a tie, and without an evaluation of both at this step, the parameters.
         initial: builds the model with fresh initial values; give it to train on. Weights for another number of classes
@@ -108,7 +113,7 @@ def load_weights(
     Raises:
         UserError: nothing is there; it is damaged or foreign; it does not fit the model; it has no moving average.
     """
-    return _fitted(model, _read(place, ema), f"model {name}", initial)
+    return _fitted(model, _read(place, ema, variant), f"model {name}", initial)
 
 
 def open_model(source: str | PathLike[str], name: str = "", *, ema: Ema = "better") -> tuple[Any, str, dict[str, Any]]:
@@ -144,7 +149,7 @@ def open_place(
     Raises:
         UserError: as ``open_model``.
     """
-    found = _read(place, ema, key)
+    found = _read(place, ema, name, key)
     stated = found.meta.get("model", "")
     if not name and not stated:
         raise UserError(f"{place} does not say which model it is of; name it, e.g. --model evmamba_t")
@@ -179,9 +184,10 @@ class _Found(NamedTuple):
     part: str
 
 
-def _read(place: str | PathLike[str], ema: Ema, key: str | None = None) -> _Found:
+def _read(given: str | PathLike[str], ema: Ema, name: str, key: str | None = None) -> _Found:
     if ema not in (True, False, "better"):
         raise UserError(f"ema is {ema!r}; allowed: True, False or 'better'")
+    place, told = places.resolve(given, name)
     path = epath.Path(place if is_bucket(place) else local(place))
     try:
         exists = path.exists()
@@ -192,11 +198,12 @@ def _read(place: str | PathLike[str], ema: Ema, key: str | None = None) -> _Foun
     if not exists:
         raise UserError(
             f"{str(place)!r} does not exist; give a file of official weights (.pth, .pth.tar, .ckpt, .bin, "
-            ".safetensors), or the folder of a converted model, of a training run, or of one of its checkpoints"
+            ".safetensors), the folder of a converted model, of a training run, or of one of its checkpoints; "
+            "hf-hub:owner/name; or official"
         )
     if not path.is_dir():
         arrays, entry = read_torch_file(place, key=key, average=ema is True)
-        return _Found(arrays, True, {}, str(place), str(place), f"entry {entry!r}" if entry else "")
+        return _Found(arrays, True, {}, told, told, f"entry {entry!r}" if entry else "")
     if key is not None:
         raise UserError(f"key {key!r} was given, but {place} is a folder, which has no entries; omit it")
     saved = checkpoints.find(path)
@@ -204,8 +211,8 @@ def _read(place: str | PathLike[str], ema: Ema, key: str | None = None) -> _Foun
     params, batch_stats = saved.read(ema=average)
     params = lora.merged(params)
     below = saved.folder.relative_to(path).as_posix()
-    step = str(place) if below == "." else f"{str(place).rstrip('/')}/{below}"
-    return _Found({**params, **batch_stats}, False, saved.meta, f"checkpoint {place}", step, part)
+    step = told if below == "." else f"{told.rstrip('/')}/{below}"
+    return _Found({**params, **batch_stats}, False, saved.meta, f"checkpoint {told}", step, part)
 
 
 def average_is_better(figures: Mapping[str, float], figure: str, higher: bool) -> bool:
