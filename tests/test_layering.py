@@ -37,7 +37,7 @@ ROWS = {
     "preprocessing": "data errors models",
     "evmamba_jax": "factory models preprocessing",
     "config": "data errors ranges",
-    "reports": "storage",
+    "reports": "errors storage",
     "tasks": "arrays config data errors models reports storage weights",
     "training": "arrays checkpoints config data errors evmamba_jax lora packaged reports storage tasks weights",
     "train": "cli packaged training",
@@ -46,7 +46,7 @@ ROWS = {
                     training""",
     "__main__": "cli errors evmamba_jax",
     "recipes": "data errors training",
-    "configs": "data recipes training",
+    "configs": "data evmamba_jax recipes training",
     "train_tpu": "train",
     "setup": "",
     "benchmarks": """analysis arrays configs data errors evmamba_jax layers models pallas_kernels pallas_kernels.gpu

@@ -18,6 +18,7 @@ from evmamba_jax.arrays import Variables
 from evmamba_jax.config import Config
 from evmamba_jax.data import sources
 from evmamba_jax.data.readers import Reader
+from evmamba_jax.reports.page import Section
 from evmamba_jax.weights import Weights
 from evmamba_jax.weights.load import Ema
 
@@ -225,6 +226,10 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def told(self, figures: Mapping[str, float]) -> str:
         """Return an evaluation's figures in words; names of the moving average's begin with ``ema_``."""
+
+    def sections(self, collector: Collector, whose: str) -> list[Section]:
+        """Return what report.html says of the last evaluation, of the weights that ``whose`` names."""
+        return []
 
     def pictures(self, folder: Path, collector: Collector) -> None:  # noqa: B027
         """Draw what the last evaluation of a run collected, of the better of parameters and moving average."""

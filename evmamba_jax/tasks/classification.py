@@ -22,8 +22,10 @@ from evmamba_jax.data.readers import LabelledImages, Reader
 from evmamba_jax.data.sources import labels_of
 from evmamba_jax.errors import UserError
 from evmamba_jax.models import abstract_model, build_model, configuration
+from evmamba_jax.reports import classified
 from evmamba_jax.reports.confusion import CONFUSION, confusion
 from evmamba_jax.reports.drawing import drawn
+from evmamba_jax.reports.page import Section
 from evmamba_jax.reports.per_class import PER_CLASS, Counts, write_per_class
 from evmamba_jax.reports.predictions import predictions
 from evmamba_jax.tasks.base import Batch, Collector, Figure, Moment, Task
@@ -202,7 +204,7 @@ class Classification(Task):
     # Evaluation.
 
     def evaluate(self, model: Any, batch: Batch, *, detailed: bool) -> tuple[dict[str, Any], dict[str, jax.Array]]:
-        """Return the sums of loss, top-1 and top-5, and of each image the class found, its probability and the rank.
+        """Return the sums of loss, top-1 and top-5, and of each image probabilities, the class found, and the rank.
 
         The rank (0 is the first) is the true class's. With details the sums have ``by_class`` too: :class:`Counts`.
         """
@@ -223,7 +225,8 @@ class Classification(Task):
         }
         if detailed:
             sums["by_class"] = count_by_class(labels, weight, found, rank, logits.shape[1])
-        return sums, {"prediction": found, "probability": jax.nn.softmax(logits).max(1), "rank": rank}
+        scores = jax.nn.softmax(logits)
+        return sums, {"prediction": found, "probability": scores.max(1), "scores": scores, "rank": rank}
 
     def collector(self, *, pictures: bool) -> Collector | None:
         """Return what chooses the examples of predictions.png."""
@@ -246,6 +249,11 @@ class Classification(Task):
         if "ema_top1" in figures:
             words += f"; moving average top-1 {figures['ema_top1']:.2f} %, top-5 {figures['ema_top5']:.2f} %"
         return f"{words} ({figures['examples']:.0f} images)"
+
+    def sections(self, collector: Collector, whose: str) -> list[Section]:
+        """Return figures, classes, confusion, calibration and telling pictures."""
+        assert isinstance(collector, Gallery)
+        return classified.sections(collector.answers(), self.class_names, whose)
 
     def pictures(self, folder: Path, collector: Collector) -> None:
         """Draw predictions.png."""
@@ -288,20 +296,42 @@ def count_by_class(labels: jax.Array, weight: jax.Array, found: jax.Array, rank:
 
 
 class Gallery(Collector):
-    """The examples of predictions.png: wrong ones first, then right ones."""
+    """The examples of predictions.png, wrong ones first, then right ones; and the answers that report.html needs."""
 
     def __init__(self):
         self.wrong: list[tuple] = []
         self.right: list[tuple] = []
+        self._labels: list[np.ndarray] = []
+        self._scores: list[np.ndarray] = []
+        self._surest: dict[bool, list[tuple[float, int, np.ndarray]]] = {True: [], False: []}  # by whether it is right
+        self._noted = 0
 
     def add(self, rows: Mapping[str, np.ndarray], answers: Mapping[str, np.ndarray]) -> None:
         """Note the examples of a batch."""
+        real = rows["weight"] > 0
+        labels, scores = rows["label"][real], answers["scores"][real]
+        for number, (image, label, shares) in enumerate(zip(rows["image"][real], labels, scores, strict=True)):
+            found = int(shares.argmax())
+            kept = self._surest[found == label]
+            if len(kept) < classified.SHOWN or shares[found] > kept[-1][0]:
+                kept.append((float(shares[found]), self._noted + number, image))
+                kept.sort(key=lambda entry: (-entry[0], entry[1]))
+                del kept[classified.SHOWN :]
+        self._labels.append(labels)
+        self._scores.append(scores)
+        self._noted += len(labels)
+
         columns = [rows[name] for name in ("image", "label", "weight")]
         columns += [answers[name] for name in ("prediction", "probability")]
         for image, label, weight, prediction, probability in zip(*columns, strict=True):
             kept = self.right if prediction == label else self.wrong
             if weight and len(kept) < PICTURED:
                 kept.append((image, label, prediction, probability))
+
+    def answers(self) -> classified.Answers:
+        """Return the answers to all examples."""
+        wrong, right = ([(index, image) for _, index, image in self._surest[kind]] for kind in (False, True))
+        return classified.Answers(np.concatenate(self._labels), np.concatenate(self._scores), wrong, right)
 
     def chosen(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Return images, labels, classes found and their probabilities."""

@@ -17,6 +17,8 @@ from evmamba_jax.config import Config
 from evmamba_jax.data import device, sources
 from evmamba_jax.data.readers import MultiLabelImages, Reader
 from evmamba_jax.errors import UserError
+from evmamba_jax.reports import page
+from evmamba_jax.reports.page import Section
 from evmamba_jax.reports.per_class import PER_CLASS
 from evmamba_jax.storage import written_whole
 from evmamba_jax.tasks.base import Batch, Collector, Figure
@@ -133,6 +135,13 @@ class Multilabel(Classification):
         if "ema_mAP" in figures:
             words += f"; moving average mAP {figures['ema_mAP']:.2f} %, F1 {figures['ema_f1']:.2f} %"
         return f"{words} ({figures['examples']:.0f} images)"
+
+    def sections(self, collector: Collector, whose: str) -> list[Section]:
+        """Return the average precision of each class."""
+        assert isinstance(collector, Scores)
+        precisions = zip(self.class_names, collector.average_precisions(), strict=True)
+        rows = [(name, "none" if np.isnan(value) else f"{value:.1%}") for name, value in precisions]
+        return [Section("Classes", page.table(("class", "average precision"), rows))]
 
     def pictures(self, folder: Path, collector: Collector) -> None:
         """Draw nothing."""

@@ -23,8 +23,10 @@ from evmamba_jax.checkpoints import Checkpoints
 from evmamba_jax.config import Config
 from evmamba_jax.data import loader
 from evmamba_jax.errors import UserError
+from evmamba_jax.reports import page
 from evmamba_jax.reports.curves import curves
 from evmamba_jax.reports.drawing import drawn
+from evmamba_jax.reports.page import REPORT
 from evmamba_jax.reports.writer import Reporter
 from evmamba_jax.storage import allow_open_files, local, owned, storage_errors
 from evmamba_jax.tasks import Collector, Figure, Task, task_of
@@ -34,6 +36,7 @@ from evmamba_jax.training.evaluator import Evaluator, global_batch
 from evmamba_jax.training.setup import Setup
 from evmamba_jax.training.state import TrainState
 from evmamba_jax.training.stopping import Stopped, Stopping
+from evmamba_jax.weights import average_is_better
 
 
 def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
@@ -209,7 +212,7 @@ def _train(evaluator: Evaluator, source: Any, workdir: Path) -> dict[str, float]
         checkpoints.wait()
         try:
             with stopping.at_once():
-                _draw(task, workdir, collector)
+                _draw(evaluator, workdir, collector, figures, total)
         except Stopped as stopped:
             leave(stopped.signal, total, state)
         report.summary(f"{config.model.name} on {config.data.name}, step {total}: {task.told(figures)}; see {workdir}")
@@ -281,13 +284,44 @@ def _close(batches: loader.Batches, stopping: Stopping) -> None:
         stopping.minding(batches.close)
 
 
-def _draw(task: Task, workdir: Path, collector: Collector | None) -> None:
-    """Draw what the last evaluation collected, and the curves; the state is on disk, and no picture ends a run."""
+def _draw(
+    evaluator: Evaluator, workdir: Path, collector: Collector | None, figures: Mapping[str, float], step: int
+) -> None:
+    """Draw what the last evaluation collected, the curves, the report; the state is on disk, and none ends a run."""
     if not _is_main():
         return
+    task = evaluator.task
     if collector is not None:
         drawn("the last evaluation", lambda: task.pictures(workdir, collector))
     drawn("curves.png", lambda: curves(workdir, task.chooses.name, task.chooses.title, task.parts))
+    drawn(REPORT, lambda: _report(evaluator, workdir, collector, figures, step))
+
+
+def _report(
+    evaluator: Evaluator, workdir: Path, collector: Collector | None, figures: Mapping[str, float], step: int
+) -> None:
+    """Write report.html: what the run found, how it went, what was noted about its data, and how to go on."""
+    task, config = evaluator.task, evaluator.task.config
+    better = average_is_better(figures, task.chooses.name, task.chooses.higher)
+    whose = "moving average" if better else "parameters"
+    found = task.sections(collector, f"{config.model.name}, step {step}, {whose}") if collector is not None else []
+    findings = getattr(evaluator.source, "findings", ())
+    commands = f"evmamba predict --weights {workdir} --csv found.csv FOLDER\n" + (
+        f"evmamba train --config FILE --workdir {workdir}    # the command of this run: goes on where it ended"
+    )
+    sections = [
+        page.Section(
+            "In short",
+            page.text(f"{task.told(figures)}; step {step}.")
+            + page.text(f"The {whose} of the weights: what this evaluation found better, and later commands take."),
+        ),
+        *found,
+        page.Section("How it went", page.picture(workdir / "curves.png", "loss, evaluations and learning rate")),
+        page.Section("About the data", page.lines(findings) if findings else page.text("Nothing was noted.")),
+        page.Section("Predict, and go on", page.code(commands)),
+        page.Section("Configuration", page.folded("all values", page.code(config.to_json()))),
+    ]
+    page.write_page(workdir / REPORT, f"{config.model.name} on {config.data.name}: {workdir.name}", sections)
 
 
 def _best(chooses: Figure, figures: Mapping[str, float]) -> float:

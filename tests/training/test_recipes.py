@@ -12,7 +12,7 @@ from evmamba_jax.training.mesh import make_mesh
 from evmamba_jax.training.setup import Setup
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-NAMES = sorted(path.stem for path in CONFIGS.glob("[a-z]*.py"))
+NAMES = sorted(path.stem for path in CONFIGS.glob("[a-z]*.py") if path.stem != "finetune")  # whose data are the user's
 EXAMPLES = {"imagenet2012": 1_281_167, "digits": 1437, "fashion_mnist_debian": 60_000}
 
 
@@ -58,6 +58,15 @@ def test_small_recipes_fit_together(name):
 
 def test_every_model_has_a_config_of_its_name():
     assert set(list_models()) <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", ["evmamba_t", "mambavision_l3_512", "vim_s"])
+def test_fine_tuning_prepares_pictures_as_the_card_says(name):
+    config = importlib.import_module("configs.finetune").get_config(name)
+    task_of(config)  # checks it
+    card = model_card(name)
+    assert (config.model.name, config.data.image_size, config.data.mean) == (name, card.input_size[0], card.mean)
+    assert (config.data.crop_pct, config.data.crop_mode) == (card.crop, card.crop_mode)
 
 
 def test_fine_tuning_at_another_size_keeps_the_rest_of_the_recipe():
