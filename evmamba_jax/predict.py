@@ -28,6 +28,7 @@ from evmamba_jax.data.imagenet import imagenet_classes
 from evmamba_jax.errors import UserError, printable
 from evmamba_jax.models import model_card
 from evmamba_jax.preprocessing import of_card, of_run, view
+from evmamba_jax.reports.contact_sheet import contact_sheet, thumbnail
 from evmamba_jax.reports.predictions import guesses
 from evmamba_jax.storage import storage_errors, written_whole
 from evmamba_jax.weights.load import EMA_WORDS, Ema, open_place
@@ -86,9 +87,11 @@ class Predictor:
         squash = jax.nn.sigmoid if several else jax.nn.softmax
         graphdef, *self._arrays = split(model)
 
-        def forward(arrays: Any, images: jax.Array) -> jax.Array:
-            logits = merge(graphdef, *arrays)(normalize(images, self.data.mean, self.data.std))
-            return squash(logits.astype(jnp.float32))
+        def forward(arrays: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+            model = merge(graphdef, *arrays)
+            head, model.head = model.head, None
+            embeddings = model(normalize(images, self.data.mean, self.data.std))
+            return squash(head(embeddings).astype(jnp.float32)), embeddings.astype(jnp.float32)
 
         self._forward = jax.jit(forward)
 
@@ -115,13 +118,19 @@ class Predictor:
         Returns:
             float32 (B, K).
         """
+        return self.answers(images)[0]
+
+    def answers(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the probabilities, float32 (B, K), and the embeddings, float32 (B, D), which enter the head."""
         size = min(BATCH, len(images))
         found = []
         for start in range(0, len(images), size):
             batch = images[start : start + size]
             filling = ((0, size - len(batch)), *((0, 0),) * 3)  # the last batch as long as the others: one program
-            found.append(np.asarray(self._forward(self._arrays, np.pad(batch, filling)))[: len(batch)])
-        return np.concatenate(found)
+            both = self._forward(self._arrays, np.pad(batch, filling))
+            found.append([np.asarray(array)[: len(batch)] for array in both])
+        probabilities, embeddings = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
+        return probabilities, embeddings
 
 
 def main(argv: list[str] | None = None, prog: str = "python -m evmamba_jax.predict") -> int:
@@ -142,6 +151,10 @@ def main(argv: list[str] | None = None, prog: str = "python -m evmamba_jax.predi
     parser.add_argument("--image-size", type=int, metavar="N", help="side in pixels, where it is to be another")
     parser.add_argument("--classes", type=Path, metavar="FILE", help="names of the classes, one a line in label order")
     parser.add_argument("--csv", type=Path, metavar="CSV", help="also write the answers, a line an image")
+    parser.add_argument(
+        "--embeddings", type=Path, metavar="NPZ", help="also write what enters the head: images (N,), embeddings (N, D)"
+    )
+    parser.add_argument("--sheet", type=Path, metavar="PNG", help="also draw all images small, by the class found")
     parser.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER", help="of a folder, all images in it and below")
     return cli.main(lambda: _predict(parser.parse_args(argv)))
 
@@ -149,8 +162,10 @@ def main(argv: list[str] | None = None, prog: str = "python -m evmamba_jax.predi
 def _predict(args: argparse.Namespace) -> None:
     if args.top < 1:
         raise UserError(f"--top is {args.top}; it must be 1 or more")
-    if args.out.suffix != ".png":
-        raise UserError(f"--out {args.out} must end in .png")
+    for option, ending in (("out", ".png"), ("sheet", ".png"), ("embeddings", ".npz")):
+        file = getattr(args, option)
+        if file is not None and file.suffix != ending:
+            raise UserError(f"--{option} {file} must end in {ending}")
     predictor = Predictor(
         args.weights,
         args.model,
@@ -158,15 +173,24 @@ def _predict(args: argparse.Namespace) -> None:
         image_size=args.image_size,
         class_names=args.classes and _read_classes(args.classes),
     )
-    for file in filter(None, (args.out, args.csv)):
+    for file in filter(None, (args.out, args.csv, args.embeddings, args.sheet)):
         with storage_errors(file.parent):
             file.parent.mkdir(parents=True, exist_ok=True)
     names, top = predictor.class_names, min(args.top, len(predictor.class_names))
     with contextlib.ExitStack() as stack:
         table = stack.enter_context(_table(args.csv, top)) if args.csv else None
         answered, left_out, drawn = 0, [], []
+        named: list[str] = []
+        vectors: list[np.ndarray] = []
+        thumbnails: list[tuple[np.ndarray, int, float]] = []
         for titles, views in _read(predictor, _paths(args.images), left_out):
-            probabilities = predictor(views)
+            probabilities, embeddings = predictor.answers(views)
+            if args.embeddings:
+                named += titles
+                vectors.append(embeddings)
+            if args.sheet:
+                found = probabilities.argmax(1)
+                thumbnails += zip(map(thumbnail, views), found.tolist(), probabilities.max(1).tolist(), strict=True)
             if not answered:
                 print(f"weights: {predictor.taken}")
             answered += len(titles)
@@ -183,6 +207,13 @@ def _predict(args: argparse.Namespace) -> None:
     shown = [np.stack(column) for column in zip(*((v, p) for v, _, p in drawn), strict=True)]
     guesses(args.out, shown[0], [Path(title).name for _, title, _ in drawn], shown[1], names, top)
     print(f"{args.out} shows " + ("them" if answered <= DRAWN else f"the first {DRAWN}"))
+    if args.embeddings:
+        with written_whole(args.embeddings) as beside, beside.open("wb") as file:
+            np.savez(file, images=np.array(named), embeddings=np.concatenate(vectors))
+        print(f"{args.embeddings}: embeddings of {answered} images, {vectors[0].shape[1]} numbers each")
+    if args.sheet:
+        contact_sheet(args.sheet, thumbnails, names)
+        print(f"{args.sheet}: all of them, by the class found")
     if left_out:
         print(f"left out: {len(left_out)} of {answered + len(left_out)}", file=sys.stderr)
         for line in left_out:

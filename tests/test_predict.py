@@ -137,6 +137,34 @@ def test_a_run_brings_its_classes_its_crop_and_its_moving_average(folder, tmp_pa
     assert out.exists()
 
 
+def test_embeddings_are_what_enters_the_head_and_a_sheet_shows_all(folder, tmp_path, capsys):
+    files = {name: tmp_path / name for name in ("e.npz", "sheet.png", "drawn.png", "answers.csv")}
+    options = ("--embeddings", files["e.npz"], "--sheet", files["sheet.png"], "--csv", files["answers.csv"])
+    arguments = map(str, ("--weights", folder, "--ema", "yes", "--out", files["drawn.png"], *options, *PHOTOGRAPHS))
+    assert main(list(arguments)) == 0
+    said = capsys.readouterr().out
+    with np.load(files["e.npz"]) as kept:
+        assert kept["images"].tolist() == list(map(str, PHOTOGRAPHS))
+        embeddings = kept["embeddings"]
+    assert f"embeddings of 2 images, {embeddings.shape[1]} numbers each" in said
+    head = split(small(1)).params
+    shares = softmax(embeddings @ np.asarray(head["head.kernel"]) + np.asarray(head["head.bias"]))
+    with files["answers.csv"].open() as file:
+        for row, wanted in zip(csv.DictReader(file), shares, strict=True):
+            found = {int(row[f"class_{i}"]): float(row[f"probability_{i}"]) for i in (1, 2, 3)}
+            np.testing.assert_allclose([found[k] for k in range(3)], wanted, atol=2e-6)
+    with Image.open(files["sheet.png"]) as sheet:
+        assert sheet.width == 12 * 102 + 6
+        colours = np.unique(np.asarray(sheet.resize((300, 60))).reshape(-1, 3), axis=0)
+    assert len(colours) > 100  # photographs, not blank cells
+
+
+@pytest.mark.parametrize(("option", "ending"), [("sheet", "png"), ("embeddings", "npz")])
+def test_files_of_another_kind_are_refused(folder, option, ending, capsys):
+    assert main(["--weights", str(folder), f"--{option}", "some.txt", str(PHOTOGRAPHS[0])]) == 2
+    assert capsys.readouterr().err == f"error: --{option} some.txt must end in .{ending}\n"
+
+
 def test_images_go_through_the_model_in_batches(folder, monkeypatch):
     predictor = Predictor(folder)
     noise = np.random.default_rng(0).integers(0, 256, (5, 12, 12, 1), dtype=np.uint8)

@@ -101,7 +101,10 @@ def sections(answers: Answers, class_names: Sequence[str], whose: str) -> list[S
         (name, f"{value:.1%}", f"{spread[name][0]:.1%} to {spread[name][1]:.1%}")
         for name, value in figures(matrix).items()
     ]
-    told = f"{len(answers.labels):,} images; intervals hold 95 % of {RESAMPLES:,} bootstrap samples of the images."
+    images = len(answers.labels)
+    told = f"{images:,} images; intervals hold 95 % of {RESAMPLES:,} bootstrap samples of the images."
+    if matrix.trace() == images:  # no sample has a mistake then; the rule of three says what that is worth
+        told += f" All are right, which a model that errs on {min(1, 3 / images):.0%} of all such images may well show."
     with TemporaryDirectory() as folder:
         confusion(folder, matrix, class_names, whose)
         confused = page.picture(Path(folder) / CONFUSION, "which classes are taken for which")

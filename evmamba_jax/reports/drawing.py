@@ -87,6 +87,12 @@ def drawable(text: str) -> str:
     return " ".join("".join(drawn).split())
 
 
+def font_file(text: str) -> str:
+    """Return the file of the first font that has all letters of a text, or most of them."""
+    missing = {family: sum(ord(letter) not in letters for letter in text) for family, letters in _fonts().items()}
+    return font_manager.findfont(min(missing, key=lambda family: missing[family]))
+
+
 def short(name: str, length: int = 13) -> str:
     """Return a name as it can be drawn, or its first synonym, cut to a length; letters of full width count twice."""
     name = drawable(name)

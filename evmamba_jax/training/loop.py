@@ -6,7 +6,9 @@ import functools
 import json
 import math
 import os
+import shlex
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -306,9 +308,10 @@ def _report(
     whose = "moving average" if better else "parameters"
     found = task.sections(collector, f"{config.model.name}, step {step}, {whose}") if collector is not None else []
     findings = getattr(evaluator.source, "findings", ())
-    commands = f"evmamba predict --weights {workdir} --csv found.csv FOLDER\n" + (
-        f"evmamba train --config FILE --workdir {workdir}    # the command of this run: goes on where it ended"
-    )
+    given = f"evmamba train --config FILE --workdir {shlex.quote(str(workdir))}"
+    if any(argument.startswith("--config") for argument in sys.argv):  # this process is the command
+        given = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    commands = f"evmamba predict --weights {shlex.quote(str(workdir))} --csv found.csv FOLDER\n{given}"
     sections = [
         page.Section(
             "In short",
@@ -318,7 +321,7 @@ def _report(
         *found,
         page.Section("How it went", page.picture(workdir / "curves.png", "loss, evaluations and learning rate")),
         page.Section("About the data", page.lines(findings) if findings else page.text("Nothing was noted.")),
-        page.Section("Predict, and go on", page.code(commands)),
+        page.Section("Predict, and go on from the newest checkpoint", page.code(commands)),
         page.Section("Configuration", page.folded("all values", page.code(config.to_json()))),
     ]
     page.write_page(workdir / REPORT, f"{config.model.name} on {config.data.name}: {workdir.name}", sections)
