@@ -50,7 +50,8 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
     Args:
         config: what to run.
         workdir: folder on a disk of this machine for config.json, metrics.jsonl, speed.jsonl, tensorboard/,
-            checkpoints/ and the pictures; an evaluation alone writes per_class.csv and, if asked for, confusion.png.
+            checkpoints/, the pictures and report.html; an evaluation alone writes per_class.csv and, if asked for,
+            confusion.png.
 
     Raises:
         UserError: any mistake of the user's, in one line; a loss that is not finite; a work folder whose run is alive.
@@ -312,6 +313,10 @@ def _report(
     if any(argument.startswith("--config") for argument in sys.argv):  # this process is the command
         given = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     commands = f"evmamba predict --weights {shlex.quote(str(workdir))} --csv found.csv FOLDER\n{given}"
+    drawing = workdir / "curves.png"
+    went = (
+        page.picture(drawing, "loss, evaluations and learning rate") if drawing.is_file() else page.text("Not drawn.")
+    )
     sections = [
         page.Section(
             "In short",
@@ -319,7 +324,7 @@ def _report(
             + page.text(f"The {whose} of the weights: what this evaluation found better, and later commands take."),
         ),
         *found,
-        page.Section("How it went", page.picture(workdir / "curves.png", "loss, evaluations and learning rate")),
+        page.Section("How it went", went),
         page.Section("About the data", page.lines(findings) if findings else page.text("Nothing was noted.")),
         page.Section("Predict, and go on from the newest checkpoint", page.code(commands)),
         page.Section("Configuration", page.folded("all values", page.code(config.to_json()))),

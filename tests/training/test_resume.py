@@ -153,7 +153,7 @@ def test_a_checkpoint_of_other_shapes_lists_the_first_few(arguments, uninterrupt
 
 def test_what_the_work_folder_holds(uninterrupted):
     names = {path.name for path in uninterrupted.iterdir()}
-    files = {"config.json", "metrics.jsonl", "speed.jsonl", "curves.png", "predictions.png"}
+    files = {"config.json", "metrics.jsonl", "speed.jsonl", "curves.png", "predictions.png", "report.html"}
     assert names == files | {"checkpoints", "tensorboard"}
     config = json.loads((uninterrupted / "config.json").read_text())
     assert config["duration"]["steps"] == STEPS

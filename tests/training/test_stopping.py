@@ -199,6 +199,7 @@ def test_no_picture_ends_a_run_and_the_state_is_on_disk_before(arguments, whole,
     code, out, err = run_here(*arguments, "--workdir", workdir)
     assert code == 0, out + err
     assert err == "the last evaluation is not drawn: no ink at all\ncurves.png is not drawn: no ink at all\n"
+    assert "Not drawn." in (workdir / "report.html").read_text()
     assert (workdir / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
 
 
