@@ -94,7 +94,7 @@ def probe(report: Report, folder: Path) -> None:
 
     config = digits.get_config()
     config.tune.method, config.init_from = "head", str(folder / "start")
-    config.duration, config.eval_every, config.save_every = (Duration(epochs=n) for n in (100, 100, 100))
+    config.duration, config.eval_every, config.save_every = (Duration(epochs=n) for n in (20, 20, 20))
     config.optim.lr, config.optim.weight_decay, config.optim.ema_decay = 0.03, 0.0, 0.0
     config.data.crop_scale, config.data.crop_ratio, config.data.hflip = (1.0, 1.0), (1.0, 1.0), 0.0
     config.data.mixup = config.data.label_smoothing = 0.0
