@@ -50,7 +50,7 @@ ROWS = {
     "train_tpu": "train",
     "setup": "",
     "benchmarks": """analysis arrays configs data errors evmamba_jax layers models pallas_kernels pallas_kernels.gpu
-                     pallas_kernels.tpu preflight reports tasks training weights""",
+                     pallas_kernels.tpu predict preflight reports tasks training weights""",
     "tests": """__main__ analysis arrays checkpoints cli config configs data errors evmamba_jax layers lora models ops
                 packaged pallas_kernels pallas_kernels.gpu pallas_kernels.tpu predict preflight preprocessing ranges
                 reports storage tasks train train_tpu training weights""",
