@@ -1,7 +1,7 @@
 """Ways to fine-tune: a step's cost beside a full one's, and a linear probe beside scikit-learn's logistic regression.
 
-The steps are those of ``train_tpu.py``, of a small EfficientVMamba on images of 64 pixels, taken in turns. The features
-are those of a model that was trained on the digits for one epoch; both classifiers learn from the same vectors.
+``train_tpu.py``'s step trains a small EfficientVMamba on images of 64 pixels, one way after the other in turns. A model
+trained on the digits for one epoch gives the features; both classifiers learn from the same vectors.
 
     python benchmarks/finetune.py [--runs 9] [--out FILE]
 """

@@ -3,7 +3,7 @@
 The thin matrices lie beside W among the parameters, so they shard, average, save and resume as all parameters do. A
 model knows nothing of them: whoever builds one from parameters takes :func:`merged` ones.
 
-Source: Hu et al., LoRA (arXiv:2106.09685); the initial values are those of Hugging Face's peft.
+Source: Hu et al., LoRA (arXiv:2106.09685); initial values as in Hugging Face's peft.
 """
 
 import fnmatch

@@ -94,7 +94,7 @@ def cards(images: Iterable[np.ndarray], captions: Iterable[str]) -> str:
         png = io.BytesIO()
         shown = image[..., 0] if image.shape[-1] in (1, 2) else image[..., :3]
         Image.fromarray(np.ascontiguousarray(shown)).save(png, "PNG")
-        told, small = _plain(caption), max(shown.shape[:2]) < 64  # whose pixels are to be seen as they are
+        told, small = _plain(caption), max(shown.shape[:2]) < 64  # shown pixel by pixel
         size = f' width="{shown.shape[1]}" height="{shown.shape[0]}"' if small else ""
         figures.append(
             f'<figure><img alt="{told}"{size} src="{_data(png.getvalue())}"><figcaption>{told}</figcaption></figure>'

@@ -116,7 +116,7 @@ class Classification(Task):
         """Balance the classes by how many images each has, if the configuration says so."""
         if self.config.loss.balanced:
             counts = np.bincount(labels_of(source), minlength=len(self.class_names))
-            # A class without images, of which no loss comes, has no weight.
+            # A class without images gives no loss; its weight is 0.
             self._weights = np.where(counts, counts.sum() / (len(counts) * np.maximum(counts, 1)), 0).astype(np.float32)
 
     def check_lengths(self, *, total_steps: int, steps_per_epoch: int) -> None:

@@ -1,6 +1,6 @@
 """Images with any number of labels each: binary cross-entropy, mean average precision, a table by class.
 
-The labels are those of a table of pictures (``data.name=table``), several joined by ``;``.
+A table of pictures (``data.name=table``) gives the labels, several joined by ``;``.
 """
 
 import csv
@@ -60,7 +60,7 @@ class Multilabel(Classification):
 
     @classmethod
     def validate(cls, config: Config) -> None:
-        """Check that the options are those of independent classes."""
+        """Refuse options that need exactly one class an image."""
         super().validate(config)
         for name, value, wanted in (
             ("loss.name", config.loss.name, "bce"),
