@@ -42,6 +42,7 @@ ROWS = {
     "training": "arrays checkpoints config data errors evmamba_jax lora packaged reports storage tasks weights",
     "train": "cli packaged training",
     "predict": "arrays checkpoints cli data errors models preprocessing reports storage training weights",
+    "verify": "cli config data errors models preprocessing storage tasks training",
     "preflight": """analysis cli data errors evmamba_jax models packaged pallas_kernels pallas_kernels.tpu tasks
                     training""",
     "__main__": "cli errors evmamba_jax",
@@ -49,11 +50,11 @@ ROWS = {
     "configs": "data evmamba_jax recipes training",
     "train_tpu": "train",
     "setup": "",
-    "benchmarks": """analysis arrays configs data errors evmamba_jax layers models pallas_kernels pallas_kernels.gpu
+    "benchmarks": """analysis arrays cli configs data errors evmamba_jax layers models pallas_kernels pallas_kernels.gpu
                      pallas_kernels.tpu predict preflight reports tasks training weights""",
     "tests": """__main__ analysis arrays checkpoints cli config configs data errors evmamba_jax layers lora models ops
                 packaged pallas_kernels pallas_kernels.gpu pallas_kernels.tpu predict preflight preprocessing ranges
-                reports storage tasks train train_tpu training weights""",
+                reports storage tasks train train_tpu training verify weights""",
 }
 TREES = ("pallas_kernels", "evmamba_jax", "configs", "benchmarks", "tests")
 

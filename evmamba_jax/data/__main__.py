@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m evmamba_jax.d
     parser = cli.Parser(prog=prog, description="Make data sets ready for training.")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("prepare", help="write a data set as TFDS array_record files")
-    command.add_argument("name", help="imagenet2012, digits, fashion_mnist_debian, or a TFDS name")
+    command.add_argument("name", help="imagenet2012, digits, fashion_mnist_debian, stamps, or a TFDS name")
     command.add_argument("--train", type=Path, metavar="TAR", help="imagenet2012 only: ILSVRC2012_img_train.tar")
     command.add_argument("--val", type=Path, metavar="TAR", help="imagenet2012 only: ILSVRC2012_img_val.tar")
     command.add_argument("--data-dir", default="", help="default: $TFDS_DATA_DIR, else ~/tensorflow_datasets")

@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from evmamba_jax.data.stamps import Stamps
 from evmamba_jax.errors import UserError
 
 
@@ -136,4 +137,4 @@ def _read_idx(file: Path) -> np.ndarray:
         ) from error
 
 
-OWN = {"digits": Digits, "fashion_mnist_debian": FashionMnistDebian}
+OWN = {"digits": Digits, "fashion_mnist_debian": FashionMnistDebian, "stamps": Stamps}

@@ -21,9 +21,9 @@ class DataConfig:
     Tuples are written with commas: ``--config.data.crop_scale=0.5,1.0``.
     """
 
-    # Which images: digits, fashion_mnist_debian, imagenet2012, or any image-classification TFDS name; or your own
-    # pictures in a "folder" (also a zip or tar), by a "table" of paths and labels, or saved by Hugging Face's datasets
-    # ("hf").
+    # Which images: digits, fashion_mnist_debian, stamps, imagenet2012, or any image-classification TFDS name; or your
+    # own pictures in a "folder" (also a zip or tar), by a "table" of paths and labels, or saved by Hugging Face's
+    # datasets ("hf").
     name: str = stated("imagenet2012", "a name", lambda name: isinstance(name, str) and bool(name.strip()))
     # Where TFDS folders lie; empty: $TFDS_DATA_DIR, else ~/tensorflow_datasets. Or the place of your own pictures.
     data_dir: str = place("")

@@ -118,10 +118,10 @@ def open_source(
 ) -> Source | PictureSource:
     """Open one split of the configured data set, preparing it first where that needs no files from the user.
 
-    ``folder``, ``table`` and ``hf`` are pictures of the user's own: :mod:`evmamba_jax.data.pictures`. ``digits`` and
-    ``fashion_mnist_debian`` are prepared on first use; other TFDS names are downloaded by TFDS where no prepared folder
-    exists; ``imagenet2012`` must have been prepared. Folders made by others are read as they are, in array_record or
-    tfrecord.
+    ``folder``, ``table`` and ``hf`` are pictures of the user's own: :mod:`evmamba_jax.data.pictures`. ``digits``,
+    ``fashion_mnist_debian`` and ``stamps`` are prepared on first use; other TFDS names are downloaded by TFDS where no
+    prepared folder exists; ``imagenet2012`` must have been prepared. Folders made by others are read as they are, in
+    array_record or tfrecord.
 
     Args:
         config: reads name (also ``name/config`` and ``name:version``) and data_dir.
@@ -165,7 +165,12 @@ def labels_of(source: Any) -> np.ndarray:
 
 
 # Classes and training images of the data sets that need not be here: their own documentation.
-KNOWN = {"imagenet2012": (1000, 1_281_167), "digits": (10, 1437), "fashion_mnist_debian": (10, 60_000)}
+KNOWN = {
+    "imagenet2012": (1000, 1_281_167),
+    "digits": (10, 1437),
+    "fashion_mnist_debian": (10, 60_000),
+    "stamps": (10, 5122),
+}
 
 
 class Description(NamedTuple):
@@ -263,7 +268,7 @@ def prepare(name: str, data_dir: Path) -> None:
     """Prepare a data set that needs no files from the user, as array_record.
 
     Args:
-        name: digits, fashion_mnist_debian or a TFDS name.
+        name: digits, fashion_mnist_debian, stamps or a TFDS name.
         data_dir: holds the TFDS folders.
 
     Raises:

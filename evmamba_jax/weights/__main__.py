@@ -2,10 +2,12 @@
 
 ``python -m evmamba_jax.weights convert --model evmamba_t --torch FILE --out DIR``
 ``python -m evmamba_jax.weights export --model evmamba_t --checkpoint DIR --out FILE.safetensors``
+``python -m evmamba_jax.weights verify --data-dir DIR``
 """
 
 import argparse
 import ast
+import importlib
 import sys
 from os import PathLike
 from pathlib import Path
@@ -21,6 +23,7 @@ from evmamba_jax.storage import local, written_whole
 from evmamba_jax.weights.convert import to_torch
 from evmamba_jax.weights.load import EMA_WORDS, Ema, Weights, open_place
 
+_VERIFY = "evmamba_jax.verify"  # evaluates, and so stands above this room
 _PLACES = "official weights, a converted model, a training run, or one of its checkpoints"
 
 
@@ -54,7 +57,11 @@ def main(argv: list[str] | None = None, prog: str = "python -m evmamba_jax.weigh
     to_theirs = commands.add_parser("export", parents=[shared], help="make a safetensors file for the official code")
     to_theirs.add_argument("--checkpoint", required=True, metavar="FILE_OR_DIR", help=_PLACES)
     to_theirs.add_argument("--out", required=True, metavar="FILE", help="the .safetensors file, new")
-    return cli.main(lambda: _run(parser.parse_args(argv)))
+    commands.add_parser("verify", add_help=False, help="count what released classifiers get right on ImageNet")
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments[:1] == ["verify"]:
+        return importlib.import_module(_VERIFY).main(arguments[1:], prog=f"{prog} verify")
+    return cli.main(lambda: _run(parser.parse_args(arguments)))
 
 
 def _run(args: argparse.Namespace) -> None:

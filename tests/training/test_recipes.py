@@ -12,15 +12,17 @@ from evmamba_jax.training.mesh import make_mesh
 from evmamba_jax.training.setup import Setup
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-NAMES = sorted(path.stem for path in CONFIGS.glob("[a-z]*.py") if path.stem != "finetune")  # whose data are the user's
-EXAMPLES = {"imagenet2012": 1_281_167, "digits": 1437, "fashion_mnist_debian": 60_000}
+FILES = [path.relative_to(CONFIGS).with_suffix("") for path in CONFIGS.rglob("[a-z]*.py")]
+NAMES = sorted(".".join(path.parts) for path in FILES if path.stem != "finetune")  # whose data are the user's
+EXAMPLES = {"imagenet2012": 1_281_167, "digits": 1437, "fashion_mnist_debian": 60_000, "stamps": 5122}
 
 
 def told(config) -> str:
     """Return the sentence in which a docstring gives the length of a run."""
     steps = int(config.duration.epochs) * (EXAMPLES[config.data.name] // config.batch_size)
     images = steps * config.batch_size
-    return f"{config.duration.epochs:g} epochs: {steps:,} steps of {config.batch_size:,} images, {images:,} in all"
+    epochs = f"{config.duration.epochs:g} epoch{'s' * (config.duration.epochs != 1)}"
+    return f"{epochs}: {steps:,} steps of {config.batch_size:,} images, {images:,} in all"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -41,7 +43,7 @@ def test_docstrings_say_what_the_card_and_the_recipe_say(name):
             assert f"as ``:paper`` and ``:readme`` {steps:,} steps of {other.batch_size:,}" in text
 
 
-@pytest.mark.parametrize("name", ["digits", "fashion_mnist"])
+@pytest.mark.parametrize("name", ["digits", "fashion_mnist", "stamps", "experiments.vmamba_init"])
 def test_small_recipes_fit_together(name):
     config = importlib.import_module(f"configs.{name}").get_config()
     kind = task_of(config)
@@ -49,7 +51,6 @@ def test_small_recipes_fit_together(name):
     assert (len(class_names), examples) == (10, EXAMPLES[config.data.name])
     setup = Setup(kind(config, class_names), make_mesh(config), examples)
     assert f"{setup.total_steps:,} steps of" in told(config)
-    assert config.data.eval_split == "test"
     rates = [float(setup.schedule(step)) for step in range(0, setup.total_steps, 10)]
     assert max(rates) == pytest.approx(config.optim.lr, rel=1e-3)
     assert rates[0] < 0.01 * config.optim.lr  # a warm-up
