@@ -140,14 +140,15 @@ class Config:
     log_every: Duration = field(default_factory=lambda: Duration(steps=50))
     eval_every: Duration = field(default_factory=lambda: Duration(epochs=1))  # a checkpoint follows every evaluation
     save_every: Duration = field(default_factory=lambda: Duration(epochs=1))
-    # Evaluations in a row that find nothing better, after which the run ends; 0: it goes on to its last step.
+    # Evaluations in a row that find nothing better, after which the run ends; 0: it goes on to its last step. A run
+    # with it stands for its best checkpoint, one without for its newest.
     early_stopping: int = ranged(0, least=0)
     keep_last: int = ranged(3, least=1)
     keep_best: int = ranged(1, least=0)
     # Start from a file of official weights, the folder of a converted model or another run, hf-hub:owner/name, or
     # "official": the released file of the model.
     init_from: str = place("")
-    eval_only: bool = False  # evaluate init_from, or the newest checkpoint of the work folder
+    eval_only: bool = False  # evaluate init_from, or what the work folder stands for
     confusion: bool = False  # with eval_only: also draw confusion.png, which classes are taken for which
 
     def validate(self) -> None:

@@ -24,8 +24,9 @@ def create_model(
     Args:
         name: one of :func:`list_models`.
         pretrained: a file of official weights (.pth, .pth.tar, .ckpt, .bin, .safetensors); or a folder: a converted
-            model, a training run (which stands for its newest checkpoint), or one of its checkpoints; or
-            ``hf-hub:owner/name[@revision]``; or ``official``, the released file of the model's card.
+            model, a training run (which stands for its newest checkpoint, or with early stopping its best), or one of
+            its checkpoints; or ``hf-hub:owner/name[@revision]``; or ``official``, the released file of the model's
+            card.
         ema: False takes the parameters of a run, True their moving average. "better" takes what the checkpoint's own
             evaluation found better; in a tie, and without an evaluation of both at this step, the parameters.
         rngs: source of the initial values; ``nnx.Rngs(0)`` when not given.

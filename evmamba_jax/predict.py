@@ -42,7 +42,7 @@ class Predictor:
 
     Args:
         weights: a file of official weights; or a folder: a converted model, a training run (which stands for its newest
-            checkpoint), or one of its checkpoints.
+            checkpoint, or with early stopping its best), or one of its checkpoints.
         name: of the model; not needed for a folder that names it.
         ema: False takes the parameters of a run, True their moving average, "better" what the checkpoint's own
             evaluation found better.

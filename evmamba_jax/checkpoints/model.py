@@ -64,13 +64,22 @@ def find(directory: str | os.PathLike) -> Saved:
 
     Args:
         directory: the folder of one step; or a folder of such folders, or a work folder with such a folder
-            ``checkpoints`` in it: the newest undamaged step is taken.
+            ``checkpoints`` in it: the newest undamaged step is taken, or the step that its meta says the run stands
+            for (``"stands_for"``), if that is undamaged too.
 
     Raises:
         UserError: there is no such folder, no checkpoint in it, or none that is whole.
     """
-    folder = _newest(absolute(directory))
-    return Saved(folder, read_description(folder)["meta"])
+    root = absolute(directory)
+    folder = _newest(root)
+    meta = read_description(folder)["meta"]
+    other = folder.parent / str(meta.get("stands_for"))
+    if folder != root and other != folder and other.is_dir():
+        damage = damage_of(other)
+        if not damage:
+            return Saved(other, read_description(other)["meta"])
+        logger.warning("checkpoint %s, the best, is damaged (%s); reading %s", other.name, damage, folder.name)
+    return Saved(folder, meta)
 
 
 def load_model(

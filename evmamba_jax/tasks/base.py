@@ -54,21 +54,16 @@ class Moment(NamedTuple):
 
 
 class Collector(abc.ABC):
-    """What an evaluation keeps on the host, example by example: for pictures, or for metrics that are no sums.
-
-    Attributes:
-        everywhere: whether each process is to get the answers to the examples of all, as metrics need it.
-    """
-
-    everywhere: bool = False
+    """What an evaluation keeps on the host, example by example: for pictures, or for metrics that are no sums."""
 
     @abc.abstractmethod
-    def add(self, rows: Mapping[str, np.ndarray], answers: Any) -> None:
+    def add(self, rows: Mapping[str, np.ndarray], answers: Any, own: slice) -> None:
         """Note one batch.
 
         Args:
             rows: this process's examples as the loader gives them; ``weight`` is 0 where one does not count.
-            answers: what :meth:`Task.evaluate` answered for them, as NumPy arrays; of all processes if ``everywhere``.
+            answers: what :meth:`Task.evaluate` answered for the examples of all processes, as NumPy arrays.
+            own: the place of ``rows`` among them.
         """
 
 

@@ -226,7 +226,7 @@ class Classification(Task):
         if detailed:
             sums["by_class"] = count_by_class(labels, weight, found, rank, logits.shape[1])
         scores = jax.nn.softmax(logits)
-        return sums, {"prediction": found, "probability": scores.max(1), "scores": scores, "rank": rank}
+        return sums, {"scores": scores, "rank": rank, "label": labels, "weight": weight}
 
     def collector(self, *, pictures: bool) -> Collector | None:
         """Return what chooses the examples of predictions.png."""
@@ -306,27 +306,26 @@ class Gallery(Collector):
         self._surest: dict[bool, list[tuple[float, int, np.ndarray]]] = {True: [], False: []}  # by whether it is right
         self._noted = 0
 
-    def add(self, rows: Mapping[str, np.ndarray], answers: Mapping[str, np.ndarray]) -> None:
-        """Note the examples of a batch."""
-        real = rows["weight"] > 0
-        labels, scores = rows["label"][real], answers["scores"][real]
-        for number, (image, label, shares) in enumerate(zip(rows["image"][real], labels, scores, strict=True)):
-            found = int(shares.argmax())
-            kept = self._surest[found == label]
-            if len(kept) < classified.SHOWN or shares[found] > kept[-1][0]:
-                kept.append((float(shares[found]), self._noted + number, image))
-                kept.sort(key=lambda entry: (-entry[0], entry[1]))
-                del kept[classified.SHOWN :]
-        self._labels.append(labels)
-        self._scores.append(scores)
-        self._noted += len(labels)
-
-        columns = [rows[name] for name in ("image", "label", "weight")]
-        columns += [answers[name] for name in ("prediction", "probability")]
-        for image, label, weight, prediction, probability in zip(*columns, strict=True):
-            kept = self.right if prediction == label else self.wrong
-            if weight and len(kept) < PICTURED:
-                kept.append((image, label, prediction, probability))
+    def add(self, rows: Mapping[str, np.ndarray], answers: Mapping[str, np.ndarray], own: slice) -> None:
+        """Note the answers to a batch, and of this process's examples those to be shown."""
+        real = answers["weight"] > 0
+        numbers = self._noted + np.cumsum(real) - 1  # of each example among those that count
+        self._labels.append(answers["label"][real])
+        self._scores.append(answers["scores"][real])
+        self._noted += int(real.sum())
+        columns = rows["image"], rows["label"], rows["weight"], answers["scores"][own], numbers[own]
+        for image, label, weight, shares, number in zip(*columns, strict=True):
+            if not weight:
+                continue
+            found, probability = int(shares.argmax()), float(shares.max())
+            kept = self.right if found == label else self.wrong
+            if len(kept) < PICTURED:
+                kept.append((image, label, found, probability))
+            surest = self._surest[found == label]
+            if len(surest) < classified.SHOWN or probability > surest[-1][0]:
+                surest.append((probability, int(number), image))
+                surest.sort(key=lambda entry: (-entry[0], entry[1]))
+                del surest[classified.SHOWN :]
 
     def answers(self) -> classified.Answers:
         """Return the answers to all examples."""

@@ -29,12 +29,10 @@ from evmamba_jax.tasks.registry import register
 class Scores(Collector):
     """The probabilities and the labels of all images."""
 
-    everywhere = True
-
     def __init__(self):
         self._answers: list[Mapping[str, np.ndarray]] = []
 
-    def add(self, rows: Mapping[str, np.ndarray], answers: Mapping[str, np.ndarray]) -> None:
+    def add(self, rows: Mapping[str, np.ndarray], answers: Mapping[str, np.ndarray], own: slice) -> None:
         """Note a batch."""
         self._answers.append(answers)
 

@@ -94,8 +94,8 @@ class Evaluator:
                     totals[name] = self._add(totals[name], sums) if name in totals else sums
                     collector = collectors[name]
                     if collector is not None:
-                        count = len(rows["weight"])
-                        collector.add(rows, jax.device_get(answers) if collector.everywhere else _own(answers, count))
+                        count, process = len(rows["weight"]), jax.process_index()
+                        collector.add(rows, jax.device_get(answers), slice(process * count, (process + 1) * count))
         sums = {name: jax.device_get(total) for name, total in totals.items()}
         figures, chooses = self._figures(sums, collectors), self.task.chooses
         best = "ema" if average_is_better(figures, chooses.name, chooses.higher) else "model"
@@ -135,9 +135,3 @@ def global_batch(mesh: Mesh, rows: Mapping[str, np.ndarray]) -> dict[str, jax.Ar
     """Make this process's rows part of a batch that lies over all devices."""
     sharding = meshes.batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in rows.items()}
-
-
-def _own(answers: Any, count: int) -> Any:
-    """Return the answers to this process's rows, of which each process has as many."""
-    first = jax.process_index() * count
-    return jax.tree.map(lambda array: array[first : first + count], jax.device_get(answers))

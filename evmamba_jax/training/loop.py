@@ -21,7 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from evmamba_jax import __version__
-from evmamba_jax.checkpoints import Checkpoints
+from evmamba_jax.checkpoints import Checkpoints, find
 from evmamba_jax.config import Config
 from evmamba_jax.data import loader
 from evmamba_jax.errors import UserError
@@ -42,7 +42,7 @@ from evmamba_jax.weights import average_is_better
 
 
 def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
-    """Train (or, with ``config.eval_only``, evaluate) and return the figures of the last evaluation.
+    """Train (or, with ``config.eval_only``, evaluate) and return the figures of what the run then stands for.
 
     A work folder that holds checkpoints is resumed: the run continues to the bit as if it had never stopped. In a
     thread that is not the main one signals are left to the main thread.
@@ -82,7 +82,7 @@ def _say(text: str) -> None:
 
 
 def _evaluate_only(evaluator: Evaluator, workdir: Path) -> dict[str, float]:
-    """Evaluate ``init_from``, or the newest checkpoint of the work folder; write the task's tables."""
+    """Evaluate ``init_from``, or what the work folder stands for; write the task's tables."""
     task, config = evaluator.task, evaluator.task.config
     place = config.init_from or workdir
     if place == workdir and not workdir.is_dir():
@@ -90,22 +90,28 @@ def _evaluate_only(evaluator: Evaluator, workdir: Path) -> dict[str, float]:
             f"there is no run in {workdir} to evaluate; name its --workdir, or set --config.init_from to official "
             "weights or a folder of ours"
         )
-    weights = task.load(place, ema=False)
-    model, ema, taken = weights.variables, None, weights.taken
-    if weights.meta.get("ema"):
-        ema = task.load(place, ema=True).variables
-        taken = f"{weights.place}, parameters and moving average"
+    variables, taken = _weights_of(evaluator, place)
     if _is_main():
         with storage_errors(workdir):  # found out now, not after the evaluation
             workdir.mkdir(parents=True, exist_ok=True)
         print(f"weights: {taken}")
-    evaluation = evaluator(*jax.device_put((model, ema), meshes.replicated(evaluator.mesh)), detailed=True)
+    evaluation = evaluator(*variables, detailed=True)
     if _is_main():
         whose = f"{config.model.name} of {place}"
         written = task.tables(workdir, evaluation.sums, evaluation.best, whose)
         see = f"; see {' and '.join(str(workdir / name) for name in written)}" if written else ""
         print(f"{whose} on {config.data.name}: {task.told(evaluation.figures)}{see}")
     return evaluation.figures
+
+
+def _weights_of(evaluator: Evaluator, place: str | os.PathLike[str]) -> tuple[tuple[Any, Any], str]:
+    """Return the parameters of a place and their moving average, or None, on all devices; and the place in words."""
+    weights = evaluator.task.load(place, ema=False)
+    both, taken = (weights.variables, None), weights.taken
+    if weights.meta.get("ema"):
+        both = weights.variables, evaluator.task.load(place, ema=True).variables
+        taken = f"{weights.place}, parameters and moving average"
+    return jax.device_put(both, meshes.replicated(evaluator.mesh)), taken
 
 
 def _train(evaluator: Evaluator, source: Any, workdir: Path) -> dict[str, float]:
@@ -134,6 +140,7 @@ def _train(evaluator: Evaluator, source: Any, workdir: Path) -> dict[str, float]
                 figures, evaluated = meta["figures"], meta["evaluated"]  # of the last evaluation, and its step
                 record = _Record(task.chooses, *meta.get("record", ()))
                 if start == evaluated and (start == total or 0 < patience <= record.waited):
+                    figures = find(workdir).meta["figures"]
                     print(
                         f"the run in {workdir} has ended at step {start}: {task.told(figures)}; "
                         "another --workdir starts a new one"
@@ -159,6 +166,8 @@ def _train(evaluator: Evaluator, source: Any, workdir: Path) -> dict[str, float]
             report.flush()
             metrics = {task.chooses.name: _best(task.chooses, figures)} if evaluated == step else None
             about = _meta(task, step, figures, evaluated, source) | {"record": record.noted}
+            if patience and config.keep_best:
+                about["stands_for"] = record.step
             checkpoints.save(step, state.items(), meta=about, metrics=metrics)
             clock.restart()
 
@@ -213,13 +222,19 @@ def _train(evaluator: Evaluator, source: Any, workdir: Path) -> dict[str, float]
                 clock.restart()
 
         checkpoints.wait()
+        best, shown = find(workdir).meta["step"], figures
         try:
+            if best != total:  # what the run stands for is what its pictures and its report show
+                report.line(f"the run stands for step {best}, the best")
+                variables, _ = _weights_of(evaluator, workdir)
+                evaluate = functools.partial(evaluator, *variables, pictures=True, check=stopping.check)
+                shown, _, _, collector = stopping.minding(evaluate)
             with stopping.at_once():
-                _draw(evaluator, workdir, collector, figures, total)
+                _draw(evaluator, workdir, collector, shown, best)
         except Stopped as stopped:
             leave(stopped.signal, total, state)
-        report.summary(f"{config.model.name} on {config.data.name}, step {total}: {task.told(figures)}; see {workdir}")
-    return figures
+        report.summary(f"{config.model.name} on {config.data.name}, step {best}: {task.told(shown)}; see {workdir}")
+    return shown
 
 
 @dataclasses.dataclass

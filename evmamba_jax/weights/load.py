@@ -4,7 +4,7 @@ A place is one of six:
 
 - a file of the official code (.pth, .pth.tar, .ckpt, .bin, .safetensors);
 - the folder of a converted model;
-- the work folder of a training run, which stands for its newest whole checkpoint;
+- the work folder of a training run, which stands for its newest whole checkpoint, with early stopping for its best;
 - one of its checkpoints;
 - ``hf-hub:owner/name[@revision]``, a repository of the hub that holds one of these;
 - ``official``, the released file of the model's card, from a cache or from where it is published.

@@ -81,8 +81,8 @@ class WorstOverlap(Collector):
     def __init__(self):
         self.worst = 1.0
 
-    def add(self, rows, answers):
-        for mask, found, weight in zip(rows["mask"] > 0, answers > 0, rows["weight"], strict=True):
+    def add(self, rows, answers, own):
+        for mask, found, weight in zip(rows["mask"] > 0, answers[own] > 0, rows["weight"], strict=True):
             if weight:
                 self.worst = min(self.worst, (mask & found).sum() / max(1, (mask | found).sum()))
 

@@ -14,7 +14,7 @@ from evmamba_jax.data.config import DataConfig
 from evmamba_jax.errors import UserError
 from evmamba_jax.reports.per_class import Counts
 from evmamba_jax.tasks import task_of
-from evmamba_jax.tasks.classification import Classification, count_by_class
+from evmamba_jax.tasks.classification import Classification, Gallery, count_by_class
 from evmamba_jax.training import mesh as meshes
 from evmamba_jax.weights import from_torch
 
@@ -56,12 +56,29 @@ def test_answers_are_ranked_and_counted_by_weight(task):
     log_z = np.log(np.exp(logits).sum(1))
     expected = (log_z - logits[np.arange(16), labels])[real].sum()
     np.testing.assert_allclose(sums["loss"], expected, rtol=1e-4)
-    np.testing.assert_array_equal(answers["prediction"], order[:, 0])
+    np.testing.assert_array_equal(answers["scores"].argmax(1), order[:, 0])
     np.testing.assert_array_equal(answers["rank"], (order == labels[:, None]).argmax(1))
 
     broken = {name: params[name] * jnp.nan for name in ("head.kernel", "head.bias")}
     sums, _ = evaluate({**params, **broken})
     assert (float(sums["top1"]), float(sums["top5"])) == (0, 0)  # not every one, though nothing scores higher than NaN
+
+
+def test_a_process_shows_its_pictures_and_knows_the_answers_to_all():
+    """Three examples a process, of four: the second of the first process does not count, nor the last of all."""
+    scores = np.eye(5, dtype=np.float32)[[1, 2, 3, 4, 0, 2]] * 0.9
+    answers = {"scores": scores, "label": np.array([1, 0, 4, 4, 1, 2]), "weight": np.float32([1, 0, 1, 1, 1, 0])}
+    for process, (wrong, right) in enumerate([([1], [0]), ([3], [2])]):
+        own, gallery = slice(3 * process, 3 * process + 3), Gallery()
+        pictures = np.arange(3 * process, 3 * process + 3, dtype=np.uint8).reshape(3, 1, 1, 1)
+        rows = {"image": pictures, **{name: answers[name][own] for name in ("label", "weight")}}
+        gallery.add(rows, answers, own)
+        found = gallery.answers()
+        np.testing.assert_array_equal(found.labels, [1, 4, 4, 1])
+        np.testing.assert_array_equal(found.scores, scores[[0, 2, 3, 4]])
+        assert ([index for index, _ in found.wrong], [index for index, _ in found.right]) == (wrong, right)
+        kept = [0, 2, 3, 4]  # of all examples those that count
+        assert [kept.index(int(image[0, 0, 0])) for _, image in found.wrong + found.right] == wrong + right
 
 
 @pytest.mark.parametrize("label", [-1, 8, 2**40])

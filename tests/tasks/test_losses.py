@@ -4,6 +4,7 @@ import contextlib
 import csv
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from evmamba_jax.tasks.classification import Classification, binary_cross_entrop
 from evmamba_jax.tasks.multilabel import Scores
 from evmamba_jax.training import Config, run
 from evmamba_jax.training.config import Duration
+from evmamba_jax.weights.load import open_place
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "tests" / "training"))
@@ -167,7 +169,7 @@ def test_average_precision_by_hand():
         "labels": np.float32([[1, 0, 0], [0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]]),
         "weight": np.float32([1, 1, 1, 1, 0]),  # the last is padding
     }
-    scores.add({}, answers)
+    scores.add({}, answers, slice(None))
     np.testing.assert_allclose(scores.average_precisions(), [(1 + 2 / 3) / 2, 1, np.nan])
 
 
@@ -215,6 +217,22 @@ def test_a_run_that_gets_no_better_ends_early_and_stays_ended(tmp_path):
     stopping_early(tmp_path / "run", 3)  # more patience goes on
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert max(steps) > last
+
+
+def test_a_run_with_early_stopping_stands_for_its_best_checkpoint(tmp_path, monkeypatch):
+    found = iter([30.0, 70.0, 50.0, 60.0, 90.0])  # the last is of the best checkpoint, for the report
+    monkeypatch.setattr(Classification, "metrics", lambda *_: {"top1": next(found), "top5": 99.0, "eval_loss": 1.0})
+    told = stopping_early(tmp_path / "run", 2)
+    assert "early stopping: 2 evaluations found nothing better than step 10" in told
+    assert "the run stands for step 10, the best" in told
+    assert "step 10: top-1 90.00 %" in told.splitlines()[-1]
+    assert "<p>top-1 90.00 %" in (tmp_path / "run" / "report.html").read_text()
+    weights = open_place(tmp_path / "run").weights
+    assert Path(weights.place).name == "10"
+    assert weights.meta["figures"]["top1"] == 70.0
+    assert "has ended at step 20: top-1 70.00 %" in stopping_early(tmp_path / "run", 2)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "10" / "model")  # then the newest
+    assert Path(open_place(tmp_path / "run").weights.place).name == "20"
 
 
 def test_patience_longer_than_the_run_is_refused(tmp_path):
