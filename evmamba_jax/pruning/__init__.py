@@ -1,0 +1,37 @@
+"""Sparse models: masks beside the parameters, drawn rarely, kept by one multiplication; channels that are cut out."""
+
+from evmamba_jax.pruning.early_bird import EarlyBird
+from evmamba_jax.pruning.masks import (
+    Masks,
+    apply,
+    distance,
+    mask_moments,
+    prunable,
+    select,
+    sparsity,
+    table,
+    transformation,
+    zeros_wanted,
+)
+from evmamba_jax.pruning.schedules import cosine, cubic
+from evmamba_jax.pruning.scores import SCORES, Score
+from evmamba_jax.pruning.tickets import loss_barrier
+
+__all__ = [
+    "SCORES",
+    "EarlyBird",
+    "Masks",
+    "Score",
+    "apply",
+    "cosine",
+    "cubic",
+    "distance",
+    "loss_barrier",
+    "mask_moments",
+    "prunable",
+    "select",
+    "sparsity",
+    "table",
+    "transformation",
+    "zeros_wanted",
+]
