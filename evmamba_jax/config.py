@@ -10,7 +10,7 @@ import numpy as np
 from evmamba_jax import ranges
 from evmamba_jax.data.config import DataConfig
 from evmamba_jax.errors import UserError
-from evmamba_jax.ranges import chosen, free, place, ranged
+from evmamba_jax.ranges import chosen, free, place, ranged, share
 
 MOST_STEPS = 2**31 - 1  # what the int32 of a train state holds
 
@@ -104,6 +104,25 @@ class TuneConfig:
 
 
 @dataclass
+class PruningConfig:
+    """Which weights become zero, and when: masks are drawn at some steps and kept at all others."""
+
+    # "gradual": more and more from begin to end; "one_shot": all at begin; "keep": what is zero in init_from stays so.
+    # Empty: nothing is pruned.
+    method: str = chosen("", ("", "gradual", "one_shot", "keep"))
+    score: str = chosen("magnitude", ("magnitude", "gradient", "taylor", "movement"))  # the lowest go
+    scope: str = chosen("layer", ("layer", "global"))  # each array by itself, or all in one ranking
+    schedule: str = chosen("cosine", ("cosine", "cubic"))
+    initial: float = share(0.0)  # share of zeros at begin
+    final: float = share(0.6)  # and at end
+    begin: Duration = field(default_factory=Duration)
+    end: Duration = field(default_factory=Duration)
+    every: Duration = field(default_factory=lambda: Duration(epochs=1))  # between two drawings
+    factors: tuple[str, ...] = free(())  # of the sparsity, as PATTERN=FACTOR: head.kernel=0.5; 0 spares
+    dense: str = place("")  # the work folder of a run without pruning, for sparsity.png
+
+
+@dataclass
 class MeshConfig:
     """How many devices share the batch only (``data``) and share the parameters too (``fsdp``)."""
 
@@ -131,6 +150,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     tune: TuneConfig = field(default_factory=TuneConfig)
+    pruning: PruningConfig = field(default_factory=PruningConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     seed: int = ranged(0, least=0, most=2**32 - 1)
@@ -163,6 +183,10 @@ class Config:
             raise UserError(
                 f"config.optim.min_lr is {self.optim.min_lr} and config.optim.lr {self.optim.lr}, from which the rate "
                 "falls to it: lower min_lr, or raise lr"
+            )
+        if self.pruning.initial > self.pruning.final:
+            raise UserError(
+                f"config.pruning.final is {self.pruning.final} and initial {self.pruning.initial}: sparsity never falls"
             )
         join = self.distributed
         if join.num_processes and join.process_id >= join.num_processes:

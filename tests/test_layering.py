@@ -37,9 +37,11 @@ ROWS = {
     "preprocessing": "data errors models",
     "evmamba_jax": "factory models preprocessing",
     "config": "data errors ranges",
-    "reports": "errors storage",
+    "pruning": "errors",
+    "reports": "errors pruning storage",
     "tasks": "arrays config data errors models reports storage weights",
-    "training": "arrays checkpoints config data errors evmamba_jax lora packaged reports storage tasks weights",
+    "training": """arrays checkpoints config data errors evmamba_jax lora packaged pruning reports storage tasks
+                   weights""",
     "train": "cli packaged training",
     "predict": "arrays checkpoints cli data errors models preprocessing reports storage training weights",
     "verify": "cli config data errors models preprocessing storage tasks training",
@@ -53,8 +55,8 @@ ROWS = {
     "benchmarks": """analysis arrays cli configs data errors evmamba_jax layers models pallas_kernels pallas_kernels.gpu
                      pallas_kernels.tpu predict preflight reports tasks training weights""",
     "tests": """__main__ analysis arrays checkpoints cli config configs data errors evmamba_jax layers lora models ops
-                packaged pallas_kernels pallas_kernels.gpu pallas_kernels.tpu predict preflight preprocessing ranges
-                reports storage tasks train train_tpu training verify weights""",
+                packaged pallas_kernels pallas_kernels.gpu pallas_kernels.tpu predict preflight preprocessing pruning
+                ranges reports storage tasks train train_tpu training verify weights""",
 }
 TREES = ("pallas_kernels", "evmamba_jax", "configs", "benchmarks", "tests")
 

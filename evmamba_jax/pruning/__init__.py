@@ -15,7 +15,7 @@ from evmamba_jax.pruning.masks import (
 )
 from evmamba_jax.pruning.schedules import cosine, cubic
 from evmamba_jax.pruning.scores import SCORES, Score
-from evmamba_jax.pruning.tickets import loss_barrier
+from evmamba_jax.pruning.tickets import further, loss_barrier
 
 __all__ = [
     "SCORES",
@@ -26,6 +26,7 @@ __all__ = [
     "cosine",
     "cubic",
     "distance",
+    "further",
     "loss_barrier",
     "mask_moments",
     "prunable",

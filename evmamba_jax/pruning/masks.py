@@ -5,19 +5,20 @@ without a mask are never pruned. A model knows nothing of masks: the zeros are i
 """
 
 import fnmatch
+import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from evmamba_jax.errors import UserError
+from evmamba_jax.errors import UserError, one_of
 
 Masks = dict[str, jax.Array]
-Scope = Literal["layer", "global"]
+_SCOPES = ("layer", "global")
 
 
 def prunable(params: Mapping[str, Any]) -> tuple[str, ...]:
@@ -33,7 +34,7 @@ def prunable(params: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def zeros_wanted(
-    shapes: Mapping[str, Any], sparsity: float, *, scope: Scope = "layer", factors: Mapping[str, float] | None = None
+    shapes: Mapping[str, Any], sparsity: float, *, scope: str = "layer", factors: Mapping[str, float] | None = None
 ) -> dict[str, int] | int:
     """Return how many zeros there are to be: in each array, or with scope "global" in all together.
 
@@ -48,6 +49,7 @@ def zeros_wanted(
     Raises:
         UserError: a sparsity beyond 0 to 1; a factor that is not allowed, or a pattern that matches nothing.
     """
+    one_of("scope", scope, dict.fromkeys(_SCOPES))
     if not 0 <= sparsity <= 1:
         raise UserError(f"sparsity={sparsity!r} is not allowed: it must be a share from 0 to 1")
     scale = _scales(shapes, scope, factors)
@@ -76,13 +78,14 @@ def select(
     sparsity: float,
     masks: Mapping[str, jax.Array] | None = None,
     *,
-    scope: Scope = "layer",
+    scope: str = "layer",
     factors: Mapping[str, float] | None = None,
 ) -> Masks:
     """Return masks that leave exactly the wanted number of zeros: the lowest scores go.
 
     What an earlier mask has pruned goes first, so nothing grows back. Among equal scores the later entry goes, in the
-    order of the sorted paths, which is that of a pytree, and row by row. Pure; may be traced over scores and masks, which may be sharded.
+    order of the sorted paths, which is that of a pytree, and row by row. Pure; may be traced over scores and masks,
+    which may be sharded.
 
     Args:
         scores: arrays by path, of any sign; float32 or float64.
@@ -107,12 +110,13 @@ def select(
     return {name: (found | kept)[name] for name in scores}
 
 
+@functools.partial(jax.jit, static_argnames="scope")
 def lowest(
     scores: Mapping[str, jax.Array],
     zeros: jax.Array,
     masks: Mapping[str, jax.Array] | None = None,
     *,
-    scope: Scope = "layer",
+    scope: str = "layer",
 ) -> Masks:
     """Return the masks of :func:`select` for a number of zeros that may be traced, so that one program serves all.
 
@@ -135,7 +139,7 @@ def lowest(
     def count(chosen: Mapping[str, jax.Array]) -> jax.Array:
         """Return how many entries are chosen in each group (G,)."""
         sums = [jnp.sum(chosen[name], dtype=jnp.int32) for name in names]
-        return sum(sums)[None] if scope == "global" else jnp.stack(sums)
+        return jnp.stack(sums).sum(keepdims=True) if scope == "global" else jnp.stack(sums)
 
     def of(values: jax.Array, name: str) -> jax.Array:
         return values[group[name]]
@@ -163,7 +167,7 @@ def lowest(
     place = jnp.where(count(ties) > more, place + 1, 0)
     return {
         name: living[name] & (keys[name] >= of(key, name)) & ~(ties[name] & (places[name] >= of(place, name)))
-        for name in scores
+        for name in names
     }
 
 
@@ -218,15 +222,12 @@ def transformation(
     """
     inner = optax.with_extra_args_support(tx)
 
-    def update(updates, state, params=None, **more):
+    def update(updates: Any, state: Any, params: Any = None, **more: Any) -> tuple[Any, Any]:
         if params is None:
             raise UserError("pruning.transformation needs the parameters: tx.update(gradients, state, params)")
-        updates, state = inner.update(apply(updates, masks), state, params, **more)
-        kept = {
-            name: jnp.where(masks[name], value, -params[name]) if name in masks else value
-            for name, value in updates.items()
-        }
-        return kept, state
+        result: Any = inner.update(apply(updates, masks), state, params, **more)
+        moved, state = result
+        return moved | {name: jnp.where(mask, moved[name], -params[name]) for name, mask in masks.items()}, state
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
 

@@ -1,7 +1,7 @@
 """What an entry of a parameter is worth; the lowest go first."""
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ class Score(NamedTuple):
     """
 
     add: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None
-    finish: Callable[[jax.Array, jax.Array | None, jax.Array], jax.Array]
+    finish: Callable[[jax.Array, Any, jax.Array], jax.Array]
 
     def start(self, params: Arrays) -> dict[str, jax.Array]:
         """Return sums of nothing, float32 or wider; none where gradients are not looked at."""

@@ -48,4 +48,5 @@ def further(scores: Mapping[str, jax.Array], rate: float, masks: Mapping[str, ja
         raise UserError(f"rate={rate!r} is not allowed: it must be above 0 and below 1")
     size = sum(math.prod(array.shape) for array in scores.values())
     alive = size if masks is None else sum(int(mask.sum()) for mask in masks.values())
-    return lowest(scores, jnp.asarray([size - alive + round(rate * alive)], jnp.int32), masks, scope="global")
+    found = lowest(scores, jnp.asarray([size - alive + round(rate * alive)], jnp.int32), masks, scope="global")
+    return {name: found[name] for name in scores}

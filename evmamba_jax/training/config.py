@@ -8,6 +8,7 @@ from evmamba_jax.config import (
     MeshConfig,
     ModelConfig,
     OptimConfig,
+    PruningConfig,
     TuneConfig,
 )
 
@@ -19,5 +20,6 @@ __all__ = [
     "MeshConfig",
     "ModelConfig",
     "OptimConfig",
+    "PruningConfig",
     "TuneConfig",
 ]

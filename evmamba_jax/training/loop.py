@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from evmamba_jax import __version__
+from evmamba_jax import __version__, pruning
 from evmamba_jax.checkpoints import Checkpoints, find
 from evmamba_jax.config import Config
 from evmamba_jax.data import loader
@@ -29,6 +29,7 @@ from evmamba_jax.reports import page
 from evmamba_jax.reports.curves import curves
 from evmamba_jax.reports.drawing import drawn
 from evmamba_jax.reports.page import REPORT
+from evmamba_jax.reports.sparsity import PICTURE, draw_sparsity, write_sparsity
 from evmamba_jax.reports.writer import Reporter
 from evmamba_jax.storage import allow_open_files, local, owned, storage_errors
 from evmamba_jax.tasks import Collector, Figure, Task, task_of
@@ -36,6 +37,7 @@ from evmamba_jax.training import mesh as meshes
 from evmamba_jax.training import resume
 from evmamba_jax.training.evaluator import Evaluator, global_batch
 from evmamba_jax.training.setup import Setup
+from evmamba_jax.training.sparse import ITEM
 from evmamba_jax.training.state import TrainState
 from evmamba_jax.training.stopping import Stopped, Stopping
 from evmamba_jax.weights import average_is_better
@@ -155,6 +157,7 @@ def _train(evaluator: Evaluator, source: Any, workdir: Path) -> dict[str, float]
                 batches = _batches(task, source, start)
                 stack.callback(_close, batches, stopping)
                 train_step = stopping.minding(lambda: _compile(setup, report))
+                draw = setup.drawing()
         except Stopped as stopped:  # before anything that is not on disk
             _say(f"{stopped.signal.name}: nothing new to save in {workdir}; the same command starts from there")
             raise SystemExit(128 + stopped.signal) from None
@@ -202,6 +205,8 @@ def _train(evaluator: Evaluator, source: Any, workdir: Path) -> dict[str, float]
                 save(step, state)
             if step == total:
                 break
+            if setup.sparse.due(step):  # after the save, so that a run that resumes here draws the same again
+                state = draw(state, setup.sparse.zeros(step))
 
             try:
                 with stopping.at_once(), clock.waiting_for_input():
@@ -216,6 +221,8 @@ def _train(evaluator: Evaluator, source: Any, workdir: Path) -> dict[str, float]
                 window = {name: float(value) for name, value in jax.device_get(state.window).items()}
                 mean = {name: window[name] / window["steps"] for name in ("loss", "grad_norm", *task.parts)}
                 metrics = {"loss": mean.pop("loss"), "lr": float(np.asarray(setup.schedule(step))), **mean}
+                if setup.sparse.paths:
+                    metrics["sparsity"] = setup.sparse.sparsity(step + 1)
                 if config.data.on_corrupt == "skip":
                     metrics["corrupt"] = window["corrupt"]
                 report.log_train(step + 1, metrics, clock.speed())
@@ -230,6 +237,8 @@ def _train(evaluator: Evaluator, source: Any, workdir: Path) -> dict[str, float]
                 evaluate = functools.partial(evaluator, *variables, pictures=True, check=stopping.check)
                 shown, _, _, collector = stopping.minding(evaluate)
             with stopping.at_once():
+                if setup.sparse.paths:
+                    _write_sparsity(setup, state, workdir)
                 _draw(evaluator, workdir, collector, shown, best)
         except Stopped as stopped:
             leave(stopped.signal, total, state)
@@ -313,6 +322,19 @@ def _draw(
         drawn("the last evaluation", lambda: task.pictures(workdir, collector))
     drawn("curves.png", lambda: curves(workdir, task.chooses.name, task.chooses.title, task.parts))
     drawn(REPORT, lambda: _report(evaluator, workdir, collector, figures, step))
+
+
+def _write_sparsity(setup: Setup, state: TrainState, workdir: Path) -> None:
+    """Write what is pruned at the end; every process gives its part of the masks."""
+    replicated = jax.jit(lambda masks: masks, out_shardings=meshes.replicated(setup.mesh))
+    rows = pruning.table(state.model.params, jax.device_get(replicated(state.extra[ITEM]["masks"])))
+    if not _is_main():
+        return
+    task = setup.task
+    with storage_errors(workdir):
+        write_sparsity(workdir, rows)
+    chooses, dense = task.chooses, task.config.pruning.dense
+    drawn(PICTURE, lambda: draw_sparsity(workdir, rows, chooses.name, chooses.title, dense))
 
 
 def _report(

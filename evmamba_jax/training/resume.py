@@ -23,6 +23,7 @@ class Decision(NamedTuple):
 FREE = Decision()
 ORDER = Decision("on which the order of its data depends")
 STATE = Decision("on which its state depends")
+DRAWN = Decision("on which its masks depend")
 SWITCH = Decision("and its state has a part for this only where it is above 0", lambda value: value > 0)
 SHAPES = Decision("which its model is made of")  # looked at once the arrays are known to fit, which says more
 
@@ -93,6 +94,17 @@ DECISIONS: dict[str, Decision] = {
     "tune.lora_rank": STATE,
     "tune.lora_alpha": STATE,
     "tune.lora_targets": STATE,
+    "pruning.method": STATE,
+    "pruning.score": STATE,
+    "pruning.scope": DRAWN,
+    "pruning.schedule": DRAWN,
+    "pruning.initial": DRAWN,
+    "pruning.final": DRAWN,
+    "pruning.begin": DRAWN,
+    "pruning.end": DRAWN,
+    "pruning.every": DRAWN,
+    "pruning.factors": DRAWN,
+    "pruning.dense": FREE,
     "mesh.data": FREE,
     "mesh.fsdp": FREE,
     "distributed.enabled": FREE,

@@ -13,6 +13,7 @@ from evmamba_jax.tasks import Task
 from evmamba_jax.tasks.base import Batch
 from evmamba_jax.training import mesh as meshes
 from evmamba_jax.training import optimizer, tuning
+from evmamba_jax.training.sparse import Sparse
 from evmamba_jax.training.state import TrainState, init_state
 from evmamba_jax.training.step import make_train_step
 
@@ -31,6 +32,7 @@ class Setup:
         log_every: updates from one log line to the next.
         schedule: the learning rate by step.
         tuning: what of the model is trained.
+        sparse: what of it is pruned, and when.
         tx: the optimizer, of the parameters that are trained.
         shardings: of the state.
         abstract_state: the state, with ``jax.ShapeDtypeStruct`` for every array.
@@ -51,6 +53,9 @@ class Setup:
         _, params, batch_stats = split(task.model)
         model = jax.eval_shape(self._prepared, Variables(params, batch_stats))
         self.tuning = tuning.tuning(config.tune, model.params, head=task.head)
+        self.sparse = Sparse(
+            config, self.tuning.trained, model.params, in_steps=self.in_steps, total_steps=self.total_steps
+        )
         scaled = any(scale != 1 for scale in self.tuning.scales.values())
         self.tx = optimizer.make_optimizer(config.optim, self.schedule, self.tuning.scales if scaled else None)
         shapes = jax.eval_shape(self._first, model)
@@ -74,7 +79,7 @@ class Setup:
             self.tx.init(self.tuning.of(model.params)),
             ema=self.task.config.optim.ema_decay > 0,
             parts=self.task.parts,
-            extra=self.task.extra(model),
+            extra=self.task.extra(model) | self.sparse.first(model.params),
         )
 
     def first_state(self) -> TrainState:
@@ -97,6 +102,7 @@ class Setup:
             self.task,
             self.tx,
             trained=self.tuning.trained,
+            sparse=self.sparse,
             steps_per_epoch=self.steps_per_epoch,
             log_every=self.log_every,
         )
@@ -108,6 +114,10 @@ class Setup:
             for name, array in example.items()
         }
         return step, (self.abstract_state, batch)
+
+    def drawing(self) -> Callable[[TrainState, jax.Array], TrainState]:
+        """Return what draws masks: the state, and how many zeros there are to be, to the state with new ones."""
+        return jax.jit(self.sparse.draw, out_shardings=self.shardings, donate_argnums=0)
 
     def lower(self) -> jax.stages.Lowered:
         """Return the step, traced and lowered for the mesh."""

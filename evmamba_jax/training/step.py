@@ -13,6 +13,7 @@ from evmamba_jax import lora
 from evmamba_jax.arrays import Arrays, Variables, merge, split
 from evmamba_jax.tasks import Moment, Task
 from evmamba_jax.tasks.base import Batch
+from evmamba_jax.training.sparse import Sparse
 from evmamba_jax.training.state import TrainState
 from evmamba_jax.training.tuning import freeze_modules
 
@@ -22,6 +23,7 @@ def make_train_step(
     tx: optax.GradientTransformation,
     *,
     trained: Sequence[str],
+    sparse: Sparse,
     steps_per_epoch: int,
     log_every: int,
 ) -> Callable[[TrainState, Batch], TrainState]:
@@ -34,6 +36,7 @@ def make_train_step(
         task: gives model, inputs and loss; of its config the seed, accumulation and the moving average are read.
         tx: the optimizer of the trained parameters.
         trained: paths of the parameters that change; no activations are kept for the others.
+        sparse: what is pruned.
         steps_per_epoch: turns lengths in epochs into steps.
         log_every: steps from one log line to the next.
     """
@@ -45,6 +48,7 @@ def make_train_step(
         input_key, model_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))
         inputs = task.inputs(input_key, batch)
         loss, parts, grads, batch_stats = gradient(state, inputs, model_key)
+        grads, extra = sparse.keep(state, grads)
         seen = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
 
         old = {name: state.model.params[name] for name in trained}
@@ -58,7 +62,7 @@ def make_train_step(
             step=state.step + 1,
             window=_noted(state, seen | parts | {"corrupt": batch["corrupt"].sum(), "steps": 1}, log_every),
             last=state.last,
-            extra=state.extra,
+            extra=extra,
         )
         return _unless_not_finite(state, new, seen)
 

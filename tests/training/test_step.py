@@ -19,6 +19,7 @@ from evmamba_jax.models import abstract_model
 from evmamba_jax.tasks.classification import Classification
 from evmamba_jax.training import mesh as meshes
 from evmamba_jax.training.config import Config, Duration, MeshConfig, ModelConfig, OptimConfig
+from evmamba_jax.training.sparse import Sparse
 from evmamba_jax.training.state import init_state
 from evmamba_jax.training.step import make_train_step
 from evmamba_jax.weights import from_torch
@@ -78,7 +79,8 @@ def compiled(config, start, mesh, tx=None, steps_per_epoch=4):
     make = lambda p, s: init_state(Variables(p, s), tx.init(p), ema=True)  # noqa: E731
     shardings = meshes.state_shardings(mesh, jax.eval_shape(make, *start[1:]))
     lengths = {"steps_per_epoch": steps_per_epoch, "log_every": 2}
-    step = make_train_step(task_for(config), tx, trained=tuple(start[1]), **lengths)
+    sparse = Sparse(config, tuple(start[1]), start[1], in_steps=lambda length: length.steps, total_steps=100)
+    step = make_train_step(task_for(config), tx, trained=tuple(start[1]), sparse=sparse, **lengths)
     state = jax.device_put(make(*start[1:]), shardings)
     return jax.jit(step, out_shardings=shardings), state
 
