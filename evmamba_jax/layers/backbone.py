@@ -20,6 +20,12 @@ from evmamba_jax.ranges import chosen, ranged, stated
 from pallas_kernels.selective_scan import IMPLEMENTATIONS
 
 
+def _are_sizes(pairs: Any) -> bool:
+    return isinstance(pairs, tuple) and all(
+        isinstance(pair, tuple) and [type(part) for part in pair] == [str, int] and pair[1] > 0 for pair in pairs
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class BackboneConfig:
     """The options that every family has; each adds its own.
@@ -33,6 +39,8 @@ class BackboneConfig:
         remat: what the backward pass finds of a block's activations: "none" (all), "block" (only the block's input) or
             "dots_and_scans" (results of matrix products and scans too); it computes the others again.
         implementation: of the scans, as :func:`pallas_kernels.scan2d` takes it; None chooses by platform.
+        inner: channels that are left of some groups, as (name, number) pairs; what :func:`evmamba_jax.pruning.cut`
+            leaves. The names are those of :func:`evmamba_jax.pruning.channels`, e.g. "blocks.0.mixer".
 
     Raises:
         UserError: an option that cannot be.
@@ -44,6 +52,7 @@ class BackboneConfig:
     dtype: Dtype | None = stated(None, "a floating-point type of 16 bits or more, or None", ranges.is_dtype)  # noqa: RUF009
     remat: str = chosen("none", REMAT)
     implementation: str | None = chosen(None, IMPLEMENTATIONS)
+    inner: Sequence[tuple[str, int]] = stated((), "pairs of a group's name and a number", _are_sizes)
 
     def __post_init__(self):
         # A configuration is part of a model's structure, which JAX compares and hashes.

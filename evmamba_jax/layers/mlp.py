@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 from flax.typing import Dtype
 
+from evmamba_jax.layers.channels import Group, Member
 from evmamba_jax.layers.projections import Linear
 
 Activation = Literal["silu", "gelu", "relu"]
@@ -34,3 +35,8 @@ class Mlp(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map (..., C) to (..., C)."""
         return self.fc2(gelu(self.fc1(x)))
+
+    def channel_groups(self) -> list[Group]:
+        """Return the channels between."""
+        members = Member("fc1.kernel", 1, weight=True), Member("fc1.bias", 0), Member("fc2.kernel", 0, weight=True)
+        return [Group("", self.fc2.kernel.shape[0], members)]

@@ -1,6 +1,7 @@
 """Normalisation with the arithmetic of the official PyTorch layers."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,38 @@ LayerNorm = partial(nnx.LayerNorm, epsilon=1e-5, use_fast_variance=False, bias_i
 
 # Computed in the type of its input and scale: the compute type would round a float32 residual stream before its mean.
 RMSNorm = partial(nnx.RMSNorm, epsilon=1e-5, scale_init=init.ones)
+
+
+class CountedLayerNorm(nnx.Module):
+    """A LayerNorm over channels of which some are gone because they were always zero: it goes on counting them.
+
+    Args:
+        norm: the norm, its scale and bias of the channels that are left.
+        of: how many channels there were.
+    """
+
+    def __init__(self, norm: Any, of: int):
+        self.scale, self.bias = norm.scale, norm.bias
+        self.of = of
+        self.epsilon = norm.epsilon
+        self.dtype = norm.dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalise ``x`` (..., C) as if its ``of - C`` further channels were zero."""
+        wide = jnp.promote_types(x.dtype, self.scale.dtype)
+        x = x.astype(jnp.promote_types(wide, jnp.float32))
+        mean = x.sum(-1, keepdims=True) / self.of
+        gone = (self.of - x.shape[-1]) * jnp.square(mean)
+        var = (jnp.square(x - mean).sum(-1, keepdims=True) + gone) / self.of
+        y = (x - mean) * jax.lax.rsqrt(var + self.epsilon)
+        return (y * self.scale[...] + self.bias[...]).astype(self.dtype or wide)
+
+
+def counted(norm: Any) -> Any:
+    """Return a norm whose arrays were cut, counting the channels that it had before."""
+    if isinstance(norm, CountedLayerNorm) or norm.scale.shape[0] == norm.num_features:
+        return norm
+    return CountedLayerNorm(norm, norm.num_features)
 
 
 class BatchNorm(nnx.Module):

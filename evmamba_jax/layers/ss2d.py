@@ -8,9 +8,10 @@ from einops import rearrange
 from flax import nnx
 from flax.typing import Dtype
 
+from evmamba_jax.layers.channels import Group, Member, conv_members, scan_members
 from evmamba_jax.layers.initializers import ScanInit
 from evmamba_jax.layers.mlp import ACTIVATIONS, Activation
-from evmamba_jax.layers.norm import LayerNorm
+from evmamba_jax.layers.norm import LayerNorm, counted
 from evmamba_jax.layers.projections import Linear, depthwise_conv
 from evmamba_jax.layers.s6 import S6, default_dt_rank
 from pallas_kernels import Chain, Order
@@ -89,6 +90,22 @@ class SS2D(nnx.Module):
         y = self._cascade(x) if isinstance(self.orders, str) else self.scan(x, self.orders)
         y = self.out_norm(y)
         return self.out_proj(y if z is None else y * self.act(z))
+
+    def channel_groups(self) -> list[Group]:
+        """Return the channels of the scan; a cascade has none, as its norms between two scans fill dead channels."""
+        if isinstance(self.orders, str):
+            return []
+        inner = self.out_proj.kernel.shape[0]
+        halves = range(2 if self.gate else 1)
+        members = [Member("in_proj.kernel", 1, half * inner, weight=True) for half in halves]
+        if self.conv2d is not None:
+            members += conv_members("conv2d", self.conv2d)
+        members += [*scan_members("scan"), Member("out_norm.scale", 0), Member("out_norm.bias", 0)]
+        return [Group("", inner, (*members, Member("out_proj.kernel", 0, weight=True)))]
+
+    def channels_cut(self) -> None:
+        """Let the norm go on dividing by the channels that there were."""
+        self.out_norm = counted(self.out_norm)
 
     def _cascade(self, x: jax.Array) -> jax.Array:
         height, width = x.shape[1:3]

@@ -18,8 +18,9 @@ from flax.typing import Dtype
 
 from evmamba_jax.layers.backbone import StagedBackbone, StagedConfig
 from evmamba_jax.layers.block import Block
+from evmamba_jax.layers.channels import Group, Member, conv_members, scan_members
 from evmamba_jax.layers.mlp import gelu
-from evmamba_jax.layers.norm import LayerNorm
+from evmamba_jax.layers.norm import LayerNorm, counted
 from evmamba_jax.layers.patches import PATCHES
 from evmamba_jax.layers.projections import Linear, depthwise_conv, pointwise_conv
 from evmamba_jax.layers.resize import resize
@@ -47,6 +48,12 @@ class ConvFFN(nnx.Module):
         """Map (B, H, W, C) to (B, H, W, C)."""
         x = self.pw1(x)
         return self.pw2(gelu(x + self.dw(x)))
+
+    def channel_groups(self) -> list[Group]:
+        """Return the channels between."""
+        first = Member("pw1.kernel", 1, weight=True), Member("pw1.bias", 0)
+        members = *first, *conv_members("dw", self.dw), Member("pw2.kernel", 0, weight=True)
+        return [Group("", self.pw2.kernel.shape[0], members)]
 
 
 class MS2D(nnx.Module):
@@ -109,6 +116,19 @@ class MS2D(nnx.Module):
             y = self.out_norm(y + resize(self.scan(low, self.low, sets=(1,) * len(self.low)), height, width, "nearest"))
         y = self.se(y)
         return self.out_proj(y if z is None else y * nnx.silu(z))
+
+    def channel_groups(self) -> list[Group]:
+        """Return the channels of the scans."""
+        inner = self.out_proj.kernel.shape[0]
+        members = [Member("in_proj.kernel", 1, half * inner, weight=True) for half in range(2 if self.gate else 1)]
+        members += [*conv_members("conv2d", self.conv2d), *conv_members("conv2d_low", self.conv2d_low)]
+        members += [*scan_members("scan"), Member("out_norm.scale", 0), Member("out_norm.bias", 0)]
+        members += [Member("se.reduce.kernel", 0, weight=True), Member("se.expand.kernel", 1, weight=True)]
+        return [Group("", inner, (*members, Member("out_proj.kernel", 0, weight=True)))]
+
+    def channels_cut(self) -> None:
+        """Let the norm go on dividing by the channels that there were."""
+        self.out_norm = counted(self.out_norm)
 
     def _normalised(self, low: jax.Array) -> jax.Array:
         """Scan the half-resolution map and normalise every token before a pixel's three are added up."""

@@ -9,6 +9,7 @@ from flax import nnx
 
 from evmamba_jax.errors import UserError, nearest, one_of
 from evmamba_jax.layers.backbone import BackboneConfig
+from evmamba_jax.layers.channels import keep_first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +97,7 @@ def build_model(name: str, *, rngs: nnx.Rngs | None = None, **options: Any) -> A
     if not isinstance(rngs, nnx.Rngs | None):
         raise UserError(f"rngs={rngs!r} is not allowed: it must be an nnx.Rngs, e.g. nnx.Rngs(0), or None")
     model: Any = VARIANTS[name].family(config, rngs=rngs or nnx.Rngs(0))
+    keep_first(model, config.inner)
     model.eval()
     return model
 

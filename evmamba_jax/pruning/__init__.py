@@ -1,5 +1,13 @@
 """Sparse models: masks beside the parameters, drawn rarely, kept by one multiplication; channels that are cut out."""
 
+from evmamba_jax.pruning.channels import (
+    channel_masks,
+    channel_scores,
+    channels,
+    cut,
+    kept_channels,
+    select_channels,
+)
 from evmamba_jax.pruning.early_bird import EarlyBird
 from evmamba_jax.pruning.masks import (
     Masks,
@@ -23,14 +31,20 @@ __all__ = [
     "Masks",
     "Score",
     "apply",
+    "channel_masks",
+    "channel_scores",
+    "channels",
     "cosine",
     "cubic",
+    "cut",
     "distance",
     "further",
+    "kept_channels",
     "loss_barrier",
     "mask_moments",
     "prunable",
     "select",
+    "select_channels",
     "sparsity",
     "table",
     "transformation",
