@@ -66,7 +66,7 @@ def tensor(name: str, shape: Shape) -> np.ndarray:
     """Return one tensor; its kind is read off the last parts of its name and its rank."""
     *path, leaf = name.split(".")
     parent = path[-1] if path else ""
-    of_time_step, of_projection = parent.startswith("dt_proj"), parent.startswith("x_proj")
+    of_time_step, of_projection = parent in ("dt_proj", "dt_proj_b"), parent in ("x_proj", "x_proj_b")
     match leaf:
         case "num_batches_tracked":
             return np.ones(shape, np.int64)

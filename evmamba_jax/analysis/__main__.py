@@ -6,7 +6,7 @@ import sys
 from evmamba_jax import cli
 from evmamba_jax.analysis.flops import count_flops, count_parameters, flops_by_operation, xla_flops
 from evmamba_jax.errors import UserError
-from evmamba_jax.models import model_card
+from evmamba_jax.models.registry import VARIANTS, input_size
 
 _OPERATIONS = ("products", "convolutions", "scans", "attention")
 
@@ -35,13 +35,14 @@ def _print_figures(args: argparse.Namespace) -> None:
 
 
 def _figures(name: str, image_size: list[int] | None) -> list[float | None]:
-    card = model_card(name)
-    height, width = (image_size[0], image_size[-1]) if image_size else card.input_size
+    own = input_size(name)
+    height, width = (image_size[0], image_size[-1]) if image_size else own
+    card = VARIANTS[name].card
     flops = flops_by_operation(name, (height, width))
     return [
         count_parameters(name),
         count_flops(name, (height, width)),
-        card.published_flops if (height, width) == card.input_size else None,
+        card.published_flops if card and (height, width) == own else None,
         *(flops.get(operation, 0) for operation in _OPERATIONS),
         xla_flops(name, (height, width)),
     ]

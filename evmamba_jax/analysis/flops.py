@@ -28,7 +28,7 @@ from jax.extend.core import Jaxpr, JaxprEqn, Var
 from evmamba_jax.analysis.program import inner_programs
 from evmamba_jax.layers.backbone import Backbone, Stage
 from evmamba_jax.layers.s6 import S6
-from evmamba_jax.models.registry import VARIANTS, abstract_model
+from evmamba_jax.models.registry import abstract_model, input_size
 
 Size = int | tuple[int, int]
 
@@ -44,7 +44,7 @@ def count_flops(model: str | nnx.Module, image_size: Size | None = None) -> int:
 
     Args:
         model: a name of :func:`evmamba_jax.list_models`, or a module, which may be abstract (``nnx.eval_shape``).
-        image_size: side of a square image, or (height, width); None takes the card's size, 224 without a card.
+        image_size: side of a square image, or (height, width); None takes that of a name, 224 for a module.
 
     Raises:
         UserError: an unknown name, an image that the model does not take.
@@ -88,7 +88,7 @@ def _program(model: str | nnx.Module, image_size: Size | None, implementation: s
     """Return a function from weights and one image to the model's result, and the shapes of both."""
     module = _abstract(model)
     if image_size is None:
-        image_size = VARIANTS[model].card.input_size if isinstance(model, str) and model in VARIANTS else 224
+        image_size = input_size(model) if isinstance(model, str) else 224
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     structure, weights = nnx.split(module)
 

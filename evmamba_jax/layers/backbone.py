@@ -1,7 +1,8 @@
 """What the families share: their options, the walk from stem to head, and what it asks of the images."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -184,6 +185,82 @@ class StagedBackbone(Backbone):
             raise UserError("this model was built with out_norms=True, a backbone without a head: call its features()")
         x = self.norm(self.features(images, key=key)[-1]).mean((1, 2))
         return x if self.head is None else self.head(x)
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainConfig(BackboneConfig):
+    """The options of a family whose blocks all see one sequence of tokens, a token a patch.
+
+    Attributes:
+        width: channels C of the tokens.
+        depth: blocks.
+        image_size: side, or (height, width), of the images that the model is made for; pixels.
+        patch_size: side of a patch.
+        squeeze_excite: C over the channels of a gate on the mixer's output, made from its mean over all tokens; None
+            for no gate.
+
+    Raises:
+        UserError: no blocks, an image_size below one patch, a squeeze_excite above the width.
+    """
+
+    width: int = ranged(192, least=1)
+    depth: int = ranged(24, least=1)
+    image_size: int | Sequence[int] = ranged(224, least=1)
+    patch_size: int = ranged(16, least=1)
+    squeeze_excite: int | None = ranged(None, least=1)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if len(self.sides) != 2 or min(self.sides) < self.patch_size:
+            raise UserError(
+                f"image_size is {self.image_size!r}: give a side or (height, width) of at least "
+                f"patch_size={self.patch_size}"
+            )
+        if (self.squeeze_excite or 1) > self.width:
+            raise UserError(f"squeeze_excite={self.squeeze_excite} leaves no channel: take width={self.width} at most")
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """``image_size`` as (height, width)."""
+        return (self.image_size,) * 2 if isinstance(self.image_size, int) else tuple(self.image_size)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of the patches of an image of ``image_size``."""
+        return self.grid_of(*self.sides)
+
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """(rows, columns) of the patches of an image of this size; pixels beyond the last whole patch are left out."""
+        return height // self.patch_size, width // self.patch_size
+
+
+class PlainBackbone(Backbone):
+    """Patches as one sequence of tokens, through all of ``blocks``.
+
+    Attributes:
+        blocks: from (B, L, C) to (B, L, C).
+    """
+
+    blocks: nnx.List
+
+    def streams(self, x: jax.Array, key: jax.Array | None, ends: Sequence[int], **given: Any) -> Iterator[jax.Array]:
+        """Yield the residual stream (B, L, C) after each number of blocks in ``ends``, which rise.
+
+        Args:
+            x: what enters the first block.
+            key: draws drop path in training mode.
+            ends: numbers of blocks.
+            **given: for every block, as :func:`run_blocks` hands it on.
+        """
+        training, remat = not self.deterministic, self.config.remat
+        for start, end in itertools.pairwise((0, *ends)):
+            x = run_blocks(self.blocks[start:end], x, key, training=training, remat=remat, first=start, **given)
+            yield x
+
+    @property
+    def quarters(self) -> list[int]:
+        """The numbers of blocks after which :meth:`features` takes its four maps."""
+        return [-(-len(self.blocks) * quarter // 4) for quarter in (1, 2, 3, 4)]
 
 
 def check_images(images: jax.Array, channels: int, smallest: int) -> None:

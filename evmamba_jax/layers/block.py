@@ -1,6 +1,7 @@
 """The residual block of VMamba, MSVMamba, Vim and MambaVision: a token mixer, then perhaps a channel mixer."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from flax import nnx
@@ -51,9 +52,9 @@ class Block(nnx.Module):
         self.drop_path = DropPath(drop_path)
         self.post_norm = post_norm
 
-    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """Map (B, ..., C) to (B, ..., C); ``key`` draws the drop path in training mode."""
-        x = x + self.drop_path(_scaled(self.mixer(self.norm(x)), self.gamma_1), fold_in(key, 0))
+    def __call__(self, x: jax.Array, key: jax.Array | None = None, **given: Any) -> jax.Array:
+        """Map (B, ..., C) to (B, ..., C); ``key`` draws the drop path in training mode, the mixer is ``given`` more."""
+        x = x + self.drop_path(_scaled(self.mixer(self.norm(x), **given), self.gamma_1), fold_in(key, 0))
         if self.mlp is None or self.norm2 is None:
             return x
         y = self.norm2(self.mlp(x)) if self.post_norm else self.mlp(self.norm2(x))

@@ -1,6 +1,6 @@
 """Blocks one after another: as they are, or equal ones as one loop, which is compiled once."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from flax import nnx
 from jax import checkpoint_policies as policies
 
 from evmamba_jax.errors import one_of
-from evmamba_jax.layers.drop_path import DropPath, fold_in
+from evmamba_jax.layers.drop_path import Drop, fold_in
 
 # Which activations of a block the backward pass finds; it computes the others again. None: it finds all.
 REMAT: dict[str, Callable[..., Any] | None] = {
@@ -26,7 +26,14 @@ FEWEST = 3  # equal blocks that make a loop; two compile about as fast without o
 
 
 def run_blocks(
-    blocks: Sequence[Any], x: jax.Array, key: jax.Array | None, *, training: bool, remat: str, first: int = 0
+    blocks: Sequence[Any],
+    x: jax.Array,
+    key: jax.Array | None,
+    *,
+    training: bool,
+    remat: str,
+    first: int = 0,
+    **given: Any,
 ) -> jax.Array:
     """Map ``x`` through ``blocks``, each from (B, ..., C) to the same shape.
 
@@ -42,6 +49,7 @@ def run_blocks(
         training: whether the blocks are in training mode.
         remat: a name of ``REMAT``.
         first: number of the first block.
+        **given: what every block is called with beside x and its key; no arrays.
 
     Raises:
         UserError: an unknown ``remat``.
@@ -49,14 +57,14 @@ def run_blocks(
     policy = one_of("remat", remat, REMAT)
     if not isinstance(x, jax.core.Tracer) or (training and policy is None):
         for number, block in enumerate(blocks, first):
-            x = block(x, fold_in(key, number))
+            x = block(x, fold_in(key, number), **given)
         return x
 
     parts = [_take_apart(number, block) for number, block in enumerate(blocks, first)]
     for (structure, _), group in groupby(parts, key=lambda part: (part.structure, part.shapes)):
         run = list(group)
         loop = len(run) >= FEWEST
-        step = _step(structure, np.max([part.rates for part in run], axis=0), key, training)
+        step = _step(structure, np.max([part.rates for part in run], axis=0), key, training, given)
         if policy is not None:
             # Within a loop the compiler cannot merge the second computation with the first, which would keep all.
             step = jax.checkpoint(step, policy=policy, prevent_cse=not loop)
@@ -88,7 +96,7 @@ class _Parts(NamedTuple):
 def _take_apart(number: int, block: Any) -> _Parts:
     structure, state = nnx.split(block)
     twin = nnx.merge(structure, state)
-    drops = _drop_paths(twin)
+    drops = _drops(twin)
     rates = [drop.rate for drop in drops]
     for drop in drops:
         drop.rate = 0.0
@@ -98,18 +106,20 @@ def _take_apart(number: int, block: Any) -> _Parts:
     return _Parts(block, nnx.graphdef(twin), shapes, rates, (state, keep, number))
 
 
-def _step(structure: Any, rates: Sequence[float], key: jax.Array | None, training: bool) -> Callable[..., Any]:
+def _step(
+    structure: Any, rates: Sequence[float], key: jax.Array | None, training: bool, given: Mapping[str, Any]
+) -> Callable[..., Any]:
     """Return ``step(x, inputs) -> (y, batch statistics)`` of blocks whose largest rates of drop path are ``rates``."""
 
     def step(x, inputs):
         state, keep, number = inputs
         block = nnx.merge(structure, state)
-        for i, drop in enumerate(_drop_paths(block)):
+        for i, drop in enumerate(_drops(block)):
             drop.rate, drop.keep = float(rates[i]), nnx.data(keep[i])
-        return block(x, fold_in(key, number)), nnx.state(block, nnx.BatchStat) if training else None
+        return block(x, fold_in(key, number), **given), nnx.state(block, nnx.BatchStat) if training else None
 
     return step
 
 
-def _drop_paths(block: Any) -> list[DropPath]:
-    return [module for _, module in nnx.iter_modules(block) if isinstance(module, DropPath)]
+def _drops(block: Any) -> list[Drop]:
+    return [module for _, module in nnx.iter_modules(block) if isinstance(module, Drop)]

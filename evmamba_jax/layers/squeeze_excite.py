@@ -45,6 +45,6 @@ class SqueezeExcite(nnx.Module):
         self.act = ACTIVATIONS[act]
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Map (B, H, W, C) to (B, H, W, C)."""
-        mean = (x if self.norm is None else self.norm(x)).mean((1, 2), keepdims=True)
+        """Map (B, ..., C) to (B, ..., C); the means are over all axes between."""
+        mean = (x if self.norm is None else self.norm(x)).mean(tuple(range(1, x.ndim - 1)), keepdims=True)
         return x * nnx.sigmoid(self.expand(self.act(self.reduce(mean))))

@@ -28,7 +28,7 @@ def _print_cards(options: argparse.Namespace) -> None:
     # What matches nothing is taken for a name, and refused as one.
     cards = [model_card(name) for given in models or ["*"] for name in list_models(given) or [given]]
     if options.markdown:
-        print(markdown([variant.card for variant in VARIANTS.values() if variant.card in cards]))
+        print(markdown([variant.card for variant in VARIANTS.values() if variant.card and variant.card in cards]))
         return
     print(card_text(cards[0]) if models == [cards[0].name] else table(list(dict.fromkeys(cards))))
 

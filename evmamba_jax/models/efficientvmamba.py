@@ -14,6 +14,7 @@ from flax.typing import Dtype
 
 from evmamba_jax.layers.backbone import StagedBackbone, StagedConfig
 from evmamba_jax.layers.drop_path import DropPath
+from evmamba_jax.layers.inverted_residual import InvertedResidual
 from evmamba_jax.layers.mlp import gelu
 from evmamba_jax.layers.norm import BatchNorm, LayerNorm
 from evmamba_jax.layers.patches import PatchEmbed, PatchMerging
@@ -54,35 +55,6 @@ class EVSSBlock(nnx.Module):
         return x + self.drop_path(self.se(self.op(y)) + self.se(self.conv_branch(y)), key)
 
 
-class InvertedResidual(nnx.Module):
-    """MobileNetV2 block with ReLU and squeeze-and-excitation: 1x1 up, depthwise 3x3, gate, 1x1 down."""
-
-    def __init__(
-        self,
-        width: int,
-        *,
-        expansion: int = 4,
-        drop_path: float,
-        dtype: Dtype | None,
-        rngs: nnx.Rngs,
-    ):
-        mid = expansion * width
-        self.pw1 = pointwise_conv(width, mid, use_bias=False, dtype=dtype, rngs=rngs)
-        self.norm1 = BatchNorm(mid, dtype=dtype, rngs=rngs)
-        self.dw = depthwise_conv(mid, use_bias=False, dtype=dtype, rngs=rngs)
-        self.norm2 = BatchNorm(mid, dtype=dtype, rngs=rngs)
-        self.se = SqueezeExcite(mid, layer=pointwise_conv, dtype=dtype, rngs=rngs)
-        self.pw2 = pointwise_conv(mid, width, use_bias=False, dtype=dtype, rngs=rngs)
-        self.norm3 = BatchNorm(width, dtype=dtype, rngs=rngs)
-        self.drop_path = DropPath(drop_path)
-
-    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """Map (B, H, W, C) to (B, H, W, C); ``key`` draws the drop path in training mode."""
-        y = nnx.relu(self.norm1(self.pw1(x)))
-        y = self.se(nnx.relu(self.norm2(self.dw(y))))
-        return x + self.drop_path(self.norm3(self.pw2(y)), key)
-
-
 @dataclasses.dataclass(frozen=True)
 class EfficientVMambaConfig(StagedConfig):
     """Options of EfficientVMamba; every family of four stages has the others.
@@ -113,7 +85,7 @@ class EfficientVMamba(StagedBackbone):
         def block(stage: int, _: int, c: int, drop_path: float) -> nnx.Module:
             if stage < 2:
                 return EVSSBlock(c, drop_path=drop_path, **scan, **layer)
-            return InvertedResidual(c, drop_path=drop_path, **layer)
+            return InvertedResidual(c, squeeze_excite=8, drop_path=drop_path, **layer)
 
         stem = PatchEmbed(config.in_channels, config.width, config.patch_size, **layer)
         super().__init__(config, stem, block, functools.partial(PatchMerging, **layer), rngs=rngs)

@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 
 from evmamba_jax.errors import UserError, nearest, one_of
-from evmamba_jax.layers.backbone import BackboneConfig
+from evmamba_jax.layers.backbone import BackboneConfig, PlainConfig
 from evmamba_jax.layers.channels import keep_first
 
 
@@ -65,30 +65,52 @@ class Variant(NamedTuple):
 
     family: type[Any]
     config: BackboneConfig
-    card: ModelCard
+    card: ModelCard | None  # None: nothing is published of it on ImageNet
 
 
 VARIANTS: dict[str, Variant] = {}  # in the order of the families and their sizes
 
 
-def register(name: str, family: type[Any], config: BackboneConfig, card: ModelCard) -> None:
+def register(name: str, family: type[Any], config: BackboneConfig, card: ModelCard | None = None) -> None:
     """Enter a variant: ``create_model(name, **options)`` builds ``family`` of ``config`` with these options changed.
 
     An address in the card that ends in a slash is a folder that holds the file; any other is a page that offers it.
+    A model for experiments has no card.
     """
+    if card is None:
+        VARIANTS[name] = Variant(family, config, None)
+        return
     folder = card.source.endswith("/")
     source = card.source + (card.checkpoint or "") if folder else card.source
     VARIANTS[name] = Variant(family, config, dataclasses.replace(card, name=name, source=source))
 
 
-def list_models(pattern: str = "*") -> list[str]:
-    """Return the registered names that match a shell ``pattern``, sorted."""
-    return fnmatch.filter(sorted(VARIANTS), pattern)
+def list_models(pattern: str = "*", *, without_card: bool = False) -> list[str]:
+    """Return the registered names that match a shell ``pattern``, sorted.
+
+    Args:
+        pattern: of the names.
+        without_card: also name models for experiments, of which nothing is published on ImageNet.
+    """
+    return fnmatch.filter(sorted(name for name, variant in VARIANTS.items() if variant.card or without_card), pattern)
 
 
 def model_card(name: str) -> ModelCard:
-    """Return the card of one of :func:`list_models`; raises a UserError for an unknown name."""
-    return one_of("model", name, VARIANTS).card
+    """Return the card of one of :func:`list_models`; raises a UserError for an unknown name, or one without a card."""
+    card = one_of("model", name, VARIANTS).card
+    if card is None:
+        raise UserError(f"model {name!r} has no card: it is for experiments, and no weights for ImageNet are released")
+    return card
+
+
+def input_size(name: str) -> tuple[int, int]:
+    """Return (height, width) of the images that a variant is made for: its card's, else its configuration's."""
+    _, config, card = one_of("model", name, VARIANTS)
+    if card is not None:
+        return card.input_size
+    assert isinstance(config, PlainConfig), f"{name} needs a card, or an image_size"
+    height, width = config.sides
+    return height, width
 
 
 def build_model(name: str, *, rngs: nnx.Rngs | None = None, **options: Any) -> Any:

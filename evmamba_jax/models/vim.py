@@ -9,10 +9,9 @@ class token's, which sits in the middle (``pos_embed_class_token``).
 
 import dataclasses
 import functools
-import itertools
 import math
-from collections.abc import Iterator, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,14 +21,15 @@ from jax.typing import ArrayLike
 
 from evmamba_jax.errors import UserError, one_of
 from evmamba_jax.layers import initializers as init
-from evmamba_jax.layers.backbone import Backbone, BackboneConfig, check_images
+from evmamba_jax.layers.backbone import PlainBackbone, PlainConfig, check_images
 from evmamba_jax.layers.block import Block
-from evmamba_jax.layers.blocks import run_blocks
 from evmamba_jax.layers.drop_path import drop_path_rates
+from evmamba_jax.layers.inverted_residual import InvertedResidual
 from evmamba_jax.layers.norm import RMSNorm
-from evmamba_jax.layers.projections import Linear, depthwise_conv
+from evmamba_jax.layers.projections import Linear, depthwise_conv, pointwise_conv
 from evmamba_jax.layers.resize import resize
 from evmamba_jax.layers.s6 import S6, default_dt_rank
+from evmamba_jax.layers.squeeze_excite import SqueezeExcite
 from evmamba_jax.models.registry import ModelCard, register
 from evmamba_jax.ranges import ranged
 from pallas_kernels import Order
@@ -38,17 +38,40 @@ from pallas_kernels import Order
 CLASS_TOKEN_AT = {"first": lambda patches: 0, "middle": lambda patches: patches // 2}
 
 Place = Literal["first", "middle"]
+Local = Literal["causal", "separable", "inverted_residual"]
+
+
+class Grid(NamedTuple):
+    """Where the tokens of a sequence stand: patches row by row, and a class token before patch ``class_at``, if any."""
+
+    rows: int
+    columns: int
+    class_at: int | None
+
+
+def on_grid(layer: Callable[[jax.Array], jax.Array], tokens: jax.Array, grid: Grid) -> jax.Array:
+    """Apply a layer from (B, rows, columns, C) to the same shape to the patches of (B, L, C); the class token stays."""
+    batch, _, channels = tokens.shape
+    rows, columns, class_at = grid
+    if class_at is None:
+        return layer(tokens.reshape(batch, rows, columns, channels)).reshape(tokens.shape)
+    patches, one = _take_out(tokens, class_at)
+    return _insert(on_grid(layer, patches, grid._replace(class_at=None)), one, class_at)
 
 
 class Direction(nnx.Module):
     """One direction of the mixer: depthwise convolution over the tokens passed so far, SiLU, selective scan.
+
+    The convolution of ``local`` other than "causal" looks at the neighbours on the grid, the same in either direction.
 
     Args:
         width: channels C of the block, which the rank of the time step depends on.
         inner: channels E of the sequence.
         reverse: go from the last token to the first.
         d_state: state size N of every channel.
-        d_conv: kernel of the convolution.
+        d_conv: kernel of the causal convolution.
+        local: what mixes neighbours: "causal", "separable" or "inverted_residual"; see :class:`VimConfig`.
+        local_ratio: channels within an inverted residual over E.
         scan_init: initial values of the scan.
         implementation: passed to :func:`pallas_kernels.scan2d`.
         dtype: compute type.
@@ -63,20 +86,34 @@ class Direction(nnx.Module):
         reverse: bool,
         d_state: int,
         d_conv: int,
+        local: Local = "causal",
+        local_ratio: int = 6,
         scan_init: init.ScanInit,
         implementation: str | None,
         dtype: Dtype | None,
         rngs: nnx.Rngs,
     ):
-        before = [(0, d_conv - 1) if reverse else (d_conv - 1, 0)]
-        self.conv = depthwise_conv(inner, (d_conv,), padding=before, backwards=reverse, dtype=dtype, rngs=rngs)
+        layer = {"dtype": dtype, "rngs": rngs}
+        if local == "causal":
+            before = [(0, d_conv - 1) if reverse else (d_conv - 1, 0)]
+            self.conv = depthwise_conv(inner, (d_conv,), padding=before, backwards=reverse, **layer)
+        elif local == "separable":
+            self.conv = depthwise_conv(inner, **layer)
+        else:
+            self.conv = InvertedResidual(inner, expansion=local_ratio, act=jax.nn.relu6, **layer)
+        self.of_grid = local != "causal"
         scan = {"d_state": d_state, "dt_rank": default_dt_rank(width), "implementation": implementation}
         self.scan = S6(inner, init=scan_init, **scan, rngs=rngs)
         self.orders = (Order(reverse=reverse),)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map sequences (B, L, E) to (B, L, E)."""
-        x = nnx.silu(self.conv(x))
+    def __call__(self, x: jax.Array, grid: Grid | None = None) -> jax.Array:
+        """Map sequences (B, L, E) to (B, L, E), whose tokens stand on ``grid`` where ``local`` is not "causal"."""
+        if self.of_grid:
+            assert grid is not None
+            x = on_grid(self.conv, x, grid)
+        else:
+            x = self.conv(x)
+        x = nnx.silu(x)
         return self.scan(x[:, None], self.orders)[:, 0]  # a sequence is an image of height 1
 
 
@@ -86,7 +123,11 @@ class VimMixer(nnx.Module):
     Args:
         width: channels C.
         d_state: state size N of the scans.
-        d_conv: kernel of the convolutions.
+        d_conv: kernel of the causal convolutions.
+        local: what mixes neighbours before each scan; see :class:`VimConfig`.
+        local_ratio: channels within an inverted residual over E.
+        squeeze_excite: C over the channels of a gate on the output, from its mean over all tokens, the class token's
+            too; None for no gate.
         expand: inner width E = expand * C.
         divide_out: halve the sum of the two directions.
         mamba_dt_init_backward: give the backward direction Mamba's initial time steps too, 0.001 to 0.1; otherwise its
@@ -105,6 +146,9 @@ class VimMixer(nnx.Module):
         *,
         d_state: int = 16,
         d_conv: int = 4,
+        local: Local = "causal",
+        local_ratio: int = 6,
+        squeeze_excite: int | None = None,
         expand: int = 2,
         divide_out: bool = True,
         mamba_dt_init_backward: bool = False,
@@ -115,7 +159,8 @@ class VimMixer(nnx.Module):
     ):
         inner = expand * width
 
-        options = {"d_state": d_state, "d_conv": d_conv, "implementation": implementation, "dtype": dtype}
+        options = {"d_state": d_state, "d_conv": d_conv, "local": local, "local_ratio": local_ratio}
+        options |= {"implementation": implementation, "dtype": dtype}
         direction = functools.partial(Direction, width, inner, **options, rngs=rngs)
         mamba = init.ScanInit()
         backward_init = mamba if mamba_dt_init_backward else mamba._replace(dt_bias=init.zeros)
@@ -127,12 +172,15 @@ class VimMixer(nnx.Module):
         self.backward = direction(reverse=True, scan_init=backward_init)
         self.out_proj = nnx.Linear(inner, width, use_bias=False, kernel_init=out_init, dtype=dtype, rngs=rngs)
         self.divide_out = divide_out
+        gate = {"layer": pointwise_conv, "use_bias": False, "dtype": dtype, "rngs": rngs}
+        self.se = None if squeeze_excite is None else SqueezeExcite(width, squeeze_excite, **gate)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map sequences (B, L, C) to (B, L, C)."""
+    def __call__(self, x: jax.Array, *, grid: Grid | None = None) -> jax.Array:
+        """Map sequences (B, L, C) to (B, L, C), whose tokens stand on ``grid`` where ``local`` is not "causal"."""
         x, z = jnp.split(self.in_proj(x), 2, axis=-1)
-        y = (self.forward(x) + self.backward(x)) * nnx.silu(z)
-        return self.out_proj(y / 2 if self.divide_out else y)
+        y = (self.forward(x, grid) + self.backward(x, grid)) * nnx.silu(z)
+        y = self.out_proj(y / 2 if self.divide_out else y)
+        return y if self.se is None else self.se(y)
 
 
 def _insert(tokens: jax.Array, one: jax.Array, at: int) -> jax.Array:
@@ -192,14 +240,12 @@ def resize_pos_embed(
 
 
 @dataclasses.dataclass(frozen=True)
-class VimConfig(BackboneConfig):
-    """Options of Vim; every family has the others.
+class VimConfig(PlainConfig):
+    """Options of Vim; :class:`PlainConfig` and every family have the others.
+
+    The position embedding has the grid of patches of ``image_size``.
 
     Attributes:
-        width: channels C of the tokens.
-        depth: blocks.
-        image_size: side, or (height, width), of the images whose grid the position embedding has; pixels.
-        patch_size: side of a patch.
         stride: pixels between patches; they overlap where it is smaller than a patch.
         d_state: state size N of the scans.
         d_conv: kernel of the convolutions.
@@ -210,15 +256,16 @@ class VimConfig(BackboneConfig):
             as the official code has it, or "middle", where it is; see :func:`resize_pos_embed`.
         class_token: False leaves it out, as the official backbones for detection and segmentation do; the mean over
             the patches then enters the head.
+        local: what mixes neighbours before each scan. "causal", the published model: a convolution over the ``d_conv``
+            tokens passed last. The others see the 3x3 neighbours on the grid of patches, and the class token passes
+            them by: "separable", a depthwise convolution; "inverted_residual", MobileNetV2's block of one.
+        local_ratio: channels within that block over those of the scan.
 
     Raises:
-        UserError: no blocks, an image_size below one patch, an unknown pos_embed_class_token.
+        UserError: no blocks, an image_size below one patch, an unknown pos_embed_class_token or local, a squeeze_excite
+            above the width.
     """
 
-    width: int = ranged(192, least=1)
-    depth: int = ranged(24, least=1)
-    image_size: int | Sequence[int] = ranged(224, least=1)
-    patch_size: int = ranged(16, least=1)
     stride: int = ranged(16, least=1)
     d_state: int = ranged(16, least=1)
     d_conv: int = ranged(4, least=1)
@@ -227,28 +274,15 @@ class VimConfig(BackboneConfig):
     mamba_dt_init_backward: bool = False
     pos_embed_class_token: Place = "first"
     class_token: bool = True
-
-    def __post_init__(self):
-        super().__post_init__()
-        sides = (self.image_size,) * 2 if isinstance(self.image_size, int) else tuple(self.image_size)
-        if len(sides) != 2 or min(sides) < self.patch_size:
-            raise UserError(
-                f"image_size is {self.image_size!r}: give a side or (height, width) of at least "
-                f"patch_size={self.patch_size}"
-            )
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(rows, columns) of the patches of an image of ``image_size``."""
-        size = self.image_size
-        return self.grid_of(*((size, size) if isinstance(size, int) else size))
+    local: Local = "causal"
+    local_ratio: int = ranged(6, least=1)
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
         """(rows, columns) of the patches of an image of this size."""
         return (height - self.patch_size) // self.stride + 1, (width - self.patch_size) // self.stride + 1
 
 
-class Vim(Backbone):
+class Vim(PlainBackbone):
     """Vim: patches and a class token among them, a position embedding, ``depth`` blocks, the class token to the head.
 
     Images of any size from one patch up; where their grid of patches is not the one of ``image_size``, the position
@@ -278,11 +312,14 @@ class Vim(Backbone):
         self.cls_token = embedding(1) if config.class_token else None
         self.pos_embed = embedding(math.prod(config.grid) + config.class_token)
 
-        scan = config.pick("d_state", "d_conv", "expand", "divide_out", "mamba_dt_init_backward", "implementation")
+        options = config.pick(
+            *("d_state", "d_conv", "local", "local_ratio", "squeeze_excite", "expand"),
+            *("divide_out", "mamba_dt_init_backward", "implementation"),
+        )
 
         def block(drop_path: float) -> Block:
             # No dtype: the norm of the residual stream keeps its width; the mixer's projection narrows it.
-            mixer = VimMixer(width, depth=config.depth, **scan, **layer)
+            mixer = VimMixer(width, depth=config.depth, **options, **layer)
             return Block(width, mixer, None, drop_path=drop_path, norm=RMSNorm, dtype=None, rngs=rngs)
 
         (rates,) = drop_path_rates(config.drop_path_rate, [config.depth])
@@ -311,13 +348,13 @@ class Vim(Backbone):
             class_token=self.config.pos_embed_class_token if self.cls_token is not None else None,
         )
 
+    def _grid(self, images: jax.Array) -> Grid:
+        """Return where the tokens of images stand."""
+        rows, columns = self.config.grid_of(*images.shape[1:3])
+        return Grid(rows, columns, None if self.cls_token is None else rows * columns // 2)
+
     def _streams(self, images: jax.Array, key: jax.Array | None, ends: Sequence[int]) -> Iterator[jax.Array]:
-        """Yield the residual stream (B, L, C) after each number of blocks in ``ends``, which rise."""
-        x = self.tokens(images)
-        for start, end in itertools.pairwise((0, *ends)):
-            blocks = self.blocks[start:end]
-            x = run_blocks(blocks, x, key, training=not self.deterministic, remat=self.config.remat, first=start)
-            yield x
+        return self.streams(self.tokens(images), key, ends, grid=self._grid(images))
 
     def features(self, images: jax.Array, *, key: jax.Array | None = None) -> list[jax.Array]:
         """Return the residual stream after each quarter of the blocks as maps [(B, h, w, C), ...], without class token.
@@ -332,11 +369,10 @@ class Vim(Backbone):
         Raises:
             UserError: images of another rank, another number of channels, or smaller than a patch.
         """
-        rows, columns = self.config.grid_of(*images.shape[1:3])
         maps = []
-        for x in self._streams(images, key, [-(-len(self.blocks) * quarter // 4) for quarter in (1, 2, 3, 4)]):
-            if self.cls_token is not None:
-                x, _ = _take_out(x, rows * columns // 2)
+        for x in self._streams(images, key, self.quarters):
+            rows, columns, class_at = self._grid(images)
+            x = x if class_at is None else _take_out(x, class_at)[0]
             maps.append(x.reshape(x.shape[0], rows, columns, -1))
         return maps
 

@@ -10,29 +10,38 @@ from flax import nnx
 
 from evmamba_jax.arrays import Arrays, fill, split
 from evmamba_jax.errors import UserError
+from evmamba_jax.models.course_vim import CourseVim
 from evmamba_jax.models.efficientvmamba import EfficientVMamba
 from evmamba_jax.models.mambavision import MambaVision
 from evmamba_jax.models.msvmamba import MSVMamba
 from evmamba_jax.models.vim import Vim
 from evmamba_jax.models.vmamba import VMamba
-from evmamba_jax.weights import efficientvmamba, mambavision, msvmamba, vim, vmamba
+from evmamba_jax.weights import course_vim, efficientvmamba, mambavision, msvmamba, vim, vmamba
 from evmamba_jax.weights.fit import fit_body
 from evmamba_jax.weights.layers import Row
 
 
 class _Official(NamedTuple):
-    """What a family's official names are: its table, and patterns of older names with what they became."""
+    """What a family's official names are.
+
+    Attributes:
+        table: makes the rows of a model.
+        old_names: patterns of older names, with what they became.
+        ours: options that only we have, by name with the value that the official code stands for.
+    """
 
     table: Callable[[Any], list[Row]]
     old_names: Mapping[str, str] = {}
+    ours: Mapping[str, Any] = {}
 
 
 _FAMILIES: Mapping[type[nnx.Module], _Official] = {
     EfficientVMamba: _Official(efficientvmamba.table, vmamba.OLD_NAMES),
     MambaVision: _Official(mambavision.table),
     MSVMamba: _Official(msvmamba.table, vmamba.OLD_NAMES),
-    Vim: _Official(vim.table),
+    Vim: _Official(vim.table, ours={"squeeze_excite": None, "local": "causal"}),
     VMamba: _Official(vmamba.table, vmamba.OLD_NAMES),
+    CourseVim: _Official(course_vim.table),
 }
 
 
@@ -80,15 +89,24 @@ def to_torch(model: nnx.Module) -> dict[str, np.ndarray]:
 
 
 def table(model: nnx.Module) -> list[Row]:
-    """Return our path, the official name and the layouts of every parameter the family has; see ``layers.Row``."""
+    """Return our path, the official name and the layouts of every parameter the family has; see ``layers.Row``.
+
+    Raises:
+        UserError: the model has an option that the official code has not, or is of no family with official code.
+    """
     return _family(model).table(model)
 
 
-def _family(model: nnx.Module) -> _Official:
+def _family(model: Any) -> _Official:
     if type(model) not in _FAMILIES:
         known = ", ".join(family.__name__ for family in _FAMILIES)
         raise UserError(f"no table of official names for {type(model).__name__}; there is one for {known}")
-    return _FAMILIES[type(model)]
+    family = _FAMILIES[type(model)]
+    for option, value in family.ours.items():
+        if (own := getattr(model.config, option)) != value:
+            name = type(model).__name__
+            raise UserError(f"{name} with {option}={own!r} has no official names: only {option}={value!r} has weights")
+    return family
 
 
 def _arrays(model: nnx.Module) -> Arrays:

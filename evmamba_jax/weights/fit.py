@@ -20,6 +20,7 @@ import numpy as np
 
 from evmamba_jax.arrays import merge, split
 from evmamba_jax.errors import UserError
+from evmamba_jax.layers.backbone import StagedBackbone
 from evmamba_jax.models.vim import CLASS_TOKEN_AT, Vim, resize_pos_embed
 
 logger = logging.getLogger(__name__)
@@ -91,7 +92,11 @@ def fit_body(model: Any, arrays: Mapping[str, Any], *, resize: bool) -> dict[str
         arrays = {path: array for path, array in arrays.items() if not path.startswith("head.")}
     if isinstance(model, Vim):
         return _position_embedding(model, arrays, resize)
-    if model.out_norms is None or any(path.startswith("out_norms.") for path in arrays):
+    if (
+        not isinstance(model, StagedBackbone)
+        or model.out_norms is None
+        or any(path.startswith("out_norms.") for path in arrays)
+    ):
         return dict(arrays)
     kept = {path: array for path, array in arrays.items() if not path.startswith("norm.")}
     for i, norm in enumerate(model.out_norms):

@@ -46,6 +46,7 @@ LINEAR = Layout("o i", "i o")
 CONV = Layout("o i h w", "h w i o")
 CONV1D = Layout("o i k", "k i o")
 POINTWISE = Layout("o i 1 1", "i o")  # a 1x1 convolution there, a matrix product over channels here
+POINTWISE1D = Layout("o i 1", "i o")
 
 
 def below(ours: str, official: str, rows: Iterable[Row]) -> list[Row]:
@@ -81,12 +82,14 @@ def s6(ours: str, sets: int) -> list[Row]:
     ]
 
 
-def s6_alone(ours: str, suffix: str = "", a_log: str = "A_log") -> list[Row]:
+def s6_alone(
+    ours: str, suffix: str = "", a_log: str = "A_log", *, x_proj: str = "x_proj", dt_proj: str = "dt_proj"
+) -> list[Row]:
     """Return the rows of an S6 of one set that the official code keeps as layers, named with a ``suffix``."""
     return [
-        Row(f"{ours}.x_proj", f"x_proj{suffix}.weight", Layout("c e", "1 e c")),
-        Row(f"{ours}.dt_proj", f"dt_proj{suffix}.weight", Layout("e r", "1 r e")),
-        Row(f"{ours}.dt_bias", f"dt_proj{suffix}.bias", Layout("e", "1 e")),
+        Row(f"{ours}.x_proj", f"{x_proj}{suffix}.weight", Layout("c e", "1 e c")),
+        Row(f"{ours}.dt_proj", f"{dt_proj}{suffix}.weight", Layout("e r", "1 r e")),
+        Row(f"{ours}.dt_bias", f"{dt_proj}{suffix}.bias", Layout("e", "1 e")),
         Row(f"{ours}.A_log", a_log, Layout("e n", "1 e n")),
         Row(f"{ours}.D", f"D{suffix}", Layout("e", "1 e")),
     ]

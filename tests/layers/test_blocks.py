@@ -15,10 +15,11 @@ from evmamba_jax.errors import UserError
 from evmamba_jax.layers.block import Block
 from evmamba_jax.layers.blocks import run_blocks
 from evmamba_jax.layers.drop_path import DropPath
+from evmamba_jax.layers.inverted_residual import InvertedResidual
 from evmamba_jax.layers.mlp import Mlp
 from evmamba_jax.layers.norm import RMSNorm
 from evmamba_jax.layers.ss2d import SS2D
-from evmamba_jax.models.efficientvmamba import EVSSBlock, InvertedResidual
+from evmamba_jax.models.efficientvmamba import EVSSBlock
 from evmamba_jax.models.mambavision import Attention
 from evmamba_jax.models.vim import VimMixer
 from pallas_kernels import Order
@@ -32,7 +33,7 @@ def evss(rate, rngs):
 
 
 def inverted_residual(rate, rngs):
-    return InvertedResidual(WIDTH, drop_path=rate, dtype=None, rngs=rngs)
+    return InvertedResidual(WIDTH, squeeze_excite=8, drop_path=rate, dtype=None, rngs=rngs)
 
 
 def vim(rate, rngs, dtype=None):

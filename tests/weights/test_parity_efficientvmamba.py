@@ -17,11 +17,12 @@ from recorded import (
     pyramid_maps,
 )
 
+from evmamba_jax.layers.inverted_residual import InvertedResidual
 from evmamba_jax.layers.patches import PatchMerging
 from evmamba_jax.layers.projections import Linear
 from evmamba_jax.layers.squeeze_excite import SqueezeExcite
 from evmamba_jax.layers.ss2d import SS2D
-from evmamba_jax.models.efficientvmamba import EVSSBlock, InvertedResidual
+from evmamba_jax.models.efficientvmamba import EVSSBlock
 from evmamba_jax.weights import efficientvmamba as tables
 from evmamba_jax.weights import layers
 from pallas_kernels import ATROUS, selective_scan
@@ -70,7 +71,7 @@ PARTS = {
     "bi_attn": (lambda rngs: SqueezeExcite(WIDTH, norm=True, act="gelu", rngs=rngs), tables.CHANNEL_GATE),
     "block": (lambda rngs: EVSSBlock(WIDTH, **EVSS_OPTIONS, rngs=rngs), tables.EVSS_BLOCK),
     "inverted_residual": (
-        lambda rngs: InvertedResidual(8, drop_path=0.0, dtype=None, rngs=rngs),
+        lambda rngs: InvertedResidual(8, squeeze_excite=8, rngs=rngs),
         tables.INVERTED_RESIDUAL,
     ),
     "patch_merging_odd": (merging_to_ten, layers.PATCH_ROWS[PatchMerging]),
