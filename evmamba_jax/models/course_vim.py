@@ -27,7 +27,7 @@ from evmamba_jax.layers.projections import pointwise_conv
 from evmamba_jax.layers.s6 import S6
 from evmamba_jax.layers.squeeze_excite import SqueezeExcite
 from evmamba_jax.models.registry import register
-from evmamba_jax.ranges import ranged, share
+from evmamba_jax.ranges import ranged
 from pallas_kernels import Order
 
 Local = Literal["pointwise", "inverted_residual"]
@@ -115,7 +115,7 @@ class CourseVimConfig(PlainConfig):
     patch_size: int = 4
     d_state: int = ranged(96, least=1)
     dt_rank: int = ranged(16, least=1)
-    dropout: float = share(0.1)
+    dropout: float = ranged(0.1, least=0, below=1)
     local: Local = "pointwise"
 
 

@@ -62,6 +62,41 @@ def test_vmamba_by_hand(height, width):
     assert count_flops(model, (height, width)) == sum(wanted.values())
 
 
+@pytest.mark.parametrize("local", ["causal", "separable", "inverted_residual"])
+def test_variations_of_vim_by_hand(local):
+    c, e, n, ratio, depth = 16, 32, 3, 5, 2
+    options = {"local": local, "local_ratio": ratio, "squeeze_excite": 4}
+    model = abstract("vim_t", width=c, depth=depth, d_state=n, num_classes=10, **options)
+    patches, tokens = 2 * 3, 2 * 3 + 1
+    projections, recurrence = scan2d_cost(tokens, 1, e, 1, n)
+    # Of a direction: the products and the convolutions.
+    mixed, convolved = {
+        "causal": (0, 4 * e * tokens),
+        "separable": (0, 9 * e * patches),
+        "inverted_residual": (2 * e * ratio * e * patches, 9 * ratio * e * patches),
+    }[local]
+    gate = 2 * c * c // 4
+    block = tokens * (c * 2 * e + e * c) + 2 * (projections + mixed) + gate
+    assert flops_by_operation(model, (32, 48)) == {
+        "products": depth * block + c * 10,
+        "convolutions": 16**2 * 3 * c * patches + depth * 2 * convolved,
+        "scans": depth * 2 * recurrence,
+    }
+
+
+@pytest.mark.parametrize("local", ["pointwise", "inverted_residual"])
+def test_the_courses_model_by_hand(local):
+    c, rank, n, tokens = 16, 3, 5, 2 * 4
+    options = {"width": c, "depth": 1, "dt_rank": rank, "d_state": n, "local": local, "squeeze_excite": 2}
+    counted = flops_by_operation(abstract("course_vim", **options), (8, 16))
+    projections, recurrence = scan2d_cost(tokens, 1, c, rank, n)
+    mixed, convolved = (c * c, 0) if local == "pointwise" else (2 * 4 * c * c, 3 * 4 * c)
+    products = tokens * (48 * c + c * c + 2 * mixed) + 2 * projections + 2 * c * c // 2 + c * 10
+    assert counted == {"products": products, "scans": 2 * recurrence} | (
+        {"convolutions": 2 * tokens * convolved} if convolved else {}
+    )
+
+
 def test_tokens_of_the_padding_count():
     model = abstract("evmamba_t", width=16, depths=(1, 0, 0, 0), d_state=4)
     # A map of 5x7 is padded to 6x8, of which every order walks 3x4.

@@ -55,6 +55,17 @@ CASES = {
         "stride": (0, -1, 1.5),
         "expand": (0, 1.5),
         "pos_embed_class_token": ("centre", None),
+        "squeeze_excite": (0, 193, 4.0, True),
+        "local": ("conv", None, "pointwise"),
+        "local_ratio": (0, 1.5),
+    },
+    "course_vim": OF_ALL
+    | {
+        "dt_rank": (0, 1.5),
+        "dropout": (-0.1, 1.0, NAN, None),
+        "image_size": (3, (32,), 32.0),
+        "squeeze_excite": (0, 97),
+        "local": ("causal", None),
     },
 }
 

@@ -109,10 +109,53 @@ def rms_norm(x, scale):
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * scale
 
 
-def slow_direction(p, x):
-    """Convolve with the three tokens before, then scan (L, E) one by one."""
+def slow_causal(p, x):
+    """Convolve (L, E) with the three tokens before."""
     padded = np.concatenate([np.zeros((3, x.shape[1])), x])
-    x = silu(sum(padded[i : i + len(x)] * p["conv.kernel"][i, 0] for i in range(4)) + p["conv.bias"])
+    return sum(padded[i : i + len(x)] * p["kernel"][i, 0] for i in range(4)) + p["bias"]
+
+
+def slow_depthwise(kernel, x):
+    """Convolve (h, w, C) with a kernel (3, 3, 1, C), pixel by pixel."""
+    y = np.zeros_like(x)
+    for row, column, i, j in np.ndindex(*x.shape[:2], 3, 3):
+        r, c = row + i - 1, column + j - 1
+        if 0 <= r < x.shape[0] and 0 <= c < x.shape[1]:
+            y[row, column] += x[r, c] * kernel[i, j, 0]
+    return y
+
+
+def slow_inverted_residual(p, x):
+    """Return MobileNetV2's block of (h, w, C): 1x1, BatchNorm, ReLU6, 3x3, BatchNorm, ReLU6, 1x1, BatchNorm, sum."""
+
+    def normed(x, name):
+        deviation = np.sqrt(p[f"{name}.var"] + 1e-5)
+        return (x - p[f"{name}.mean"]) / deviation * p[f"{name}.scale"] + p[f"{name}.bias"]
+
+    y = np.clip(normed(x @ p["pw1.kernel"], "norm1"), 0, 6)
+    y = np.clip(normed(slow_depthwise(p["dw.kernel"], y), "norm2"), 0, 6)
+    return x + normed(y @ p["pw2.kernel"], "norm3")
+
+
+def slow_local(p, x, grid, middle):
+    """Apply a layer of the grid to the patches of (L, E); the class token, if any, passes it by."""
+    patches = x if middle is None else np.delete(x, middle, axis=0)
+    maps = patches.reshape(*grid, -1)
+    maps = slow_inverted_residual(p, maps) if "pw1.kernel" in p else slow_depthwise(p["kernel"], maps) + p["bias"]
+    patches = maps.reshape(patches.shape)
+    return patches if middle is None else np.insert(patches, middle, x[middle], axis=0)
+
+
+def slow_direction(p, x, *, reverse, grid, middle):
+    """Mix (L, E) with its neighbours, then scan it from either end."""
+    conv, way = below(p, "conv."), slice(None, None, -1 if reverse else 1)
+    causal = "kernel" in conv and conv["kernel"].ndim == 3
+    x = slow_causal(conv, x[way]) if causal else slow_local(conv, x, grid, middle)[way]
+    return slow_scan(p, silu(x))[way]
+
+
+def slow_scan(p, x):
+    """Scan (L, E) one by one."""
     rank, state = p["scan.dt_proj"].shape[1], p["scan.A_log"].shape[2]
     h, y = np.zeros((x.shape[1], state)), np.zeros_like(x)
     for t, u in enumerate(x):
@@ -146,9 +189,14 @@ def slow_vim(p, image, pos_embed, *, stride, class_token, halve):
     streams = []
     while block := below(p, f"blocks.{len(streams)}."):
         u, z = np.split(rms_norm(x, block["norm.scale"]) @ block["mixer.in_proj.kernel"], 2, axis=-1)
-        y = slow_direction(below(block, "mixer.forward."), u) * silu(z)
-        y = y + slow_direction(below(block, "mixer.backward."), u[::-1])[::-1] * silu(z)
-        x = x + (y / 2 if halve else y) @ block["mixer.out_proj.kernel"]
+        place = {"grid": (rows, columns), "middle": middle if class_token else None}
+        y = slow_direction(below(block, "mixer.forward."), u, reverse=False, **place) * silu(z)
+        y = y + slow_direction(below(block, "mixer.backward."), u, reverse=True, **place) * silu(z)
+        y = (y / 2 if halve else y) @ block["mixer.out_proj.kernel"]
+        if "mixer.se.reduce.kernel" in block:
+            hidden = np.maximum(y.mean(0) @ block["mixer.se.reduce.kernel"], 0)
+            y = y / (1 + np.exp(-hidden @ block["mixer.se.expand.kernel"]))
+        x = x + y
         streams.append(x)
     x = rms_norm(x, p["norm.scale"])
     return (x[middle] if class_token else x.mean(0)) @ p["head.kernel"] + p["head.bias"], streams
@@ -193,8 +241,14 @@ def slow_resize(pos_embed, old, new, class_token):
         ({"divide_out": False}, (27, 13), (6, 3)),
         ({"pos_embed_class_token": "middle", "depth": 1}, (12, 23), (3, 5)),
         ({"class_token": False}, (21, 16), (5, 4)),
+        ({"local": "separable", "squeeze_excite": 4}, (27, 13), (6, 3)),
+        ({"local": "inverted_residual", "local_ratio": 2}, (12, 23), (3, 5)),
+        ({"local": "inverted_residual", "class_token": False, "squeeze_excite": 1}, (16, 16), (4, 4)),
     ],
-    ids=["plain", "overlapping", "resized", "resized with the middle", "without class token"],
+    ids=[
+        *("plain", "overlapping", "resized", "resized with the middle", "without class token"),
+        *("separable", "inverted residual", "inverted residual without class token"),
+    ],
 )
 def test_model_equals_a_slow_loop(options, size, grid):
     graphdef, params, stats = split(small(**options))
@@ -204,15 +258,16 @@ def test_model_equals_a_slow_loop(options, size, grid):
         name: 0.3 * rng.normal(size=a.shape) + (0 if name.endswith("dt_bias") else np.asarray(a, np.float64))
         for name, a in params.items()
     }
+    stats = {name: rng.uniform(0.5, 1.5, a.shape) for name, a in stats.items()}
     x = rng.normal(size=(2, *size, 3))
     with jax.enable_x64(True):
 
         @jax.jit
-        def both(p, x):
+        def both(p, stats, x):
             model = merge(graphdef, p, stats)
             return model(x), model.features(x)
 
-        logits, maps = both(wide, x)
+        logits, maps = both(wide, stats, x)
     assert {a.dtype for a in (logits, *maps)} == {np.dtype("float64")}
 
     own = (4, 3) if "image_size" in options else (4, 4)
@@ -224,7 +279,7 @@ def test_model_equals_a_slow_loop(options, size, grid):
     depth = options.get("depth", 3)
     for i in range(2):
         wanted, streams = slow_vim(
-            wide,
+            wide | stats,
             x[i],
             pos_embed,
             stride=options.get("stride", 4),

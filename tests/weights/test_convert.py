@@ -223,6 +223,17 @@ def test_weights_that_do_not_fit_are_named_and_change_nothing(change, message):
     chex.assert_trees_all_equal(arrays_of(model), before)
 
 
+@pytest.mark.parametrize(("option", "value"), [("squeeze_excite", 2), ("local", "separable")])
+def test_options_without_official_weights_are_named(option, value):
+    model = abstract_model("vim_t", width=8, depth=1, **{option: value})
+    official = weights_of(abstract_model("vim_t", width=8, depth=1))
+    for convert in (lambda: from_torch(model, official), lambda: to_torch(model)):
+        with pytest.raises(
+            UserError, match=f"^Vim with {option}={value!r} has no official names: only {option}=.* has"
+        ):
+            convert()
+
+
 def test_counters_are_ignored():
     model = small()
     from_torch(model, weights_of(model) | {"layers.2.1.conv_pw.1.num_batches_tracked": np.asarray(3)})
