@@ -54,6 +54,8 @@ class DataConfig:
     # RandomResizedCrop: range of the area, as a share of the image.
     crop_scale: tuple[float, float] = ranged((0.08, 1.0), above=0, most=1)
     crop_ratio: tuple[float, float] = ranged((3 / 4, 4 / 3), above=0)  # RandomResizedCrop: range of width / height
+    # In its place: a crop of image_size from the image, resized to that, with this many zeros on each side; 0: off.
+    pad_crop: int = ranged(0, least=0)
     interpolation: str = chosen("bicubic", (*_RESIZING, "random"))  # training; "random": one of the two each time
     hflip: float = share(0.5)  # probability of a left-right flip
     # E.g. "rand-m9-mstd0.5-inc1", or "evmamba-m9-mstd0.5" with EfficientVMamba's operations.
@@ -90,6 +92,9 @@ class DataConfig:
         for field in ("crop_scale", "crop_ratio"):
             first, second = getattr(self, field)
             self._require(field, first <= second, "two numbers, the lower first")
+            own = not self.pad_crop or (first, second) == getattr(type(self), field)
+            self._require(field, own, f"left alone where pad_crop={self.pad_crop} replaces RandomResizedCrop")
+        self._require("pad_crop", self.pad_crop < self.image_size, f"below image_size={self.image_size}")
         for field in ("mean", "std"):
             value = getattr(self, field)
             self._require(field, len(value) == self.in_channels, f"in_channels={self.in_channels} numbers")

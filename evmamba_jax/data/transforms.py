@@ -85,22 +85,32 @@ def train_image(data: bytes, config: DataConfig, rng: np.random.Generator) -> np
 def train_view(pixels: np.ndarray, config: DataConfig, rng: np.random.Generator) -> np.ndarray:
     """Make a training image of a decoded one: RandomResizedCrop, random flip, then RandAugment or colour jitter.
 
+    With ``pad_crop`` the first is torchvision's RandomCrop with padding, of an image that is resized to ``image_size``
+    where it has another size.
+
     Args:
         pixels: uint8 (H, W, channels), one behind the other in memory.
-        config: reads image_size, crop_scale, crop_ratio, interpolation, hflip, auto_augment, color_jitter, and mean,
-            which becomes the colour of what RandAugment uncovers.
+        config: reads image_size, crop_scale, crop_ratio, pad_crop, interpolation, hflip, auto_augment, color_jitter,
+            and mean, which becomes the colour of what RandAugment uncovers.
         rng: the example's own generator; its draws alone decide the result.
 
     Returns:
         uint8 (image_size, image_size, channels).
     """
-    height, width = pixels.shape[:2]
-    top, left, h, w = random_crop_box(rng, height, width, config.crop_scale, config.crop_ratio)
+    (height, width), side, pad = pixels.shape[:2], config.image_size, config.pad_crop
+    if pad:
+        box = 0, 0, height, width
+        down, right = (int(rng.integers(2 * pad + 1)) - pad for _ in range(2))
+    else:
+        box = random_crop_box(rng, height, width, config.crop_scale, config.crop_ratio)
+        down = right = 0
     resample = draw_resampling(config.interpolation, rng)
     flipped = rng.random() < config.hflip
 
     def view(part: np.ndarray) -> Image.Image:
-        image = _image(part, top, left, h, w).resize((config.image_size, config.image_size), resample)
+        image = _image(part, *box).resize((side, side), resample)
+        if down or right:
+            image = image.crop((right, down, right + side, down + side))  # zeros beyond the border
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flipped else image
 
     if pixels.shape[2] not in (1, 3):

@@ -51,6 +51,7 @@ DECISIONS: dict[str, Decision] = {
     "data.eval_interpolation": FREE,
     "data.crop_scale": FREE,
     "data.crop_ratio": FREE,
+    "data.pad_crop": FREE,
     "data.interpolation": FREE,
     "data.hflip": FREE,
     "data.auto_augment": FREE,

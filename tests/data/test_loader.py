@@ -68,6 +68,18 @@ def test_every_start_step_continues_the_same_run(numbered, small):
         )
 
 
+def test_the_step_alone_determines_padded_crops(digits):
+    config, source = digits
+    config = dataclasses.replace(config, pad_crop=3)
+    settings = {"seed": 4, "global_batch": 8}
+    run = take(config, source, 4, **settings)
+    chex.assert_trees_all_equal(take(config, source, 2, 2, start_step=2, **settings), run[2:])
+    workers = dataclasses.replace(config, num_workers=1)
+    chex.assert_trees_all_equal(take(workers, source, 1, start_step=3, **settings), run[3:])
+    other = take(config, source, 4, **settings | {"seed": 5})
+    assert any((one["image"] != two["image"]).any() for one, two in zip(run, other, strict=True))
+
+
 def test_far_steps_are_reached_at_once(numbered, small):
     chex.assert_trees_all_equal(
         take(small, numbered(10), 1, seed=4, global_batch=4, start_step=10**9),

@@ -387,6 +387,13 @@ def test_fashion_mnist_truncated(fashion_files, tmp_path):
         ({"crop_scale": (0.5,)}, "data.crop_scale=(0.5,)"),
         ({"crop_scale": (0.5, 1.5)}, "data.crop_scale=(0.5, 1.5)"),
         ({"crop_ratio": (2.0, 1.0)}, "data.crop_ratio=(2.0, 1.0)"),
+        ({"pad_crop": -1}, "data.pad_crop=-1 is not allowed: it must be 0 or more"),
+        ({"pad_crop": 32, "image_size": 32}, "data.pad_crop=32 is not allowed: it must be below image_size=32"),
+        (
+            {"pad_crop": 4, "crop_scale": (0.5, 1.0)},
+            "data.crop_scale=(0.5, 1.0) is not allowed: it must be left alone where pad_crop=4 replaces RandomResized",
+        ),
+        ({"pad_crop": 4, "crop_ratio": (1.0, 1.0)}, "data.crop_ratio=(1.0, 1.0) is not allowed: it must be left alone"),
         ({"mean": (0.5,)}, "data.mean=(0.5,) is not allowed: it must be in_channels=3 numbers"),
         ({"std": (0.0, 1.0, 1.0)}, "numbers above 0"),
         ({"num_workers": -1}, "data.num_workers=-1"),

@@ -13,7 +13,7 @@ from sklearn.datasets import load_sample_image
 
 from evmamba_jax.data.config import DataConfig
 from evmamba_jax.data.decoding import CorruptImageError, decode
-from evmamba_jax.data.transforms import eval_image, random_crop_box, train_image
+from evmamba_jax.data.transforms import eval_image, random_crop_box, train_image, train_view
 
 
 def encode(pixels: np.ndarray, kind: str = "PNG", mode: str | None = None, **options) -> bytes:
@@ -173,6 +173,39 @@ def test_train_image_is_crop_resize_flip(photo):
     np.testing.assert_array_equal(train_image(data, config, rng), expected)
     config.hflip = 0.0
     np.testing.assert_array_equal(train_image(data, config, np.random.default_rng(5)), np.asarray(crop))
+
+
+def slow_pad_crop(pixels, pad, top, left):
+    """Return the crop at (top, left) of an image in a frame of zeros, as large as the image, pixel by pixel."""
+    height, width = pixels.shape[:2]
+    crop = np.zeros_like(pixels)
+    for row, column in np.ndindex(height, width):
+        r, c = row + top - pad, column + left - pad
+        if 0 <= r < height and 0 <= c < width:
+            crop[row, column] = pixels[r, c]
+    return crop
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("size", [(6, 6), (9, 5)])
+def test_padded_crops_are_those_of_a_slow_loop_each_as_often(size, channels):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(1, 256, (*size, channels), dtype=np.uint8)
+    config = DataConfig(
+        **{"image_size": 6, "pad_crop": 2, "in_channels": channels, "hflip": 0.5},
+        **{"mean": (0.5,) * channels, "std": (0.5,) * channels},
+    )
+    config.validate()
+    parts = [Image.fromarray(pixels[..., k]).resize((6, 6), Image.Resampling.BICUBIC) for k in range(channels)]
+    whole = np.stack([np.asarray(part) for part in parts], axis=-1)
+    crops = {(top, left): slow_pad_crop(whole, 2, top, left) for top in range(5) for left in range(5)}
+    places = {way(crop).tobytes(): place for place, crop in crops.items() for way in (np.asarray, np.fliplr)}
+    assert len(places) == 50
+    drawn = [places[train_view(pixels, config, rng).tobytes()] for _ in range(1000)]
+    counts = [drawn.count(place) for place in crops]
+    assert stats.chisquare(counts).pvalue > 1e-3
+    first, second = (train_view(pixels, config, np.random.default_rng(7)) for _ in range(2))
+    np.testing.assert_array_equal(first, second)
 
 
 def test_flip_probability():

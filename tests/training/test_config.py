@@ -71,6 +71,7 @@ WRONG = {
     "data.crop_pct": (0, 1.1, NAN),
     "data.crop_scale": ((0.5,), (0.5, 0.4), (0, 1), (0.5, NAN), 0.5),
     "data.crop_ratio": ((1.0, INF), (0.0, 1.0), (2.0, 1.0)),
+    "data.pad_crop": (-1, 8, 1.5, None, True),
     "data.hflip": (-0.1, 1.5, NAN),
     "data.num_threads": (-1, 1.5),
     "data.num_workers": (-1,),
