@@ -1,9 +1,10 @@
-"""The scans of ``pallas_kernels``, each device with its own part of the batch or of the channels.
+"""The scans of ``pallas_kernels``, and convolutions over whole sequences, each device with its own part of the arrays.
 
-XLA cannot divide a kernel among devices, so under a mesh (``jax.set_mesh``) they run inside ``jax.shard_map``. An axis
-of the mesh divides the batch if it can; else the channels, if every device is left eight or more, in whole groups where
-there are several; else all devices along it do the same. Without a mesh, and on axes that the caller has taken in hand,
-these are the functions of ``pallas_kernels`` and nothing more.
+XLA cannot divide a kernel among devices, and sends all of a Fourier transform to each, so under a mesh
+(``jax.set_mesh``) they run inside ``jax.shard_map``. An axis of the mesh divides the batch if it can; else the
+channels, if every device is left eight or more, in whole groups where there are several; else all devices along it do
+the same. Without a mesh, and on axes that the caller has taken in hand, the scans are the functions of
+``pallas_kernels`` and nothing more.
 """
 
 import math
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
 import pallas_kernels
@@ -18,6 +20,8 @@ from pallas_kernels.dispatch import at_callers_line
 
 # At least so many channels stay on a device: kernels fill them up to a multiple of 8, so that fewer would cost as much.
 FEWEST = 8
+
+LONGEST_PRODUCT = 256  # tokens
 
 # Which axis of an array is the batch, the channels, or the groups of channels that share B and C.
 _IMAGE = PartitionSpec("batch", None, None, "channels")
@@ -65,6 +69,39 @@ def selective_scan(
     arrays = (u, delta, A, B, C, D, delta_bias, initial_state)
     places = (_SEQUENCE, _SEQUENCE, _CHANNELS, _GROUPS, _GROUPS, _CHANNELS, _CHANNELS, _STATE)
     return _over_devices(scan, arrays, places, (_SEQUENCE, _STATE) if return_final_state else _SEQUENCE)
+
+
+def convolve(u: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Convolve sequences (batch, length, channels), each channel with a kernel over the whole sequence.
+
+    Args:
+        u: of type float32 or float64.
+        kernel: (channels, 2 * length) by lag, modulo twice the length: the token ``l`` places before counts with
+            ``kernel[:, l]``, that ``l`` places after with ``kernel[:, 2 * length - l]``.
+
+    Returns:
+        (batch, length, channels). Up to 256 tokens by a product with the kernel's Toeplitz matrix, which a matrix unit
+        does best; otherwise by Fourier transforms.
+    """
+    by = _by_toeplitz if u.shape[1] <= LONGEST_PRODUCT else _by_fourier
+    places = (_SEQUENCE, PartitionSpec("channels", None))
+    return _over_devices(lambda _, *arrays: by(*arrays), (u, kernel), places, _SEQUENCE)
+
+
+@jax.checkpoint  # the matrix is made again, not kept
+def _by_toeplitz(u: jax.Array, kernel: jax.Array) -> jax.Array:
+    channels, twice = kernel.shape
+    length = twice // 2
+    # Row after row of a matrix one column narrower than what is repeated in it, so that each begins one lag earlier.
+    repeated = jnp.broadcast_to(kernel[:, None], (channels, length, twice)).reshape(channels, -1)
+    rows = repeated[:, : length * (twice - 1)].reshape(channels, length, twice - 1)
+    return jnp.einsum("bje,eji->bie", u, rows[:, :, :length])
+
+
+def _by_fourier(u: jax.Array, kernel: jax.Array) -> jax.Array:
+    length = u.shape[1]
+    product = jnp.fft.rfft(u, 2 * length, axis=1) * jnp.fft.rfft(kernel, axis=1).T
+    return jnp.fft.irfft(product, 2 * length, axis=1)[:, :length]
 
 
 def _over_devices(function: Callable, arrays: tuple, places: tuple[PartitionSpec, ...], results: Any) -> Any:

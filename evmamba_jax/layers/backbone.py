@@ -90,7 +90,12 @@ class Stage(nnx.Module):
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """Map (B, H, W, C) through the blocks to (B, H, W, C); ``key`` draws the drop path in training mode."""
-        return run_blocks(self.blocks, x, key, training=not self.deterministic, remat=self.remat)
+        return self.run(x, key)
+
+    def run(self, x: jax.Array, key: jax.Array | None, *, first: int = 0, end: int | None = None) -> jax.Array:
+        """Map x (B, ..., C) through the blocks from ``first`` to before ``end`` (None: to the last)."""
+        options = {"training": not self.deterministic, "remat": self.remat}
+        return run_blocks(self.blocks[first:end], x, key, **options, first=first)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +126,7 @@ class StagedConfig(BackboneConfig):
 
 
 class StagedBackbone(Backbone):
-    """Stem, stages of blocks with a downsampling between, a norm at every pixel, the mean over pixels, a linear head.
+    """Stem, stages of blocks with a downsampling between, a norm at every pixel, their mean, a linear head.
 
     Args:
         config: the options.
@@ -129,6 +134,7 @@ class StagedBackbone(Backbone):
         block: makes a block from the number of its stage, its own number in it, C of the stage and its drop path.
         downsample: makes the downsampling of a stage of C channels; it doubles them.
         norm: the last norm.
+        pool: makes, from C of the last stage, what maps (B, h, w, C) to (B, C); None for the mean.
         stage: makes a stage from its number, its blocks, its downsampling (None for the last), and ``remat``.
         rngs: source of the initial values.
     """
@@ -141,6 +147,7 @@ class StagedBackbone(Backbone):
         downsample: Callable[[int], nnx.Module],
         *,
         norm: Callable[..., Any] = LayerNorm,
+        pool: Callable[[int], Any] | None = None,
         stage: Callable[..., Stage] = lambda _, *parts, **options: Stage(*parts, **options),
         rngs: nnx.Rngs,
     ):
@@ -156,6 +163,7 @@ class StagedBackbone(Backbone):
         layer = {"dtype": config.dtype, "rngs": rngs}
         self.out_norms = nnx.List([LayerNorm(c, **layer) for c in widths]) if config.out_norms else None
         self.norm = None if config.out_norms else norm(widths[-1], **layer)
+        self.pool = None if pool is None or config.out_norms else pool(widths[-1])
         has_head = config.num_classes and not config.out_norms
         self.head = Linear(widths[-1], config.num_classes, **layer) if has_head else None
 
@@ -183,7 +191,8 @@ class StagedBackbone(Backbone):
         """Return the logits (B, num_classes); arguments and errors as for :meth:`features`."""
         if self.norm is None:
             raise UserError("this model was built with out_norms=True, a backbone without a head: call its features()")
-        x = self.norm(self.features(images, key=key)[-1]).mean((1, 2))
+        x = self.norm(self.features(images, key=key)[-1])
+        x = x.mean((1, 2)) if self.pool is None else self.pool(x)
         return x if self.head is None else self.head(x)
 
 

@@ -54,13 +54,14 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None, **given: Any) -> jax.Array:
         """Map (B, ..., C) to (B, ..., C); ``key`` draws the drop path in training mode, the mixer is ``given`` more."""
-        x = x + self.drop_path(_scaled(self.mixer(self.norm(x), **given), self.gamma_1), fold_in(key, 0))
+        x = x + self.drop_path(scaled(self.mixer(self.norm(x), **given), self.gamma_1), fold_in(key, 0))
         if self.mlp is None or self.norm2 is None:
             return x
         y = self.norm2(self.mlp(x)) if self.post_norm else self.mlp(self.norm2(x))
-        return x + self.drop_path(_scaled(y, self.gamma_2), fold_in(key, 1))
+        return x + self.drop_path(scaled(y, self.gamma_2), fold_in(key, 1))
 
 
-def _scaled(x: jax.Array, gamma: nnx.Param | None) -> jax.Array:
-    # In the type of the branch: a float32 factor would turn a bfloat16 residual stream into float32.
+def scaled(x: jax.Array, gamma: nnx.Param | None) -> jax.Array:
+    """Return a branch times a learned factor for each channel, if there is one, in the type of the branch."""
+    # A float32 factor would turn a bfloat16 residual stream into float32.
     return x if gamma is None else x * gamma[...].astype(x.dtype)

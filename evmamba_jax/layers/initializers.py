@@ -50,8 +50,20 @@ def _uniform(key: jax.Array, shape: tuple[int, ...], dtype, low: float, high: fl
 def normal(deviation: float) -> Initializer:
     """Normal with mean 0."""
 
+    return _normal(deviation, np.nextafter(np.float32(-1), np.float32(0)), 1)
+
+
+def lecun_normal(fan_in: int) -> Initializer:
+    """Normal with mean 0 and variance 1/fan_in, after a cut at two deviations of what is drawn: Flax's rule."""
+    share = math.erf(math.sqrt(2))
+    return _normal(fan_in**-0.5 / 0.87962566103423978, -share, share)
+
+
+def _normal(deviation: float, low: float, high: float) -> Initializer:
+    """Return what draws the normal numbers whose error functions are from ``low`` to ``high``."""
+
     def draw(key, shape, dtype=jnp.float32):
-        share = _uniform(key, shape, dtype, np.nextafter(np.float32(-1), np.float32(0)), 1)
+        share = _uniform(key, shape, dtype, low, high)
         if isinstance(share, np.ndarray):
             return jax.device_put(np.float32(deviation * math.sqrt(2)) * erfinv(share))
         return deviation * math.sqrt(2) * jax.lax.erf_inv(share)
@@ -105,12 +117,32 @@ def a_log(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Arra
     return jax.device_put(np.broadcast_to(np.log(np.arange(1, shape[-1] + 1)), shape).astype(dtype))
 
 
+# A time step between 0.001 and 0.1, log-uniform.
+log_dt = uniform(math.log(0.001), math.log(0.1))
+
+
 def dt_bias(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
     """Inverse softplus of a time step drawn log-uniformly from [0.001, 0.1]."""
-    log_dt = _uniform(key, shape, dtype, math.log(0.001), math.log(0.1))
-    xp = np if isinstance(log_dt, np.ndarray) else jnp
-    dt = xp.exp(log_dt)
+    log = _uniform(key, shape, dtype, math.log(0.001), math.log(0.1))
+    xp = np if isinstance(log, np.ndarray) else jnp
+    dt = xp.exp(log)
     return jax.device_put(dt + xp.log(-xp.expm1(-dt)))
+
+
+def hippo_legs(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the eigenvalues and eigenvectors of the normal part of HiPPO-LegS.
+
+    Returns:
+        The imaginary parts (N,), ascending; all real parts are -1/2. The unitary matrix (N, N) with an eigenvector in
+        each column. Both in 64 bits.
+
+    Source: Gu et al., HiPPO (arXiv:2008.07669); S5's ``make_DPLR_HiPPO``.
+    """
+    n = np.arange(size)
+    root = np.sqrt(1.0 + 2 * n)
+    matrix = np.diag(n) - np.tril(root[:, None] * root)
+    low_rank = np.sqrt(n + 0.5)
+    return np.linalg.eigh(-1j * (matrix + low_rank[:, None] * low_rank))
 
 
 class ScanInit(NamedTuple):

@@ -8,8 +8,8 @@ initial time steps of Mamba (``mamba_dt_init``).
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,28 +19,44 @@ from flax.typing import Dtype
 
 from evmamba_jax.errors import UserError
 from evmamba_jax.layers import initializers as init
+from evmamba_jax.layers.attention import Attention
+from evmamba_jax.layers.attention_pool import AttentionPool
 from evmamba_jax.layers.backbone import Stage, StagedBackbone, StagedConfig
-from evmamba_jax.layers.block import Block
+from evmamba_jax.layers.block import Block, scaled
 from evmamba_jax.layers.drop_path import DropPath
 from evmamba_jax.layers.mlp import Mlp
-from evmamba_jax.layers.norm import BatchNorm
-from evmamba_jax.layers.patches import Stem
+from evmamba_jax.layers.norm import BatchNorm, LayerNorm
+from evmamba_jax.layers.patches import AttentionDownsample, NormDownsample, PatchEmbed, Stem
 from evmamba_jax.layers.projections import Linear, conv, depthwise_conv
+from evmamba_jax.layers.s4d import S4D
+from evmamba_jax.layers.s5 import S5
 from evmamba_jax.layers.s6 import S6, default_dt_rank
+from evmamba_jax.layers.sliding_window import Edges, SlidingWindowAttention
 from evmamba_jax.models.registry import ModelCard, register
 from evmamba_jax.ranges import ranged
 from pallas_kernels import Order
 
+SSM = Literal["s6", "s4d", "s5"]
+
 
 class ConvStem(Stem):
-    """Two 3x3 convolutions of stride 2, each with BatchNorm and ReLU (the official ``PatchEmbed``)."""
+    """Two 3x3 convolutions of stride 2, each with a norm and ReLU (the official ``PatchEmbed``, with BatchNorm)."""
 
-    def __init__(self, in_channels: int, hidden: int, width: int, *, dtype: Dtype | None, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        in_channels: int,
+        hidden: int,
+        width: int,
+        *,
+        norm: Callable[..., Any] = functools.partial(BatchNorm, epsilon=1e-4),  # noqa: B008 - immutable
+        dtype: Dtype | None,
+        rngs: nnx.Rngs,
+    ):
         self.smallest = 1
         self.conv1 = conv(in_channels, hidden, 3, stride=2, padding=1, use_bias=False, dtype=dtype, rngs=rngs)
-        self.norm1 = BatchNorm(hidden, epsilon=1e-4, dtype=dtype, rngs=rngs)
+        self.norm1 = norm(hidden, dtype=dtype, rngs=rngs)
         self.conv2 = conv(hidden, width, 3, stride=2, padding=1, use_bias=False, dtype=dtype, rngs=rngs)
-        self.norm2 = BatchNorm(width, epsilon=1e-4, dtype=dtype, rngs=rngs)
+        self.norm2 = norm(width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map images (B, H, W, in_channels) to (B, ceil(H/4), ceil(W/4), width)."""
@@ -64,20 +80,47 @@ class ConvBlock(nnx.Module):
         return x + self.drop_path(self.norm2(self.conv2(y)), key)
 
 
+class ConvNeXtBlock(nnx.Module):
+    """The block of ConvNeXt: depthwise 7x7 convolution, LayerNorm, an MLP of 4C channels, layer scale from 1e-6.
+
+    Source: Liu et al., A ConvNet for the 2020s (arXiv:2201.03545), section 2.6.
+    """
+
+    def __init__(self, width: int, *, drop_path: float, dtype: Dtype | None, rngs: nnx.Rngs):
+        self.conv = depthwise_conv(width, (7, 7), dtype=dtype, rngs=rngs)
+        self.norm = LayerNorm(width, dtype=dtype, rngs=rngs)
+        self.mlp = Mlp(width, 4 * width, dtype=dtype, rngs=rngs)
+        self.gamma = nnx.Param(init.full(width, 1e-6))
+        self.drop_path = DropPath(drop_path)
+
+    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """Map (B, H, W, C) to (B, H, W, C); ``key`` draws the drop path in training mode."""
+        return x + self.drop_path(scaled(self.mlp(self.norm(self.conv(x))), self.gamma), key)
+
+
+CONV_BLOCKS = {"mambavision": ConvBlock, "convnext": ConvNeXtBlock}
+
+
 class MambaVisionMixer(nnx.Module):
     """The paper's mixer: half of the channels through convolution and scan, half through convolution alone, side by
     side.
 
     Args:
         width: channels C; each half has C / 2.
-        d_state: state size N of the scan.
+        ssm: what runs along the sequence: "s6", the selective scan, or a system that does not depend on the tokens,
+            "s4d" or "s5".
+        bidirectional: it also runs from the last token to the first, with parameters of its own; the results add up.
+        d_state: its state size: N for each channel, with "s5" P for all of them.
         d_conv: kernel of the two depthwise convolutions, which look both ways.
-        double_dt_bias: add the bias of the time step twice.
+        double_dt_bias: of "s6", as the next two: add the bias of the time step twice.
         mamba_dt_init: initial time steps of Mamba, log-uniform between 0.001 and 0.1, however often the bias enters;
             otherwise the bias starts at zero, and the time steps near softplus(0) = 0.69.
         implementation: passed to :func:`pallas_kernels.scan2d`.
         dtype: compute type; the recurrence is float32 or wider whatever it says.
         rngs: source of the initial values.
+
+    Raises:
+        UserError: an odd state size of "s4d" or "s5".
 
     Source: MambaVision section 3.2; ``MambaVisionMixer``.
     """
@@ -86,6 +129,8 @@ class MambaVisionMixer(nnx.Module):
         self,
         width: int,
         *,
+        ssm: SSM = "s6",
+        bidirectional: bool = False,
         d_state: int = 8,
         d_conv: int = 3,
         double_dt_bias: bool = True,
@@ -111,53 +156,30 @@ class MambaVisionMixer(nnx.Module):
         self.in_proj = Linear(width, 2 * half, use_bias=False, dtype=dtype, rngs=rngs)
         self.conv_x = convolution()
         self.conv_z = convolution()
-        self.scan = S6(
-            half,
-            d_state=d_state,
-            dt_rank=default_dt_rank(width),
-            init=scan_init,
-            dt_bias_factor=times,
-            implementation=implementation,
-            rngs=rngs,
-        )
+        self.orders = (Order(), Order(reverse=True))[: 1 + bidirectional]
+        if ssm == "s6":
+            self.scan = S6(
+                half,
+                len(self.orders),
+                d_state=d_state,
+                dt_rank=default_dt_rank(width),
+                init=scan_init,
+                dt_bias_factor=times,
+                implementation=implementation,
+                rngs=rngs,
+            )
+        else:
+            system = {"s4d": S4D, "s5": S5}[ssm]
+            self.scan = system(half, d_state=d_state, bidirectional=bidirectional, rngs=rngs)
         self.out_proj = Linear(2 * half, width, use_bias=False, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map sequences (B, L, C) to (B, L, C)."""
         x, z = jnp.split(self.in_proj(x), 2, axis=-1)
         x, z = nnx.silu(self.conv_x(x)), nnx.silu(self.conv_z(z))
-        y = self.scan(x[:, None], (Order(),))[:, 0]  # a sequence is an image of height 1
+        # To the selective scan a sequence is an image of height 1.
+        y = self.scan(x[:, None], self.orders)[:, 0] if isinstance(self.scan, S6) else self.scan(x)
         return self.out_proj(jnp.concatenate([y, z], -1))
-
-
-class Attention(nnx.Module):
-    """Multi-head self-attention over all tokens of a sequence, without position bias.
-
-    Args:
-        width: channels C.
-        num_heads: heads, a divisor of C.
-        dtype: compute type; the softmax is float32 or wider whatever it says.
-        rngs: source of the initial values.
-
-    Raises:
-        UserError: a number of heads that does not divide C.
-    """
-
-    def __init__(self, width: int, num_heads: int, *, dtype: Dtype | None = None, rngs: nnx.Rngs):
-        if width % num_heads:
-            raise UserError(f"num_heads has {num_heads} for a stage of width {width}: take a divisor of the width")
-        self.num_heads = num_heads
-        self.qkv = Linear(width, 3 * width, dtype=dtype, rngs=rngs)
-        self.proj = Linear(width, width, dtype=dtype, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map sequences (B, L, C) to (B, L, C)."""
-        q, k, v = rearrange(self.qkv(x), "b l (three h d) -> three b l h d", three=3, h=self.num_heads)
-        # Written out: jax.nn.dot_product_attention takes the softmax of float64 scores in float32.
-        wide = jnp.promote_types(q.dtype, jnp.float32)
-        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=wide) * q.shape[-1] ** -0.5
-        y = jnp.einsum("bhqk,bkhd->bqhd", nnx.softmax(scores).astype(v.dtype), v)
-        return self.proj(rearrange(y, "b l h d -> b l (h d)"))
 
 
 def to_windows(x: jax.Array, size: int) -> jax.Array:
@@ -181,22 +203,43 @@ class WindowStage(Stage):
     """A stage whose blocks see every window of the map as a sequence of its own; they draw drop path for each.
 
     Zeros that fill the last windows are tokens like any other within the stage, and are cut off at its end.
+
+    Args:
+        blocks: modules from sequences (B, L, C) to sequences.
+        downsample: to the next stage; None for the last.
+        window: side of the windows, pixels.
+        whole: the last so many blocks see the map (B, H, W, C) instead, without padding, and draw drop path for each
+            image.
+        remat: as for :class:`Stage`.
     """
 
-    def __init__(self, blocks: Sequence[nnx.Module], halve: nnx.Module | None, window: int, *, remat: str = "none"):
-        super().__init__(blocks, halve, remat=remat)
+    def __init__(
+        self,
+        blocks: Sequence[nnx.Module],
+        downsample: nnx.Module | None,
+        window: int,
+        *,
+        whole: int = 0,
+        remat: str = "none",
+    ):
+        super().__init__(blocks, downsample, remat=remat)
         self.window = window
+        self.in_windows = len(blocks) - whole
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """Map (B, H, W, C) through the blocks to (B, H, W, C); ``key`` draws the drop path in training mode."""
         height, width = x.shape[1:3]
-        x = super().__call__(to_windows(x, self.window), key)
-        return from_windows(x, self.window, height, width)
+        x = self.run(to_windows(x, self.window), key, end=self.in_windows)
+        x = from_windows(x, self.window, height, width)
+        return self.run(x, key, first=self.in_windows)
 
 
 @dataclasses.dataclass(frozen=True)
 class MambaVisionConfig(StagedConfig):
     """Options of MambaVision; every family of four stages has the others.
+
+    Those from ``attention_radius`` on are variations without released weights, except that ``attention_radius`` and
+    ``attention_edges`` leave the parameters of a published model as they are.
 
     Attributes:
         stem_width: channels between the two convolutions of the stem.
@@ -205,13 +248,28 @@ class MambaVisionConfig(StagedConfig):
         mlp_ratio: hidden width of the MLP over C.
         layer_scale: initial value of a learned factor for each channel of each branch, in the last two stages; None
             for no factor.
-        d_state: state size N of the scans.
+        d_state: state size N of the scans; with ``ssm="s5"`` P.
         d_conv: kernel of the mixers' convolutions.
         double_dt_bias: add the bias of the time step twice, as the released weights want it.
         mamba_dt_init: start from Mamba's time steps, 0.001 to 0.1, which the official code overwrites.
+        attention_radius: attention blocks see, in place of windows, the whole map without padding, each pixel those at
+            most so many rows and columns away. None for windows. The mixers keep theirs.
+        attention_edges: what a pixel near the border then sees: "clip", the part of its square that lies on the map, or
+            "shift", a whole square moved inwards.
+        ssm: in the mixers, in place of the selective scan "s6", which has weights for each token, a system that is the
+            same for all: "s4d", one for each channel, or "s5", one for all channels; ``d_state`` is even then.
+        ssm_bidirectional: scan from the last token to the first too, and add.
+        downsample: between stages: "conv", 3x3 of stride 2; "attention", a mean of 2x2 pixels weighted by a learned
+            score, and a projection; "convnext", LayerNorm and 2x2 of stride 2.
+        pool: before the head: "mean", or "attention" of a learned query, with the heads of the last stage.
+        conv_block: of the first two stages: "mambavision", or "convnext" with a depthwise 7x7 convolution.
+        stem: "conv", two 3x3 of stride 2, or "patchify", 4x4 of stride 4 and LayerNorm, which takes images from four
+            pixels up.
+        stem_norm: of the stem "conv": "batch" or "layer".
 
     Raises:
-        UserError: depths, heads or windows that are not four positive numbers; heads that do not divide their width.
+        UserError: depths, heads or windows that are not four positive numbers; heads that do not divide their width; an
+            odd ``d_state`` with "s4d" or "s5".
     """
 
     width: int = 80
@@ -225,6 +283,15 @@ class MambaVisionConfig(StagedConfig):
     d_conv: int = ranged(3, least=1)
     double_dt_bias: bool = True
     mamba_dt_init: bool = False
+    attention_radius: int | None = ranged(None, least=0)
+    attention_edges: Edges = "clip"
+    ssm: SSM = "s6"
+    ssm_bidirectional: bool = False
+    downsample: Literal["conv", "attention", "convnext"] = "conv"
+    pool: Literal["mean", "attention"] = "mean"
+    conv_block: Literal["mambavision", "convnext"] = "mambavision"
+    stem: Literal["conv", "patchify"] = "conv"
+    stem_norm: Literal["batch", "layer"] = "batch"
 
     def __post_init__(self):
         super().__post_init__()
@@ -246,28 +313,48 @@ class MambaVision(StagedBackbone):
 
     def __init__(self, config: MambaVisionConfig, *, rngs: nnx.Rngs):
         layer = {"dtype": config.dtype, "rngs": rngs}
-        scan = config.pick("d_state", "d_conv", "double_dt_bias", "mamba_dt_init", "implementation")
+        scan = config.pick("ssm", "d_state", "d_conv", "double_dt_bias", "mamba_dt_init", "implementation")
+
+        def mixers(stage: int) -> int:
+            return -(-config.depths[stage] // 2)  # of an odd number of blocks the middle one is a mixer
+
+        def attention(c: int, heads: int) -> Attention:
+            if config.attention_radius is None:
+                return Attention(c, heads, **layer)
+            reach = {"radius": config.attention_radius, "edges": config.attention_edges}
+            return SlidingWindowAttention(c, heads, **reach, **layer)
 
         def block(stage: int, number: int, c: int, drop_path: float) -> nnx.Module:
             if stage < 2:
-                return ConvBlock(c, drop_path=drop_path, **layer)
-            if number < -(-config.depths[stage] // 2):  # of an odd number of blocks the middle one is a mixer
-                mixer = MambaVisionMixer(c, **scan, **layer)
+                return CONV_BLOCKS[config.conv_block](c, drop_path=drop_path, **layer)
+            if number < mixers(stage):
+                mixer = MambaVisionMixer(c, bidirectional=config.ssm_bidirectional, **scan, **layer)
             else:
-                mixer = Attention(c, config.num_heads[stage], **layer)
+                mixer = attention(c, config.num_heads[stage])
             mlp = Mlp(c, int(config.mlp_ratio * c), **layer)
             return Block(c, mixer, mlp, drop_path=drop_path, layer_scale=config.layer_scale, **layer)
 
-        def downsample(c: int) -> nnx.Conv:
-            return conv(c, 2 * c, 3, stride=2, padding=1, use_bias=False, **layer)
+        def downsample(c: int) -> nnx.Module:
+            if config.downsample == "conv":
+                return conv(c, 2 * c, 3, stride=2, padding=1, use_bias=False, **layer)
+            return {"attention": AttentionDownsample, "convnext": NormDownsample}[config.downsample](c, **layer)
 
         def stage(i: int, blocks: Any, halve: Any, remat: str) -> Stage:
             if i < 2:
                 return Stage(blocks, halve, remat=remat)
-            return WindowStage(blocks, halve, config.window_size[i], remat=remat)
+            whole = 0 if config.attention_radius is None else len(blocks) - mixers(i)
+            return WindowStage(blocks, halve, config.window_size[i], whole=whole, remat=remat)
 
-        stem = ConvStem(config.in_channels, config.stem_width, config.width, **layer)
-        super().__init__(config, stem, block, downsample, norm=BatchNorm, stage=stage, rngs=rngs)
+        def pool(c: int) -> AttentionPool:
+            return AttentionPool(c, config.num_heads[-1], **layer)
+
+        if config.stem == "patchify":
+            stem = PatchEmbed(config.in_channels, config.width, **layer)
+        else:
+            norm = {"norm": LayerNorm} if config.stem_norm == "layer" else {}
+            stem = ConvStem(config.in_channels, config.stem_width, config.width, **norm, **layer)
+        parts = {"norm": BatchNorm, "stage": stage, "pool": pool if config.pool == "attention" else None}
+        super().__init__(config, stem, block, downsample, **parts, rngs=rngs)
 
 
 _card = functools.partial(

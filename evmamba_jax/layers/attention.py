@@ -1,0 +1,62 @@
+"""Multi-head attention, written out."""
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from flax.typing import Dtype
+
+from evmamba_jax.errors import UserError
+from evmamba_jax.layers.projections import Linear
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """Return the means of ``v`` that queries take by their softmax over the keys.
+
+    Args:
+        q: queries (..., Q, heads, d).
+        k: keys (..., K, heads, d).
+        v: values of the same shape.
+        mask: which keys a query sees, boolean, of a shape that broadcasts to (..., heads, Q, K); each query sees one at
+            least. None for all.
+
+    Returns:
+        (..., Q, heads, d) in the type of ``v``. Scores and softmax are float32 or wider.
+    """
+    # Written out: jax.nn.dot_product_attention takes the softmax of float64 scores in float32.
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    scores = jnp.einsum("...qhd,...khd->...hqk", q, k, preferred_element_type=wide) * q.shape[-1] ** -0.5
+    if mask is not None:
+        scores = jnp.where(mask, scores, -jnp.inf)
+    return jnp.einsum("...hqk,...khd->...qhd", nnx.softmax(scores).astype(v.dtype), v)
+
+
+def check_heads(width: int, num_heads: int) -> None:
+    """Raise a UserError for a number of heads that does not divide the width."""
+    if width % num_heads:
+        raise UserError(f"num_heads has {num_heads} for a stage of width {width}: take a divisor of the width")
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention over all tokens of a sequence, without position bias.
+
+    Args:
+        width: channels C.
+        num_heads: heads, a divisor of C.
+        dtype: compute type; the softmax is float32 or wider whatever it says.
+        rngs: source of the initial values.
+
+    Raises:
+        UserError: a number of heads that does not divide C.
+    """
+
+    def __init__(self, width: int, num_heads: int, *, dtype: Dtype | None = None, rngs: nnx.Rngs):
+        check_heads(width, num_heads)
+        self.num_heads = num_heads
+        self.qkv = Linear(width, 3 * width, dtype=dtype, rngs=rngs)
+        self.proj = Linear(width, width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map sequences (B, L, C) to (B, L, C)."""
+        q, k, v = rearrange(self.qkv(x), "b l (three h d) -> three b l h d", three=3, h=self.num_heads)
+        return self.proj(rearrange(attend(q, k, v), "b l h d -> b l (h d)"))
