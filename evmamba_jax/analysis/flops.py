@@ -5,7 +5,9 @@ image in evaluation mode and within 3 % of what the official counters give for t
 
 - products of the image's values with weights, and convolutions, by their multiply-adds;
 - every selective scan as ``9 B L D N`` for the recurrence and ``B L D`` for the skip, whatever an implementation does
-  instead (state-spaces/mamba issue 110). Its projections to time step, B and C are products like others.
+  instead (state-spaces/mamba issue 110). Its projections to time step, B and C are products like others;
+- S5's recurrence as 4 for each token and kept state, a complex product;
+- Fourier transforms of n numbers as 5 n log2 n. What S4D multiplies with a matrix in their place is a product.
 
 Not counted are attention's products of the image's values with each other (ptflops, the counter of MambaVision's paper,
 does not see inside fused attention; :func:`flops_by_operation` has them apart), norms, activations, pooling, resizing
@@ -55,7 +57,10 @@ def count_flops(model: str | nnx.Module, image_size: Size | None = None) -> int:
 
 
 def flops_by_operation(model: str | nnx.Module, image_size: Size | None = None) -> dict[str, int]:
-    """Return multiply-adds by operation: "products", "convolutions" and "scans", and "attention" where there is any."""
+    """Return multiply-adds by operation: "products", "convolutions", "scans", "transforms" and "attention", if any.
+
+    Attention over sliding windows is counted as computed: each tile of queries with its whole halo of keys.
+    """
     # An implementation that calls the recurrence as one function; a fused kernel would hide the projections too.
     program, *arguments = _program(model, image_size, "sequential")
     jaxpr = jax.make_jaxpr(program)(*arguments).jaxpr
@@ -134,6 +139,13 @@ def _count(jaxpr: Jaxpr, sources: Sequence[int]) -> Counter[str]:
         elif params.get("name") == "recurrence":  # of pallas_kernels/selective_scan.py
             (batch, length, groups, channels), states = shapes[0], shapes[2][1]
             total["scans"] += (9 * states + 1) * batch * length * groups * channels
+        elif params.get("name") == "diagonal_recurrence":  # of layers/s5.py, with real and imaginary parts apart
+            total["scans"] += 4 * result
+        elif operation == "fft":
+            lengths = params["fft_lengths"]
+            if given[0] == _IMAGE:
+                size = math.prod(lengths)
+                total["transforms"] += math.prod(shapes[0][: -len(lengths)]) * round(5 * size * math.log2(size))
         else:
             for part, times in _parts(equation):
                 # Some operations have operands of their own before those that they hand on.

@@ -77,7 +77,7 @@ class S5(nnx.Module):
         b = jnp.concatenate(product((factor[0][:, None], factor[1][:, None]), (b[..., 0], b[..., 1])))
         u = x.astype(dtype)
         inputs = tuple(jnp.split(u @ b.T, 2, -1))
-        states = [diagonal_recurrence(decay, inputs, reverse) for reverse in (False, True)[: 1 + self.bidirectional]]
+        states = [recur(decay, inputs, reverse) for reverse in (False, True)[: 1 + self.bidirectional]]
         # The real part of C x, of all scans, as one product.
         x_real, x_imaginary = (jnp.concatenate(parts, -1) for parts in zip(*states, strict=True))
         y = jnp.concatenate([x_real, x_imaginary], -1) @ jnp.concatenate([c[..., 0], -c[..., 1]], -1).T
@@ -103,7 +103,7 @@ def _initial_c(key: jax.Array, basis: np.ndarray, channels: int) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def diagonal_recurrence(decay: Pair, inputs: Pair, reverse: bool) -> Pair:
+def recur(decay: Pair, inputs: Pair, reverse: bool) -> Pair:
     """Return the states ``x[l] = decay * x[l - 1] + inputs[l]``, from the other end with ``reverse``.
 
     The decay is the same for all tokens, so the states of ``2^k`` tokens make those of ``2^(k+1)`` at once:
@@ -115,12 +115,13 @@ def diagonal_recurrence(decay: Pair, inputs: Pair, reverse: bool) -> Pair:
         inputs: complex (B, L, P).
         reverse: whether the last token is the first.
     """
-    return _recurrence(decay, inputs, reverse)
+    return diagonal_recurrence(decay, inputs, reverse)
 
 
 # Jitted, so that analysis.flops finds it by name.
 @functools.partial(jax.jit, static_argnames="reverse")
-def _recurrence(decay: Pair, x: Pair, reverse: bool) -> Pair:
+def diagonal_recurrence(decay: Pair, x: Pair, reverse: bool) -> Pair:
+    """Return what :func:`recur` does, without its gradient."""
     for k in range(math.ceil(math.log2(x[0].shape[1]))):
         more = product(decay, (_later(x[0], 2**k, reverse), _later(x[1], 2**k, reverse)))
         x = x[0] + more[0], x[1] + more[1]
@@ -136,16 +137,16 @@ def _later(x: jax.Array, tokens: int, reverse: bool) -> jax.Array:
 
 
 def _forward(decay: Pair, inputs: Pair, reverse: bool) -> tuple[Pair, tuple[Pair, Pair]]:
-    states = _recurrence(decay, inputs, reverse)
+    states = diagonal_recurrence(decay, inputs, reverse)
     return states, (decay, states)
 
 
 def _backward(reverse: bool, kept: tuple[Pair, Pair], cotangents: Pair) -> tuple[Pair, Pair]:
     decay, states = kept
-    of_inputs = _recurrence(conjugate(decay), cotangents, not reverse)
+    of_inputs = diagonal_recurrence(conjugate(decay), cotangents, not reverse)
     before = _later(states[0], 1, reverse), _later(states[1], 1, reverse)
     real, imaginary = product(of_inputs, conjugate(before))
     return (real.sum((0, 1)), imaginary.sum((0, 1))), of_inputs
 
 
-diagonal_recurrence.defvjp(_forward, _backward)
+recur.defvjp(_forward, _backward)

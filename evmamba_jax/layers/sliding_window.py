@@ -1,5 +1,6 @@
 """Attention of every pixel over the square around it."""
 
+import functools
 import math
 from typing import Literal
 
@@ -82,7 +83,8 @@ class _Tiles:
 
     Attributes:
         tile: length of a tile; the last one may reach over the end of the axis.
-        starts: first entry of each halo. Halos lie on the axis, of which each has as many entries.
+        halo: length of a halo; each lies on the axis.
+        starts: first entry of each halo.
         seen: which entries of the halo each query sees, boolean (tiles, tile, halo).
     """
 
@@ -92,11 +94,12 @@ class _Tiles:
         self.halo = min(self.tile + 2 * radius, length)
         self.padding = number * self.tile - length
         firsts = self.tile * np.arange(number)
-        self.starts = np.clip(firsts - radius, 0, length - self.halo)
+        starts = np.clip(firsts - radius, 0, length - self.halo)
+        self.starts = tuple(starts.tolist())
         # Queries over the end see what the last one sees, so that their softmax has something to see.
         queries = np.minimum(firsts[:, None] + np.arange(self.tile), length - 1)
         begin, end = spans(queries, radius, length)
-        keys = self.starts[:, None] + np.arange(self.halo)
+        keys = starts[:, None] + np.arange(self.halo)
         self.seen = (keys[:, None] >= begin[..., None]) & (keys[:, None] < end[..., None])
 
     def cut(self, x: jax.Array, axis: int) -> jax.Array:
@@ -106,8 +109,28 @@ class _Tiles:
 
     def halos(self, x: jax.Array, axis: int) -> jax.Array:
         """Return x with two axes in place of one, (tiles, halo)."""
-        slices = [jax.lax.slice_in_dim(x, start, start + self.halo, axis=axis) for start in self.starts.tolist()]
-        return jnp.stack(slices, axis)
+        return _overlapping(x, axis, self.starts, self.halo)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _overlapping(x: jax.Array, axis: int, starts: tuple[int, ...], size: int) -> jax.Array:
+    """Return the slices of an axis that begin at ``starts``, along a new axis before it; the last one ends with it.
+
+    The gradient adds slice after slice in place. As JAX has it, each is first padded to the whole length.
+    """
+    return jnp.stack([jax.lax.slice_in_dim(x, start, start + size, axis=axis) for start in starts], axis)
+
+
+def _overlapping_backward(axis, starts, size, _, slices):
+    x = jnp.zeros((*slices.shape[:axis], starts[-1] + size, *slices.shape[axis + 2 :]), slices.dtype)
+    for number, start in enumerate(starts):
+        more = jax.lax.index_in_dim(slices, number, axis, keepdims=False)
+        more += jax.lax.slice_in_dim(x, start, start + size, axis=axis)
+        x = jax.lax.dynamic_update_slice_in_dim(x, more, start, axis)
+    return (x,)
+
+
+_overlapping.defvjp(lambda x, *where: (_overlapping(x, *where), None), _overlapping_backward)
 
 
 class SlidingWindowAttention(Attention):

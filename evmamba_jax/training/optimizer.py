@@ -11,15 +11,18 @@ from evmamba_jax.errors import UserError
 
 # The official trainers spare 1-D tensors and names ending in ".bias". That leaves A_log and the stacked dt biases
 # decayed although their code marks them otherwise; D is 1-D there and a matrix here. Vim also spares its position
-# embedding and class token.
-_NOT_DECAYED = ("bias", "scale", "D", "gamma_1", "gamma_2", "pos_embed", "cls_token")
+# embedding and class token; S4 and S5 spare what their systems and time steps are made of.
+_NOT_DECAYED = (
+    *("bias", "scale", "D", "gamma", "gamma_1", "gamma_2", "pos_embed", "cls_token", "score", "query"),
+    *("log_dt", "log_A_real", "A_imag", "Lambda_re", "Lambda_im", "log_step"),
+)
 
 
 def decay_mask(params: dict) -> dict[str, bool]:
     """Return for every parameter path whether weight decay touches it."""
 
     def decayed(name: str) -> bool:
-        leaf = name.rsplit(".", 1)[-1]
+        leaf = name.rsplit(".", 1)[-1].removeprefix("backward_")
         # The dt bias of a scan with a single set of parameters is 1-D in the official code, and a matrix here.
         return leaf not in _NOT_DECAYED and not (leaf == "dt_bias" and params[name].shape[0] == 1)
 

@@ -37,7 +37,7 @@ class _Official(NamedTuple):
 
 _FAMILIES: Mapping[type[nnx.Module], _Official] = {
     EfficientVMamba: _Official(efficientvmamba.table, vmamba.OLD_NAMES),
-    MambaVision: _Official(mambavision.table),
+    MambaVision: _Official(mambavision.table, ours=mambavision.OURS_ALONE),
     MSVMamba: _Official(msvmamba.table, vmamba.OLD_NAMES),
     Vim: _Official(vim.table, ours={"squeeze_excite": None, "local": "causal"}),
     VMamba: _Official(vmamba.table, vmamba.OLD_NAMES),

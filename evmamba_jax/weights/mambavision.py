@@ -20,6 +20,16 @@ from evmamba_jax.weights.layers import (
     s6_alone,
 )
 
+OURS_ALONE = {
+    "ssm": "s6",
+    "ssm_bidirectional": False,
+    "downsample": "conv",
+    "pool": "mean",
+    "conv_block": "mambavision",
+    "stem": "conv",
+    "stem_norm": "batch",
+}
+
 STEM = [
     *kernel("conv1", "conv_down.0", CONV),
     *batch_norm("norm1", "conv_down.1"),
