@@ -15,6 +15,7 @@ COMMANDS = {
     "weights": ("evmamba_jax.weights.__main__", "make official weights ours, and ours theirs"),
     "data": ("evmamba_jax.data.__main__", "make a data set ready for training"),
     "preflight": ("evmamba_jax.preflight.__main__", "compile a training step for hardware that is not here"),
+    "pruning": ("evmamba_jax.pruning.__main__", "cut pruned channels out of a model"),
     "analysis": ("evmamba_jax.analysis.__main__", "count what models cost, by operation"),
 }
 

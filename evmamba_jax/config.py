@@ -112,6 +112,9 @@ class PruningConfig:
     method: str = chosen("", ("", "gradual", "one_shot", "keep"))
     score: str = chosen("magnitude", ("magnitude", "gradient", "taylor", "movement"))  # the lowest go
     scope: str = chosen("layer", ("layer", "global"))  # each array by itself, or all in one ranking
+    # Single "weights"; or whole "channels" within blocks, with all that is tied to them, which can then be cut out.
+    structure: str = chosen("weights", ("weights", "channels"))
+    multiple_of: int = ranged(1, least=1)  # channels: how many stay of a group is rounded up to a multiple of this
     schedule: str = chosen("cosine", ("cosine", "cubic"))
     initial: float = share(0.0)  # share of zeros at begin
     final: float = share(0.6)  # and at end

@@ -42,8 +42,10 @@ def create_model(
     if pretrained is None:
         return build_model(name, rngs=rngs, **options)
     # Orbax takes a second to import; only who reads weights waits for it.
-    from evmamba_jax.weights.load import fill_model, load_weights
+    from evmamba_jax.weights.load import fill_model, inner_of, load_weights
 
+    if "inner" not in options:
+        options |= inner_of(pretrained, name)
     model = abstract_model(name, **options)
     initial = lambda: build_model(name, rngs=rngs, **options)  # noqa: E731
     weights = load_weights(model, pretrained, name, variant=name, ema=ema, initial=initial)

@@ -37,7 +37,7 @@ ROWS = {
     "preprocessing": "data errors models",
     "evmamba_jax": "factory models preprocessing",
     "config": "data errors ranges",
-    "pruning": "arrays errors layers",
+    "pruning": "analysis arrays checkpoints cli errors layers models storage weights",
     "reports": "errors pruning storage",
     "tasks": "arrays config data errors models reports storage weights",
     "training": """arrays checkpoints config data errors evmamba_jax lora packaged pruning reports storage tasks

@@ -7,6 +7,7 @@ from flax import nnx
 from flax.typing import Dtype
 
 from evmamba_jax.errors import UserError
+from evmamba_jax.layers.channels import Group, Member
 from evmamba_jax.layers.projections import Linear
 
 
@@ -53,6 +54,7 @@ class Attention(nnx.Module):
     def __init__(self, width: int, num_heads: int, *, dtype: Dtype | None = None, rngs: nnx.Rngs):
         check_heads(width, num_heads)
         self.num_heads = num_heads
+        self.head_width = width // num_heads
         self.qkv = Linear(width, 3 * width, dtype=dtype, rngs=rngs)
         self.proj = Linear(width, width, dtype=dtype, rngs=rngs)
 
@@ -60,3 +62,16 @@ class Attention(nnx.Module):
         """Map sequences (B, L, C) to (B, L, C)."""
         q, k, v = rearrange(self.qkv(x), "b l (three h d) -> three b l h d", three=3, h=self.num_heads)
         return self.proj(rearrange(attend(q, k, v), "b l h d -> b l (h d)"))
+
+    def channel_groups(self) -> list[Group]:
+        """Return the heads, each as one channel."""
+        inner, span = self.proj.kernel.shape[0], self.head_width
+        members = []
+        for part in range(3):  # queries, keys, values
+            at = {"offset": part * inner, "span": span}
+            members += [Member("qkv.kernel", 1, **at, weight=True), Member("qkv.bias", 0, **at)]
+        return [Group("", self.num_heads, (*members, Member("proj.kernel", 0, span=span, weight=True)))]
+
+    def channels_cut(self) -> None:
+        """Count the heads that are left; each is as wide as before."""
+        self.num_heads = self.proj.kernel.shape[0] // self.head_width

@@ -88,14 +88,18 @@ def keep(model: nnx.Module, kept: Mapping[str, Sequence[int] | np.ndarray]) -> N
         UserError: a name that is no group's, channels that the group has not, none left.
     """
     known = {group.name: group for group in groups(model)}
+    gone: dict[tuple[str, int], set[int]] = {}  # places by array and axis: an array may be a member more than once
     for name, channels in kept.items():
         if name not in known:
             raise UserError(f"{name!r} is no group of channels{nearest(name, known)}; allowed: {', '.join(known)}")
         group, channels = known[name], np.asarray(channels, np.int64)
         if not len(channels) or channels.min() < 0 or channels.max() >= group.size:
             raise UserError(f"of {name} channels 0 to {group.size - 1} can be kept, at least one; got {channels[:5]}")
+        others = np.setdiff1d(np.arange(group.size), channels)
         for member in group.members:
-            _cut(_variable(model, member.path), member, group.size, channels)
+            gone.setdefault((member.path, member.axis), set()).update(member.places(others).tolist())
+    for (path, axis), places in gone.items():
+        _cut(_variable(model, path), axis, places)
     if kept:
         _settle(model)
 
@@ -111,16 +115,14 @@ def _variable(model: Any, path: str) -> Any:
     return model
 
 
-def _cut(variable: Any, member: Member, size: int, channels: np.ndarray) -> None:
-    array, axis = variable.get_value(), member.axis
-    every = set(member.places(np.arange(size)).tolist())
-    stay = set(member.places(channels).tolist())
-    places = np.array([i for i in range(array.shape[axis]) if i not in every or i in stay])
+def _cut(variable: Any, axis: int, gone: set[int]) -> None:
+    array = variable.get_value()
+    stay = np.array([i for i in range(array.shape[axis]) if i not in gone], np.int32)
     if isinstance(array, jax.ShapeDtypeStruct):
-        shape = (*array.shape[:axis], len(places), *array.shape[axis + 1 :])
+        shape = (*array.shape[:axis], len(stay), *array.shape[axis + 1 :])
         variable.set_value(jax.ShapeDtypeStruct(shape, array.dtype))
     else:
-        variable.set_value(jnp.take(array, jnp.asarray(places), axis=axis))
+        variable.set_value(jnp.take(array, stay, axis=axis))
 
 
 def _settle(model: nnx.Module) -> None:

@@ -6,6 +6,7 @@ import jax
 from flax import nnx
 from flax.typing import Dtype
 
+from evmamba_jax.layers.channels import Member
 from evmamba_jax.layers.drop_path import DropPath
 from evmamba_jax.layers.norm import BatchNorm
 from evmamba_jax.layers.projections import depthwise_conv, pointwise_conv
@@ -59,3 +60,9 @@ class InvertedResidual(nnx.Module):
         y = self.act(self.norm2(self.dw(y)))
         y = y if self.se is None else self.se(y)
         return x + self.drop_path(self.norm3(self.pw2(y)), key)
+
+    def outer_members(self, path: str) -> tuple[Member, ...]:
+        """Return what has the channels C, as members of the group of a layer around this one."""
+        weights = Member(f"{path}.pw1.kernel", 0, weight=True), Member(f"{path}.pw2.kernel", 1, weight=True)
+        norm = [Member(f"{path}.norm3.{name}", 0) for name in ("scale", "bias")]
+        return (*weights, *norm, *(Member(f"{path}.norm3.{name}", 0, statistic=True) for name in ("mean", "var")))

@@ -23,6 +23,7 @@ from evmamba_jax.layers.attention import Attention
 from evmamba_jax.layers.attention_pool import AttentionPool
 from evmamba_jax.layers.backbone import Stage, StagedBackbone, StagedConfig
 from evmamba_jax.layers.block import Block, scaled
+from evmamba_jax.layers.channels import Group, Member, conv_members, scan_members
 from evmamba_jax.layers.drop_path import DropPath
 from evmamba_jax.layers.mlp import Mlp
 from evmamba_jax.layers.norm import BatchNorm, LayerNorm
@@ -175,11 +176,23 @@ class MambaVisionMixer(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map sequences (B, L, C) to (B, L, C)."""
-        x, z = jnp.split(self.in_proj(x), 2, axis=-1)
+        x, z = jnp.split(self.in_proj(x), [self.conv_x.kernel.shape[-1]], axis=-1)
         x, z = nnx.silu(self.conv_x(x)), nnx.silu(self.conv_z(z))
         # To the selective scan a sequence is an image of height 1.
         y = self.scan(x[:, None], self.orders)[:, 0] if isinstance(self.scan, S6) else self.scan(x)
         return self.out_proj(jnp.concatenate([y, z], -1))
+
+    def channel_groups(self) -> list[Group]:
+        """Return the channels of the scan, "x", where it is S6, and those of the branch beside it, "z"."""
+        scanned, beside = self.conv_x.kernel.shape[-1], self.conv_z.kernel.shape[-1]
+
+        def group(name: str, size: int, offset: int, *more: Member) -> Group:
+            conv = conv_members(f"conv_{name}", getattr(self, f"conv_{name}"))
+            ends = Member("in_proj.kernel", 1, offset, weight=True), Member("out_proj.kernel", 0, offset, weight=True)
+            return Group(name, size, (*ends, *conv, *more))
+
+        groups = [group("x", scanned, 0, *scan_members("scan"))] if isinstance(self.scan, S6) else []
+        return [*groups, group("z", beside, scanned)]
 
 
 def to_windows(x: jax.Array, size: int) -> jax.Array:

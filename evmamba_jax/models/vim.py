@@ -23,6 +23,7 @@ from evmamba_jax.errors import UserError, one_of
 from evmamba_jax.layers import initializers as init
 from evmamba_jax.layers.backbone import PlainBackbone, PlainConfig, check_images
 from evmamba_jax.layers.block import Block
+from evmamba_jax.layers.channels import Group, Member, conv_members, scan_members
 from evmamba_jax.layers.drop_path import drop_path_rates
 from evmamba_jax.layers.inverted_residual import InvertedResidual
 from evmamba_jax.layers.norm import RMSNorm
@@ -181,6 +182,19 @@ class VimMixer(nnx.Module):
         y = (self.forward(x, grid) + self.backward(x, grid)) * nnx.silu(z)
         y = self.out_proj(y / 2 if self.divide_out else y)
         return y if self.se is None else self.se(y)
+
+    def channel_groups(self) -> list[Group]:
+        """Return the channels of the scans, tied over both directions."""
+        inner = self.out_proj.kernel.shape[0]
+        members = [Member("in_proj.kernel", 1, half * inner, weight=True) for half in range(2)]
+        for name, direction in (("forward", self.forward), ("backward", self.backward)):
+            local = direction.conv
+            if isinstance(local, InvertedResidual):
+                members += local.outer_members(f"{name}.conv")
+            else:
+                members += conv_members(f"{name}.conv", local)
+            members += scan_members(f"{name}.scan")
+        return [Group("", inner, (*members, Member("out_proj.kernel", 0, weight=True)))]
 
 
 def _insert(tokens: jax.Array, one: jax.Array, at: int) -> jax.Array:

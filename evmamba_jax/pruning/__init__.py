@@ -7,6 +7,7 @@ from evmamba_jax.pruning.channels import (
     cut,
     kept_channels,
     select_channels,
+    zero_channels,
 )
 from evmamba_jax.pruning.early_bird import EarlyBird
 from evmamba_jax.pruning.masks import (
@@ -48,5 +49,6 @@ __all__ = [
     "sparsity",
     "table",
     "transformation",
+    "zero_channels",
     "zeros_wanted",
 ]

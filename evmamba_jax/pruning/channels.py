@@ -79,12 +79,12 @@ def select_channels(
 
 
 def channels_wanted(shapes: Mapping[str, Any], sparsity: float, *, scope: str, multiple_of: int = 1) -> list[int]:
-    """Return how many channels go: of each group by sorted names, or of all together."""
+    """Return how many channels go: of each group by sorted names, or of all together; one of each group stays."""
     wanted = zeros_wanted(shapes, sparsity, scope=scope)
     if isinstance(wanted, int):
         if multiple_of != 1:
             raise UserError(f"multiple_of={multiple_of} needs scope='layer': a ranking of all leaves any number")
-        return [wanted]
+        return [min(wanted, sum(shape.shape[0] - 1 for shape in shapes.values()))]
     sizes = {name: shapes[name].shape[0] for name in shapes}
     left = {name: max(1, math.ceil((sizes[name] - wanted[name]) / multiple_of)) * multiple_of for name in sizes}
     return [max(0, sizes[name] - left[name]) for name in sorted(sizes)]
@@ -95,8 +95,7 @@ def lowest_channels(
 ) -> dict[str, jax.Array]:
     """Return which channels stay for a number that may be traced; each group keeps its best channel."""
     ranked = {name: s / jnp.maximum(s.mean(), 1e-30) if scope == "global" else s for name, s in scores.items()}
-    best = {name: s == s.max() for name, s in ranked.items()}
-    ranked = {name: jnp.where(best[name], jnp.inf, s) for name, s in ranked.items()}
+    ranked = {name: s.at[s.argmax()].set(jnp.inf) for name, s in ranked.items()}
     found = lowest(ranked, zeros, kept, scope=scope)
     return {name: found[name] for name in scores}
 
@@ -179,3 +178,24 @@ def cut(model: Any, masks: Mapping[str, Any]) -> Any:
     whole = dict(model.config.inner) | {name: left[name] for name in kept}
     smaller.config = dataclasses.replace(model.config, inner=tuple(sorted(whole.items())))
     return smaller
+
+
+def zero_channels(params: Mapping[str, Any], groups: Sequence[Group]) -> Masks:
+    """Return the masks of the channels that are zero in everything that has them; none where there is no such channel.
+
+    Args:
+        params: by path.
+        groups: of :func:`channels`.
+    """
+    alive = {group.name: alive_channels(params, group) for group in groups}
+    return channel_masks(params, groups, {name: kept for name, kept in alive.items() if kept.any() and not kept.all()})
+
+
+def alive_channels(params: Mapping[str, Any], group: Group) -> jax.Array:
+    """Return which channels of a group are not zero everywhere, bool (size,); may be traced."""
+    alive = jnp.zeros(group.size, bool)
+    for member in group.members:
+        if not member.statistic:
+            own = jnp.moveaxis(jnp.asarray(params[member.path]), member.axis, 0)[member.places(np.arange(group.size))]
+            alive |= (own.reshape(group.size, -1) != 0).any(1)
+    return alive

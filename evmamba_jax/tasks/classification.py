@@ -31,7 +31,7 @@ from evmamba_jax.reports.predictions import predictions
 from evmamba_jax.tasks.base import Batch, Collector, Figure, Moment, Task
 from evmamba_jax.tasks.registry import register
 from evmamba_jax.weights import Weights, load_weights
-from evmamba_jax.weights.load import Ema
+from evmamba_jax.weights.load import Ema, inner_of
 
 PICTURED = 64  # examples in predictions.png
 
@@ -133,6 +133,9 @@ class Classification(Task):
     def abstract_model(self) -> Any:
         """Return the model, traced once for its errors: sizes that it cannot take are found before anything runs."""
         config = self.config
+        if config.init_from and "inner" not in config.model.options:
+            # Said by the run from now on, which may find its start gone when it goes on.
+            config.model.options = dict(config.model.options) | inner_of(config.init_from, config.model.name)
         model = abstract_model(config.model.name, **self._model_options(config, len(self.class_names)))
         graphdef, *arrays = split(model)
         side, channels = config.data.image_size, config.data.in_channels

@@ -37,7 +37,6 @@ from evmamba_jax.training import mesh as meshes
 from evmamba_jax.training import resume
 from evmamba_jax.training.evaluator import Evaluator, global_batch
 from evmamba_jax.training.setup import Setup
-from evmamba_jax.training.sparse import ITEM
 from evmamba_jax.training.state import TrainState
 from evmamba_jax.training.stopping import Stopped, Stopping
 from evmamba_jax.weights import average_is_better
@@ -221,7 +220,7 @@ def _train(evaluator: Evaluator, source: Any, workdir: Path) -> dict[str, float]
                 window = {name: float(value) for name, value in jax.device_get(state.window).items()}
                 mean = {name: window[name] / window["steps"] for name in ("loss", "grad_norm", *task.parts)}
                 metrics = {"loss": mean.pop("loss"), "lr": float(np.asarray(setup.schedule(step))), **mean}
-                if setup.sparse.paths:
+                if setup.sparse.active:
                     metrics["sparsity"] = setup.sparse.sparsity(step + 1)
                 if config.data.on_corrupt == "skip":
                     metrics["corrupt"] = window["corrupt"]
@@ -237,7 +236,7 @@ def _train(evaluator: Evaluator, source: Any, workdir: Path) -> dict[str, float]
                 evaluate = functools.partial(evaluator, *variables, pictures=True, check=stopping.check)
                 shown, _, _, collector = stopping.minding(evaluate)
             with stopping.at_once():
-                if setup.sparse.paths:
+                if setup.sparse.active:
                     _write_sparsity(setup, state, workdir)
                 _draw(evaluator, workdir, collector, shown, best)
         except Stopped as stopped:
@@ -326,8 +325,8 @@ def _draw(
 
 def _write_sparsity(setup: Setup, state: TrainState, workdir: Path) -> None:
     """Write what is pruned at the end; every process gives its part of the masks."""
-    replicated = jax.jit(lambda masks: masks, out_shardings=meshes.replicated(setup.mesh))
-    rows = pruning.table(state.model.params, jax.device_get(replicated(state.extra[ITEM]["masks"])))
+    masks = jax.jit(setup.sparse.masks, out_shardings=meshes.replicated(setup.mesh))(state)
+    rows = pruning.table(state.model.params, jax.device_get(masks))
     if not _is_main():
         return
     task = setup.task

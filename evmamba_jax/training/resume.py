@@ -98,6 +98,8 @@ DECISIONS: dict[str, Decision] = {
     "pruning.method": STATE,
     "pruning.score": STATE,
     "pruning.scope": DRAWN,
+    "pruning.structure": STATE,
+    "pruning.multiple_of": DRAWN,
     "pruning.schedule": DRAWN,
     "pruning.initial": DRAWN,
     "pruning.final": DRAWN,

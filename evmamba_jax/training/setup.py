@@ -54,7 +54,7 @@ class Setup:
         model = jax.eval_shape(self._prepared, Variables(params, batch_stats))
         self.tuning = tuning.tuning(config.tune, model.params, head=task.head)
         self.sparse = Sparse(
-            config, self.tuning.trained, model.params, in_steps=self.in_steps, total_steps=self.total_steps
+            config, self.tuning.trained, model.params, task.model, in_steps=self.in_steps, total_steps=self.total_steps
         )
         scaled = any(scale != 1 for scale in self.tuning.scales.values())
         self.tx = optimizer.make_optimizer(config.optim, self.schedule, self.tuning.scales if scaled else None)

@@ -11,11 +11,70 @@ from evmamba_jax import pruning
 from evmamba_jax.arrays import Arrays, Variables
 from evmamba_jax.config import Config, Duration
 from evmamba_jax.errors import UserError
+from evmamba_jax.pruning.channels import alive_channels, channels_wanted, lowest_channels
 from evmamba_jax.pruning.masks import lowest
 from evmamba_jax.pruning.schedules import SCHEDULES
 from evmamba_jax.training.state import TrainState
 
 ITEM = "pruning"  # of the train state's extra items, and so of checkpoints
+
+
+class _Weights:
+    """Entries of arrays, each pruned by itself: the masks are those of the arrays."""
+
+    def __init__(self, config: Config, params: Mapping[str, Any], trained: Sequence[str]):
+        about = config.pruning
+        self.paths = tuple(name for name in pruning.prunable(params) if name in set(trained))
+        self.shapes = {name: params[name] for name in self.paths}
+        self._how = {"scope": about.scope, "factors": _factors(about.factors)}
+        if not self.paths:
+            raise UserError("config.pruning.method: none of the parameters that are trained is a weight to prune")
+        if about.multiple_of != 1:
+            raise UserError(f"config.pruning.multiple_of={about.multiple_of} needs config.pruning.structure=channels")
+
+    def wanted(self, sparsity: float) -> list[int]:
+        wanted: Any = pruning.zeros_wanted(self.shapes, sparsity, **self._how)
+        return [wanted] if isinstance(wanted, int) else [wanted[name] for name in sorted(wanted)]
+
+    def lowest(self, scores: Arrays, zeros: jax.Array, masks: Arrays) -> Arrays:
+        return lowest(scores, zeros, masks, scope=self._how["scope"])
+
+    def alive(self, params: Arrays) -> Arrays:
+        return {name: params[name] != 0 for name in self.paths}
+
+    def over(self, params: Mapping[str, Any], masks: Arrays) -> Arrays:
+        del params
+        return masks
+
+
+class _Channels:
+    """Channels of a model's groups: the masks are bool (size,) by group, and reach over everything that is tied."""
+
+    def __init__(self, config: Config, params: Mapping[str, Any], trained: Sequence[str], model: Any):
+        about = config.pruning
+        if about.factors:
+            raise UserError("config.pruning.factors are of single weights: leave them out with structure=channels")
+        free = set(trained)
+        self._groups = [
+            group for group in pruning.channels(model) if all(m.path in free or m.statistic for m in group.members)
+        ]
+        if not self._groups:
+            raise UserError("config.pruning.structure=channels: every group of channels has frozen parameters")
+        self.paths = tuple(dict.fromkeys(m.path for group in self._groups for m in group.members if m.weight))
+        self.shapes = {group.name: jax.ShapeDtypeStruct((group.size,), jnp.float32) for group in self._groups}
+        self._scope, self._multiple_of = about.scope, about.multiple_of
+
+    def wanted(self, sparsity: float) -> list[int]:
+        return channels_wanted(self.shapes, sparsity, scope=self._scope, multiple_of=self._multiple_of)
+
+    def lowest(self, scores: Arrays, zeros: jax.Array, masks: Arrays) -> Arrays:
+        return lowest_channels(pruning.channel_scores(scores, self._groups), zeros, masks, scope=self._scope)
+
+    def alive(self, params: Arrays) -> Arrays:
+        return {group.name: alive_channels(params, group) for group in self._groups}
+
+    def over(self, params: Mapping[str, Any], masks: Arrays) -> Arrays:
+        return pruning.channel_masks(params, self._groups, masks)
 
 
 class Sparse:
@@ -29,11 +88,12 @@ class Sparse:
         config: the run's.
         trained: paths of the parameters that change.
         params: their shapes.
+        model: abstract, for its groups of channels.
         in_steps: turns lengths into steps.
         total_steps: of the run.
 
     Attributes:
-        paths: of the parameters that may be pruned; empty without a method.
+        active: whether there are masks.
 
     Raises:
         UserError: lengths that do not fit the run, patterns that match nothing, a method that cannot be.
@@ -44,74 +104,75 @@ class Sparse:
         config: Config,
         trained: Sequence[str],
         params: Mapping[str, Any],
+        model: Any,
         *,
         in_steps: Callable[[Duration], int],
         total_steps: int,
     ):
         about = config.pruning
-        self.score = pruning.SCORES[about.score]
-        self.starts_from = bool(config.init_from)
-        self.paths: tuple[str, ...] = ()
+        self.active = bool(about.method)
+        self._score = pruning.SCORES[about.score]
+        self._starts_from = bool(config.init_from)
         self._drawings: dict[int, float] = {}
-        if not about.method:
+        if not self.active:
             return
         if config.tune.method == "lora":
             raise UserError("config.pruning.method needs tune.method=full or head: low-rank additions fill zeros again")
-        self.paths = tuple(name for name in pruning.prunable(params) if name in set(trained))
-        self._shapes = {name: params[name] for name in self.paths}
-        self._scope, self._factors = about.scope, _factors(about.factors)
-        if not self.paths:
-            raise UserError("config.pruning.method: none of the parameters that are trained is a weight to prune")
+        channels = about.structure == "channels"
+        self._parts = _Channels(config, params, trained, model) if channels else _Weights(config, params, trained)
         self._drawings = _drawings(config, in_steps, total_steps)
         for sparsity in self._drawings.values():
-            self._wanted(sparsity)  # refuses what cannot be
+            self._parts.wanted(sparsity)  # refuses what cannot be
 
     def first(self, params: Arrays) -> dict[str, Any]:
         """Return the item of the state before the first step; what is zero in weights to start from stays zero."""
-        if not self.paths:
+        if not self.active:
             return {}
-        own = {name: params[name] for name in self.paths}
-        masks = {name: p != 0 if self.starts_from else jnp.ones(p.shape, bool) for name, p in own.items()}
-        return {ITEM: {"masks": masks, "scores": self.score.start(own), "steps": jnp.zeros((), jnp.int32)}}
+        masks = {name: jnp.ones(part.shape, bool) for name, part in self._parts.shapes.items()}
+        if self._starts_from:
+            masks = self._parts.alive(params)
+        return {ITEM: {"masks": masks, "scores": self._start(params), "steps": jnp.zeros((), jnp.int32)}}
+
+    def _start(self, params: Arrays) -> Arrays:
+        return self._score.start({name: params[name] for name in self._parts.paths})
 
     def keep(self, state: TrainState, grads: Arrays) -> tuple[Arrays, dict[str, Any]]:
         """Return the gradients that are left, and the extra items with what the score has seen; traced in the step."""
-        if not self.paths:
+        if not self.active:
             return grads, state.extra
         item = state.extra[ITEM]
-        own = {name: state.model.params[name] for name in self.paths}
-        seen = self.score.accumulate(item["scores"], own, grads)
-        left = pruning.apply(grads, item["masks"])
+        seen = self._score.accumulate(item["scores"], state.model.params, grads)
+        left = pruning.apply(grads, self._parts.over(grads, item["masks"]))
         return left, state.extra | {ITEM: item | {"scores": seen, "steps": item["steps"] + 1}}
+
+    def masks(self, state: TrainState) -> Arrays:
+        """Return the masks by the paths of parameters."""
+        return self._parts.over(state.model.params, state.extra[ITEM]["masks"])
 
     def due(self, step: int) -> bool:
         """Return whether masks are drawn before a step."""
         return step in self._drawings
 
     def sparsity(self, step: int) -> float:
-        """Return the share of zeros, among what may be pruned, that the schedule wants before a step."""
+        """Return the share that the schedule prunes before a step: of the candidates, or of the channels."""
         latest = max((at for at in self._drawings if at < step), default=None)
         if latest is None:
             return 0.0
-        wanted = self._wanted(self._drawings[latest])
-        return sum(wanted) / sum(math.prod(array.shape) for array in self._shapes.values())
+        wanted = self._parts.wanted(self._drawings[latest])
+        return sum(wanted) / sum(math.prod(part.shape) for part in self._parts.shapes.values())
 
     def draw(self, state: TrainState, zeros: jax.Array) -> TrainState:
-        """Return the state with new masks that leave these many zeros; traced."""
-        item = state.extra[ITEM]
-        own = {name: state.model.params[name] for name in self.paths}
-        scores = self.score.finished(own, item["scores"], item["steps"])
-        masks = lowest(scores, zeros, item["masks"], scope=self._scope)
-        new = {"masks": masks, "scores": self.score.start(own), "steps": jnp.zeros_like(item["steps"])}
-        return masked(state, masks, {ITEM: new})
+        """Return the state with new masks that prune so many; traced."""
+        item, params = state.extra[ITEM], state.model.params
+        own = {name: params[name] for name in self._parts.paths}
+        scores = self._score.finished(own, item["scores"], item["steps"])
+        masks = self._parts.lowest(scores, zeros, item["masks"])
+        new = {"masks": masks, "scores": self._start(params), "steps": jnp.zeros_like(item["steps"])}
+        return masked(state, self._parts.over(params, masks), {ITEM: new})
 
     def zeros(self, step: int) -> jax.Array:
-        """Return how many zeros the drawing before a step leaves: of each array, or of all together."""
-        return jnp.asarray(self._wanted(self._drawings[step]), jnp.int32)
-
-    def _wanted(self, sparsity: float) -> list[int]:
-        wanted = pruning.zeros_wanted(self._shapes, sparsity, scope=self._scope, factors=self._factors)
-        return [wanted] if isinstance(wanted, int) else [wanted[name] for name in sorted(wanted)]
+        """Return how many the drawing before a step prunes: of each array or group, or of all together."""
+        return jnp.asarray(self._parts.wanted(self._drawings[step]), jnp.int32)
 
 
 def masked(state: TrainState, masks: Mapping[str, jax.Array], extra: Mapping[str, Any]) -> TrainState:

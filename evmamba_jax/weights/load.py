@@ -168,6 +168,19 @@ def open_place(
     return Opened(model, name, options, weights)
 
 
+def inner_of(place: str | PathLike[str], name: str = "") -> dict[str, Any]:
+    """Return the option ``inner`` of a model whose channels were cut, as a dictionary; empty for any other place.
+
+    What a cut leaves belongs to the weights, not to who asks for them.
+    """
+    path = places.resolve(place, name).path
+    folder = epath.Path(path if is_bucket(path) else local(path))
+    if not folder.is_dir():
+        return {}
+    inner = _stated_options(checkpoints.find(folder).meta).get("inner")
+    return {"inner": tuple((group, size) for group, size in inner)} if inner else {}
+
+
 def fill_model(model: Any, weights: Weights) -> None:
     """Put weights into a model."""
     fill(model, *jax.tree.map(jnp.asarray, weights[:2]))

@@ -28,6 +28,8 @@ REFUSED = {
     "pruning.method",
     "pruning.score",
     "pruning.scope",
+    "pruning.structure",
+    "pruning.multiple_of",
     "pruning.schedule",
     "pruning.initial",
     "pruning.final",

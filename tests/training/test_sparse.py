@@ -11,6 +11,7 @@ import pytest
 from command import TINY
 from tiny import get_config
 
+from evmamba_jax import pruning
 from evmamba_jax.arrays import merge, split
 from evmamba_jax.checkpoints import load_model
 from evmamba_jax.data.loader import Batches
@@ -98,7 +99,7 @@ def test_scores_see_the_dense_gradients_since_the_last_drawing():
     config = configured(pruning__score="movement", optim__ema_decay=0.0)
     setup = set_up(config)
     step, state = jax.jit(setup.step()[0]), setup.first_state()
-    sums = dict.fromkeys(setup.sparse.paths, 0.0)
+    sums = dict.fromkeys(setup.abstract_state.extra[ITEM]["scores"], 0.0)
     gradient = jax.jit(jax.grad(lambda params, s, b: loss_of(setup, params, s, b)))
     for t in range(2):
         batch = batch_of(t, setup)
@@ -143,6 +144,25 @@ def test_masks_of_equal_arrays_are_equal_on_every_mesh(devices, fsdp):
         found.append(jax.device_get(state.extra[ITEM]["masks"]))
     for name, mask in found[0].items():
         np.testing.assert_array_equal(mask, found[1][name])
+
+
+def test_channels_are_pruned_with_all_that_is_tied_to_them_and_cut_out():
+    config = configured(pruning__structure="channels", pruning__score="taylor", pruning__final=0.5)
+    config.model.options = {"width": 8, "depths": (1, 0, 0, 0), "patch_size": 2, "d_state": 2}
+    setup = set_up(config)
+    step, draw, state = setup.lower().compile(), setup.drawing(), setup.first_state()
+    for t in range(4):
+        if setup.sparse.due(t):
+            state = draw(state, setup.sparse.zeros(t))
+        state = step(state, batch_of(t, setup))
+    (group,) = pruning.channels(setup.task.model)
+    for variables in (state.model, state.ema):
+        model = merge(split(setup.task.model).graphdef, variables.params, variables.batch_stats)
+        smaller = pruning.cut(model, pruning.zero_channels(variables.params, [group]))
+        assert smaller.config.inner == ((group.name, 8),)
+        images = np.random.default_rng(0).standard_normal((2, 8, 8, 1), np.float32)
+        wanted, found = (np.asarray(jax.jit(lambda x, m=m: m(x))(images)) for m in (model, smaller))
+        assert np.abs(wanted - found).max() < 1e-5 * np.sqrt((wanted**2).mean())
 
 
 @pytest.fixture(scope="module")
@@ -228,6 +248,8 @@ def test_zeros_of_a_run_can_be_kept(pruned, data, tmp_path):
         (["method=one_shot", "factors=head.kernel"], "factors has 'head.kernel': write PATTERN=FACTOR"),
         (["method=one_shot", "factors=haed.*=0.5"], "'haed.*', which is the path of nothing that is pruned"),
         (["method=keep"], "method=keep keeps the zeros of init_from: set config.init_from"),
+        (["method=one_shot", "structure=channels"], "EfficientVMamba has no channels that can be cut"),
+        (["method=one_shot", "multiple_of=8"], "multiple_of=8 needs config.pruning.structure=channels"),
         (["method=often"], "method='often'"),
     ],
 )
@@ -251,4 +273,6 @@ def test_low_rank_additions_are_refused():
 def test_frozen_weights_are_not_pruned():
     config = configured(tune__freeze=("stages.*",))
     names = prunable(split(abstract_model("evmamba_t", **config.model.options, num_classes=10, in_channels=1)).params)
-    assert set(set_up(config).sparse.paths) == {name for name in names if not name.startswith("stages.")}
+    assert set(set_up(config).abstract_state.extra[ITEM]["masks"]) == {
+        name for name in names if not name.startswith("stages.")
+    }

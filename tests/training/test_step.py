@@ -79,7 +79,7 @@ def compiled(config, start, mesh, tx=None, steps_per_epoch=4):
     make = lambda p, s: init_state(Variables(p, s), tx.init(p), ema=True)  # noqa: E731
     shardings = meshes.state_shardings(mesh, jax.eval_shape(make, *start[1:]))
     lengths = {"steps_per_epoch": steps_per_epoch, "log_every": 2}
-    sparse = Sparse(config, tuple(start[1]), start[1], in_steps=lambda length: length.steps, total_steps=100)
+    sparse = Sparse(config, tuple(start[1]), start[1], None, in_steps=lambda length: length.steps, total_steps=100)
     step = make_train_step(task_for(config), tx, trained=tuple(start[1]), sparse=sparse, **lengths)
     state = jax.device_put(make(*start[1:]), shardings)
     return jax.jit(step, out_shardings=shardings), state
