@@ -23,7 +23,7 @@ COMMANDS = {
     "evmamba_jax.train": (["--config", "configs/digits.py"], "evmamba_jax.training.parse_command"),
     "evmamba_jax.weights.__main__": (["export", "--model", "a", "--checkpoint", "b", "--out", "c"], "export_file"),
     "evmamba_jax.models.__main__": (["vmamba_t"], "model_card"),
-    "evmamba_jax.analysis.__main__": (["vmamba_t"], "model_card"),
+    "evmamba_jax.analysis.__main__": (["vmamba_t"], "input_size"),
     "evmamba_jax.data.__main__": (["prepare", "digits"], "find_folder"),
     "evmamba_jax.preflight.__main__": (["--topology", "v5e-8"], "parse_command"),
     "evmamba_jax.predict": (["--weights", "x", __file__], "Predictor"),

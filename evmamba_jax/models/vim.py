@@ -262,7 +262,7 @@ class VimConfig(PlainConfig):
     Attributes:
         stride: pixels between patches; they overlap where it is smaller than a patch.
         d_state: state size N of the scans.
-        d_conv: kernel of the convolutions.
+        d_conv: kernel of the causal convolutions.
         expand: inner width of the scans over C.
         divide_out: halve the sum of the two directions.
         mamba_dt_init_backward: start the backward direction with Mamba's time steps too.

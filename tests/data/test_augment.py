@@ -23,7 +23,7 @@ from evmamba_jax.data.config import DataConfig
 from evmamba_jax.data.sources import open_source
 from evmamba_jax.data.transforms import draw_resampling, eval_image, random_crop_box, train_image
 from evmamba_jax.errors import UserError
-from evmamba_jax.models.registry import VARIANTS
+from evmamba_jax.models import list_models, model_card
 
 ROOT = Path(__file__).parents[2]
 FILL = (124, 116, 104)
@@ -509,11 +509,11 @@ def test_repeated_augmentation_does_not_depend_on_processes_and_resumes(digits_d
 # --- Recipes ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", list_models())
 def test_recipes_augment_as_published_and_evaluate_as_the_card_says(name):
     config = importlib.import_module(f"configs.{name}").get_config()
     config.validate()
-    data, card = config.data, VARIANTS[name].card
+    data, card = config.data, model_card(name)
     family = name.partition("_")[0]
     assert data.auto_augment == ("evmamba-m9-mstd0.5" if family == "evmamba" else "rand-m9-mstd0.5-inc1")
     assert data.repeated_aug == (3 if family == "vim" else 1)
