@@ -9,6 +9,7 @@ selective scan of zeta 2.8.8.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -111,7 +112,7 @@ class CourseVimConfig(PlainConfig):
     num_classes: int = 10
     width: int = 96
     depth: int = 10
-    image_size: int | tuple[int, int] = 32
+    image_size: int | Sequence[int] = 32
     patch_size: int = 4
     d_state: int = ranged(96, least=1)
     dt_rank: int = ranged(16, least=1)
