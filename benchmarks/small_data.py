@@ -5,7 +5,7 @@
 
 A part takes less than 20 minutes on two cores, a seed of one that has several: ``backbones`` trains a small
 EfficientVMamba on Fashion-MNIST and one on stamps; ``stamps``, ``clothes`` and ``digits`` start from the one that has
-not seen such pictures; ``rates`` and ``length`` vary one thing on 500 stamps. Each run that has ended is kept in the
+not seen such pictures; ``rates`` and ``length`` vary one thing on 500 digits. Each run that has ended is kept in the
 work folder, and the results are written anew after each part, so the command can be stopped and started again.
 """
 
@@ -71,14 +71,14 @@ def backbone(name: str, work: Path) -> tuple[Path, Rows]:
 
 
 def tuned(
-    target: str, pictures: int, method: str, work: Path, *, seed: int = 0, rate: float = 0, epochs: float = 0
+    target: str, pictures: int, method: str, work: Path, *, seed: int = 0, rate: float = 0, length: float = 0
 ) -> Rows:
-    """Return the rows of one run; it is evaluated ten times. Where rate or length are tried, validation images test."""
+    """Return the rows of one run; it is evaluated ten times. Where rate or length are tried, others test."""
     about = TARGETS[target]
-    config = small(about, epochs or EPOCHS[pictures], seed)
+    config = small(about, length or EPOCHS[pictures], seed)
     config.data.train_split = f"train[:{pictures}]"
-    if rate or epochs:
-        config.data.eval_split = "validation"
+    if rate or length:
+        config.data.eval_split = VALIDATION
     epochs = config.duration.epochs
     config.batch_size = 16 if pictures == 50 else 32
     config.optim.lr = rate or RATES[method]
@@ -87,8 +87,8 @@ def tuned(
         config.init_from, config.tune.method = str(backbone(about.backbone, work)[0]), method
     if method == "head":
         config.optim.weight_decay = 0.0
-    tried = f"_rate{rate:g}" if rate else f"_epochs{epochs:g}" if config.data.eval_split == "validation" else ""
-    return rows_of(config, work / target / f"{pictures}_{method}{tried}_{seed}")
+    name = f"{pictures}_{method}_{config.optim.lr:g}_{epochs:g}_{'tried' if rate or length else 'test'}_{seed}"
+    return rows_of(config, work / target / name)
 
 
 def figures(rows: Rows, name: str = "top1") -> np.ndarray:
@@ -110,16 +110,17 @@ def sizes(name: str, work: Path, seeds: int) -> dict[int, dict[str, list[Rows]]]
     return found
 
 
+VALIDATION = "train[1000:]"  # of the digits, where rates and lengths are tried
 RATES_TRIED = (5e-4, 2e-3, 8e-3)
 LENGTHS_TRIED = (5, 20, 80)
 
 
 def rates(work: Path) -> dict[str, list[float]]:
-    return {m: [better(tuned("stamps", 500, m, work, rate=rate)) for rate in RATES_TRIED] for m in METHODS}
+    return {m: [better(tuned("digits", 500, m, work, rate=rate)) for rate in RATES_TRIED] for m in METHODS}
 
 
 def lengths(work: Path) -> dict[str, list[float]]:
-    return {m: [better(tuned("stamps", 500, m, work, epochs=n)) for n in LENGTHS_TRIED] for m in METHODS}
+    return {m: [better(tuned("digits", 500, m, work, length=n)) for n in LENGTHS_TRIED] for m in METHODS}
 
 
 def plain(axes: Axes, title: str, label: str) -> None:
@@ -147,7 +148,7 @@ def draw_sizes(runs: dict[str, dict[int, dict[str, list[Rows]]]], path: Path) ->
 
 
 def draw_epochs(of_method: dict[str, Rows], path: Path) -> None:
-    """Draw the first seed's course on 500 stamps: what parameters and moving average find, and the training loss."""
+    """Draw the first seed's course on 500 digits: what parameters and moving average find, and the training loss."""
     figure = Figure(figsize=(12, 4), dpi=120, layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     for (method, words), colour in zip(METHODS.items(), COLOURS, strict=False):
@@ -175,7 +176,8 @@ def write(parts: list[str], work: Path, seeds: int, out: Path) -> None:
     report.text(
         "`python benchmarks/small_data.py`: `configs/stamps.py`'s EfficientVMamba (width 16, one block a stage) at 32 "
         "pixels; top-1, per cent, the better of parameters and moving average at the end of each run. The learning "
-        "rates were chosen by part `rates`, on stamps that validate, and hold for all targets and sizes."
+        "rates were chosen by part `rates`, on digits that are neither learned from nor tested, and hold for all "
+        "targets and sizes."
     )
     report.table("the backbones, on pictures like their own", ("top-1", "{:.2f}"))
     for name in ("clothes", "stamps"):
@@ -192,20 +194,20 @@ def write(parts: list[str], work: Path, seeds: int, out: Path) -> None:
     if of_target:
         draw_sizes(of_target, out.with_suffix(".png"))
         report.text(f"![Top-1 by the number of pictures]({out.with_suffix('.png').name})")
-    if "stamps" in of_target:
+    if "digits" in of_target:
         course = out.with_name(f"{out.stem}_epochs.png")
-        draw_epochs({method: runs[0] for method, runs in of_target["stamps"][500].items()}, course)
-        report.heading("The course of a run: 500 stamps, the first seed")
+        draw_epochs({method: runs[0] for method, runs in of_target["digits"][500].items()}, course)
+        report.heading("The course of a run: 500 digits, the first seed")
         report.text(f"![The course of four runs]({course.name})")
         report.table("share of the run", *((words, "{:.1f}, {:.1f}") for words in METHODS.values()))
-        runs = [of_target["stamps"][500][method][0] for method in METHODS]
+        runs = [of_target["digits"][500][method][0] for method in METHODS]
         both = [np.stack([figures(rows)[:, 1], figures(rows, "ema_top1")[:, 1]], 1) for rows in runs]
         for i in range(len(both[0])):
             report.row(f"{(i + 1) / len(both[0]):.0%}", *(pairs[i].tolist() for pairs in both))
         report.text("Each cell: the parameters' top-1, then their moving average's.")
     for part, tried, head, of_method in (
-        ("rates", RATES_TRIED, "Learning rates: 500 stamps, tested on validation stamps", rates),
-        ("length", LENGTHS_TRIED, "How long: epochs with 500 stamps, tested on validation stamps", lengths),
+        ("rates", RATES_TRIED, "Learning rates: 500 digits", rates),
+        ("length", LENGTHS_TRIED, "How long: epochs with 500 digits", lengths),
     ):
         if part in parts:
             report.heading(head)

@@ -42,6 +42,14 @@ def test_models_runs_as_printed():
     assert names["logits"].shape == (2, 10)
 
 
-@pytest.mark.parametrize("page", ["models.md", "own_data.md", "preflight.md", "scan_orders.md", "training.md"])
+def test_pruning_runs_as_printed(capsys):
+    names: dict = {}
+    for block in python_blocks("pruning.md"):
+        exec(block, names)
+        promised = re.findall(r"^print\(.*\)  # (.*?)$", block, re.MULTILINE)
+        assert capsys.readouterr().out.splitlines() == promised
+
+
+@pytest.mark.parametrize("page", sorted(path.name for path in DOCS.glob("*.md") if path.stem != "index"))
 def test_every_page_is_found_from_the_readme(page):
     assert f"](docs/{page})" in (DOCS.parent / "README.md").read_text()
