@@ -1,5 +1,6 @@
 """Counters against formulas written out by hand, and against the official counters."""
 
+import math
 from collections import Counter
 
 import jax
@@ -110,6 +111,54 @@ def test_attention_is_apart():
     attention = 2 * (4 * 196**2 * 320 + 2 * 49**2 * 640)
     assert counted["attention"] == attention
     assert count_flops(model) == counted["products"] + counted["convolutions"] + counted["scans"]
+
+
+def test_variations_of_mambavision_by_hand():
+    """An image of 64x320: maps of 16x80, 8x40, 4x20 and 2x10; 4x20 is five windows."""
+    c, n, small = 64, 6, {"width": 16, "stem_width": 8, "depths": (1, 0, 2, 0), "num_heads": (1, 1, 2, 4)}
+    small |= {"window_size": (8, 8, 4, 4), "d_state": n}
+
+    def counted(**options):
+        return Counter(flops_by_operation(abstract("mambavision_t", **{**small, **options}), (64, 320)))
+
+    published = counted()
+
+    def more(**options):
+        ours = counted(**options)
+        differences = {kind: ours[kind] - published[kind] for kind in (*published, *ours)}
+        return {kind: number for kind, number in differences.items() if number}
+
+    tokens, e = 80, c // 2
+    # Three tiles of 4x7 pixels, of which the last reaches over the map, each with a halo of 4x9.
+    assert more(attention_radius=1) == {"attention": 2 * c * (3 * 4 * 7 * 4 * 9 - 5 * 16 * 16)}
+    assert more(attention_radius=1, attention_edges="shift") == more(attention_radius=1)
+    assert more(attention_radius=20) == {"attention": 2 * c * (3 * 4 * 7 * 80 - 5 * 16 * 16)}
+
+    projections, recurrence = scan2d_cost(tokens, 1, e, c // 16, n)
+    assert more(ssm_bidirectional=True) == {"products": projections, "scans": recurrence}
+    product = {"products": 5 * 16 * 16 * e - projections, "scans": -recurrence}
+    assert more(ssm="s4d") == more(ssm="s4d", ssm_bidirectional=True) == product
+    for directions in (1, 2):
+        system = {"products": tokens * e * (n + directions * n) - projections}
+        system["scans"] = directions * 4 * tokens * n // 2 - recurrence
+        assert more(ssm="s5", ssm_bidirectional=directions == 2) == system
+    # Two windows of 17x17 tokens; a transform there and one back, of twice as many numbers, for every channel.
+    transforms = counted(ssm="s4d", window_size=(8, 8, 17, 4))["transforms"]
+    assert transforms == pytest.approx(2 * 2 * e * 5 * 578 * math.log2(578), rel=1e-4)
+
+    pixels = {16: 16 * 80, 32: 8 * 40, 64: 4 * 20, 128: 2 * 10}
+    halved = [(width, pixels[width], pixels[2 * width]) for width in (16, 32, 64)]
+    assert more(downsample="attention") == {
+        "convolutions": -sum(18 * width**2 * after for width, _, after in halved),
+        "products": sum(width * before + 2 * width**2 * after for width, before, after in halved),
+        "attention": sum(4 * width * after for width, _, after in halved),
+    }
+    assert more(downsample="convnext") == {"convolutions": -sum(10 * width**2 * after for width, _, after in halved)}
+    assert more(pool="attention") == {"products": (2 * 20 + 1) * 128**2 + 20 * 128, "attention": 20 * 128}
+    wide = {"convolutions": pixels[16] * (49 * 16 - 18 * 16**2), "products": 8 * 16**2 * pixels[16]}
+    assert more(conv_block="convnext") == wide
+    assert more(stem="patchify") == {"convolutions": pixels[16] * (48 * 16 - 9 * (4 * 3 * 8 + 8 * 16))}
+    assert more(stem_norm="layer") == {}
 
 
 def test_loops_count_as_often_as_they_turn():

@@ -46,6 +46,15 @@ CASES = {
         "mlp_ratio": (0, -1, 0.001),
         "layer_scale": (0, -1, NAN, "1e-5"),
         "d_conv": (0, -3),
+        "attention_radius": (-1, 1.5, "3", True, (1, 2)),
+        "attention_edges": ("crop", None, True),
+        "ssm": ("s4", None, 5),
+        "ssm_bidirectional": (1, None, "yes"),
+        "downsample": ("pool", None),
+        "pool": ("max", None),
+        "conv_block": ("mobilenet", None),
+        "stem": ("patch", None),
+        "stem_norm": ("group", None),
     },
     "vim_t": OF_ALL
     | {
@@ -79,6 +88,12 @@ def test_what_cannot_be_is_refused_by_name(name, option, value):
         abstract_model(name, **{option: value})
     assert option in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("ssm", ["s4d", "s5"])
+def test_states_in_pairs_are_even(ssm):
+    with pytest.raises(UserError, match="d_state=5 is not allowed with S"):
+        abstract_model("mambavision_t", ssm=ssm, d_state=5)
 
 
 @pytest.mark.parametrize(
