@@ -10,7 +10,7 @@ from evmamba_jax.errors import UserError
 from evmamba_jax.layers import initializers as init
 from evmamba_jax.layers.mlp import gelu
 from evmamba_jax.layers.norm import LayerNorm
-from evmamba_jax.layers.projections import Linear, conv
+from evmamba_jax.layers.projections import Linear, conv, pointwise_conv
 
 
 class Stem(nnx.Module):
@@ -140,7 +140,7 @@ class AttentionDownsample(nnx.Module):
                 "more, the padding from 0 to below the window"
             )
         self.score = nnx.Param(init.linear_normal(rngs.params(), (width,), jnp.float32))
-        self.expand = Linear(width, 2 * width, use_bias=False, dtype=dtype, rngs=rngs)
+        self.expand = pointwise_conv(width, 2 * width, use_bias=False, dtype=dtype, rngs=rngs)
         self.window, self.stride, self.padding = window, stride, padding
 
     def pool(self, x: jax.Array) -> jax.Array:
