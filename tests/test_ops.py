@@ -168,6 +168,27 @@ def test_without_a_mesh():
     close(both(functools.partial(scan2d, orders=CROSS), problem, dy), wanted)
 
 
+@pytest.mark.parametrize("length", [1, 2, 7])
+@pytest.mark.parametrize("form", [ops.convolve, ops._by_toeplitz, ops._by_fourier])
+def test_convolutions_equal_a_slow_one(form, length):
+    rng = np.random.default_rng(0)
+    u, kernel = rng.normal(size=(2, length, 3)), rng.normal(size=(3, 2 * length))
+    wanted = np.zeros_like(u)
+    for i, j in np.ndindex(length, length):
+        wanted[:, i] += u[:, j] * kernel[:, i - j]  # from the end where it is negative
+    with jax.enable_x64(True):
+        chex.assert_trees_all_close(np.asarray(form(jnp.asarray(u), jnp.asarray(kernel))), wanted, atol=1e-12)
+
+
+@pytest.mark.parametrize(("length", "transforms"), [(ops.LONGEST_PRODUCT, False), (ops.LONGEST_PRODUCT + 1, True)])
+def test_a_tpu_convolves_short_sequences_by_a_product(length, transforms):
+    u, kernel = jnp.zeros((2, length, 3)), jnp.zeros((3, 2 * length))
+    for platform, wanted in (("tpu", transforms), ("cuda", True), ("cpu", True)):
+        text = jax.jit(ops.convolve).trace(u, kernel).lower(lowering_platforms=(platform,)).as_text()
+        assert ("fft" in text) == wanted, platform
+        assert "gather" not in text
+
+
 # ------------------------------------------------------------------------------------- pallas_kernels, divided by hand
 
 

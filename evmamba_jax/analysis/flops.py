@@ -7,7 +7,7 @@ image in evaluation mode and within 3 % of what the official counters give for t
 - every selective scan as ``9 B L D N`` for the recurrence and ``B L D`` for the skip, whatever an implementation does
   instead (state-spaces/mamba issue 110). Its projections to time step, B and C are products like others;
 - S5's recurrence as 4 for each token and kept state, a complex product;
-- Fourier transforms of n numbers as 5 n log2 n. What S4D multiplies with a matrix in their place is a product.
+- Fourier transforms of n numbers, of which S4D has two for each channel, as 5 n log2 n.
 
 Not counted are attention's products of the image's values with each other (ptflops, the counter of MambaVision's paper,
 does not see inside fused attention; :func:`flops_by_operation` has them apart), norms, activations, pooling, resizing

@@ -15,7 +15,6 @@ from evmamba_jax.arrays import merge, split
 from evmamba_jax.errors import UserError
 from evmamba_jax.layers.s4d import S4D
 from evmamba_jax.layers.s5 import S5, recur
-from evmamba_jax.ops import LONGEST_PRODUCT
 
 
 def complex_of(pairs):
@@ -64,10 +63,7 @@ def run(layer, dtype, length):
     return params, u, y
 
 
-LENGTHS = [1, 7, LONGEST_PRODUCT, LONGEST_PRODUCT + 1]  # S4D: by a product, and by Fourier transforms
-
-
-@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("length", [1, 7, 260])
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_s4d_equals_its_recurrence(bidirectional, length):
     layer = S4D(3, d_state=4, bidirectional=bidirectional, rngs=nnx.Rngs(0))
@@ -87,13 +83,13 @@ def test_s5_equals_its_recurrence(discretization, bidirectional, length):
     chex.assert_trees_all_close(np.asarray(y), slow_s5(params, u, **options), rtol=1e-10, atol=1e-11)
 
 
-@pytest.mark.parametrize("layer", [S4D(3, d_state=4, rngs=nnx.Rngs(0)), S5(3, d_state=4, rngs=nnx.Rngs(0))])
-def test_bfloat16_is_rounded_once(layer):
+@pytest.mark.parametrize("kind", [S4D, S5])
+def test_bfloat16_is_rounded_once(kind):
     """All between input and output is wider."""
-    with jax.enable_x64(False):
-        low = jnp.asarray(np.random.default_rng(1).normal(size=(2, 9, 3)), jnp.bfloat16)
-        y = jax.jit(lambda u: layer(u))(low)
-        wide = jax.jit(lambda u: layer(u))(low.astype(jnp.float32))
+    layer = kind(3, d_state=4, rngs=nnx.Rngs(0))
+    low = jnp.asarray(np.random.default_rng(1).normal(size=(2, 9, 3)), jnp.bfloat16)
+    run = jax.jit(lambda layer, u: layer(u))
+    y, wide = run(layer, low), run(layer, low.astype(jnp.float32))
     assert (y.dtype, wide.dtype) == (jnp.bfloat16, jnp.float32)
     chex.assert_trees_all_equal(y, wide.astype(jnp.bfloat16))
 
@@ -190,14 +186,13 @@ def test_what_cannot_be_is_refused(build, message):
 # Devices
 
 
-@pytest.mark.parametrize("length", [5, LONGEST_PRODUCT + 1])
 @pytest.mark.parametrize(("batch", "rows", "columns"), [(8, ("data", "fsdp"), None), (2, "fsdp", "data")])
-def test_s4d_over_devices(batch, rows, columns, length):
+def test_s4d_over_devices(batch, rows, columns):
     """Each has its part of the batch, or of the channels, and sends nothing but gradients of parameters."""
     layer = S4D(32, d_state=2, bidirectional=True, rngs=nnx.Rngs(0))
     graphdef, params, _ = split(layer)
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "fsdp"))
-    u = np.random.default_rng(3).normal(size=(batch, length, 32)).astype(np.float32)
+    u = np.random.default_rng(3).normal(size=(batch, 5, 32)).astype(np.float32)
 
     @jax.jit
     def both(params, u):
