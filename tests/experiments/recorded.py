@@ -1,20 +1,22 @@
 """Recorded numbers of the experiments beside ours: ``python tests/experiments/recorded.py [DIR]``.
 
-Prints a line a case, and at last how many are within their limits. ``JAX_ENABLE_X64=1`` compares in float64. A kind of
-case is a module of this folder with ``compare(folder, x64)``, which yields :class:`Compared`.
+Prints a line a case, and at last how many are within their limits. ``JAX_ENABLE_X64=1`` compares in float64. The cases
+of ``KIND.json`` and ``KIND.npz`` are those of the module ``recorded_KIND``, whose ``compare(folder, x64)`` yields
+:class:`Compared`.
 """
 
 import importlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 HERE = Path(__file__).parent
 SHARED = HERE.parents[2] / "shared" / "experiments"
-KINDS = ("recorded_course_vim", "recorded_ops", "recorded_s5", "recorded_pruning")
+KINDS = ("course_vim", "ops", "s5", "pruning")
 
 
 class Compared(NamedTuple):
@@ -26,12 +28,25 @@ class Compared(NamedTuple):
     limit: float
 
 
+def difference(ours: Any, wanted: np.ndarray, *, relative: bool = True) -> float:
+    """Return the largest difference of two arrays over the rms of the second; infinite if the shapes differ."""
+    ours = np.asarray(ours, np.float64)
+    if ours.shape != wanted.shape:
+        return np.inf
+    largest = np.abs(ours - wanted).max(initial=0)
+    rms = np.sqrt(np.square(wanted).mean()) if relative else 1
+    return float(largest / rms if rms > 1e-12 else largest)  # zero in theory too
+
+
 def compared(folder: Path) -> Iterator[Compared]:
     """Yield the comparison of each case of a folder that is nearest to its limit, or furthest beyond."""
     sys.path[:0] = [str(HERE), str(HERE.parent)]
     for kind in KINDS:
         worst: dict[str, Compared] = {}
-        for one in importlib.import_module(kind).compare(folder, bool(jax.config.jax_enable_x64)):
+        if not (folder / f"{kind}.json").exists():
+            continue
+        module = importlib.import_module(f"recorded_{kind}")
+        for one in module.compare(folder, bool(jax.config.jax_enable_x64)):
             known = worst.get(one.case)
             if known is None or not one.difference / one.limit <= known.difference / known.limit:
                 worst[one.case] = one

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from recorded import Compared
+from recorded import Compared, difference
 
 from evmamba_jax.arrays import Arrays, merge, split
 from evmamba_jax.layers.attention_pool import AttentionPool
@@ -60,16 +60,6 @@ def compare_case(
             raise ValueError(f"{case}: {kind} has {sorted(recorded)}, ours {sorted(ours)}")
         for name, wanted in recorded.items():
             yield Compared(case, f"{kind} {name}", difference(ours[name], wanted, relative=name not in ZERO), limit)
-
-
-def difference(ours: Any, wanted: np.ndarray, *, relative: bool = True) -> float:
-    """Return the largest difference of two arrays over the rms of the second; infinite if the shapes differ."""
-    ours = np.asarray(ours, np.float64)
-    if ours.shape != wanted.shape:
-        return np.inf
-    largest = np.abs(ours - wanted).max(initial=0)
-    rms = np.sqrt(np.square(wanted).mean()) if relative else 1
-    return float(largest / rms if rms > 1e-12 else largest)  # zero in theory too
 
 
 def filled(module: nnx.Module, params: Mapping[str, Any]) -> Any:

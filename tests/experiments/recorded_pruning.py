@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import optax
-from recorded import Compared
+from recorded import Compared, difference
 
 from evmamba_jax import pruning
 from evmamba_jax.pruning.schedules import SCHEDULES
@@ -21,13 +21,11 @@ Arrays = dict[str, np.ndarray]
 
 def compare(folder: Path, x64: bool) -> Iterator[Compared]:
     """Yield every comparison of ``pruning.json`` and ``pruning.npz``."""
-    if not (folder / "pruning.json").exists():
-        return
     about = json.loads((folder / "pruning.json").read_text())
     with np.load(folder / "pruning.npz") as file:
         arrays = dict(file)
     course = folder / "course_vim.json"
-    for case, what, difference, limit in (
+    for case, what, off, limit in (
         *schedules(about),
         *(notebook(about, json.loads(course.read_text())) if course.exists() else ()),
         *selections(about, arrays),
@@ -39,7 +37,7 @@ def compare(folder: Path, x64: bool) -> Iterator[Compared]:
         *(("barrier", "barrier", abs(barrier(one["alpha"], one["loss"]) - one["barrier"]), 1e-12)
           for one in about["barrier"]),
     ):  # fmt: skip
-        yield Compared(case, what, float(difference), limit)
+        yield Compared(case, what, float(off), limit)
 
 
 def under(arrays: Mapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -55,12 +53,6 @@ def unpacked(packed: Arrays, shapes: Mapping[str, Any]) -> Arrays:
 def differing(masks: Mapping[str, Any], wanted: Arrays) -> int:
     assert list(masks) == list(wanted)
     return sum(int((np.asarray(masks[name]) != wanted[name]).sum()) for name in wanted)
-
-
-def apart(found: Any, wanted: Any) -> float:
-    """Return the largest difference over the rms of what is wanted."""
-    found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
-    return float(np.abs(found - wanted).max() / max(np.sqrt((wanted**2).mean()), 1e-300))
 
 
 def schedules(about):
@@ -114,7 +106,7 @@ def scores(arrays, x64):
             sums = score.accumulate(sums, at, grads)
         found = score.finished(weights, sums, jnp.asarray(steps))
         for path, wanted in under(arrays, f"scores/{name}").items():
-            yield f"scores/{name}", path, apart(found[path], wanted), 1e-9 if x64 else 5e-5
+            yield f"scores/{name}", path, difference(found[path], wanted), 1e-9 if x64 else 5e-5
 
 
 def gradual(about, arrays):
@@ -168,7 +160,7 @@ def adam(about, arrays, x64):
         average = {name: kept * average[name] + (1 - kept) * params[name] for name in params}
         for part, found in (("params", params), ("ema", average)):
             for name, wanted in under(arrays, f"adam/{part}/{t}").items():
-                yield f"adam/{part}/{t}", name, apart(found[name], wanted), limit
+                yield f"adam/{part}/{t}", name, difference(found[name], wanted), limit
                 dead = np.asarray(found[name])[~np.asarray(masks[name])]
                 yield f"adam/{part}/{t}", f"pruned entries of {name}", np.abs(dead).max(initial=0), 1e-300
 

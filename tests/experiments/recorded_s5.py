@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 from flax import nnx
-from recorded import Compared
-from recorded_ops import compare_case, difference, filled, limits, of_kind
+from recorded import Compared, difference
+from recorded_ops import compare_case, filled, limits, of_kind
 
 from evmamba_jax.layers.initializers import hippo_legs
 from evmamba_jax.layers.s5 import S5

@@ -8,8 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
+from official_outputs import MODELS, abstract, facts
 from official_weights import manifest, weights, weights_of
-from recorded import MODELS, abstract, facts
 from safetensors.numpy import load_file, save_file
 
 from evmamba_jax import create_model, list_models

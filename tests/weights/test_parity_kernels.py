@@ -14,7 +14,7 @@ import test_parity_vim as vim
 import test_parity_vmamba as vmamba
 from flax import nnx
 from interpreted import one_token_a_turn
-from recorded import arrays, assert_near, assert_part, official
+from official_outputs import arrays, assert_near, assert_part, official
 
 from evmamba_jax.layers.s6 import S6
 

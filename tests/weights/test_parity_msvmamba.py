@@ -4,7 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from recorded import arrays, assert_float32, assert_float64, assert_near, assert_part, channels_last, pyramid_maps
+from official_outputs import (
+    arrays,
+    assert_float32,
+    assert_float64,
+    assert_near,
+    assert_part,
+    channels_last,
+    pyramid_maps,
+)
 
 from evmamba_jax.layers.block import Block
 from evmamba_jax.layers.resize import resize

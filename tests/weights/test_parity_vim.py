@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from official_outputs import applied, arrays, assert_float32, assert_float64, assert_near, assert_part, facts
 from official_weights import weights
-from recorded import applied, arrays, assert_float32, assert_float64, assert_near, assert_part, facts
 
 from evmamba_jax.arrays import merge, split
 from evmamba_jax.layers.block import Block

@@ -4,7 +4,7 @@ import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from recorded import (
+from official_outputs import (
     arrays,
     assert_float32,
     assert_float64,

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
+from official_outputs import FOLDER, assert_near, facts, rms
 from official_weights import digest, image, weights
-from recorded import FOLDER, assert_near, facts, rms
 
 MODELS = sorted(path.stem for path in FOLDER.glob("*.json") if not path.stem.startswith("op_"))
 
