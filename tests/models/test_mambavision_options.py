@@ -233,9 +233,11 @@ def test_both_directions_see_all_tokens(ssm):
 
     def sees(bidirectional):
         mixer = MambaVisionMixer(8, ssm=ssm, bidirectional=bidirectional, d_state=4, rngs=nnx.Rngs(0))
-        x = jax.random.normal(jax.random.key(0), (1, 9, 8))
-        of = jax.jit(jax.jacrev(lambda x: mixer(x)[0].sum(-1)))(x)[:, 0]
-        return np.abs(np.asarray(of)).max(-1) > 0
+        x = np.random.default_rng(0).normal(size=(1, 9, 8))
+        with jax.enable_x64(True):
+            of = jax.jit(jax.jacrev(lambda x: mixer(x)[0].sum(-1)))(jnp.asarray(x))[:, 0]
+        of = np.abs(np.asarray(of)).max(-1)
+        return of > 1e-14 * of.max()  # transforms leave a rest of rounding everywhere
 
     causal = sees(False)
     assert not causal[0, 2:].any()
