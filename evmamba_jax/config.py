@@ -107,9 +107,9 @@ class TuneConfig:
 class PruningConfig:
     """Which weights become zero, and when: masks are drawn at some steps and kept at all others."""
 
-    # "gradual": more and more from begin to end; "one_shot": all at begin; "keep": what is zero in init_from stays so.
-    # Empty: nothing is pruned.
-    method: str = chosen("", ("", "gradual", "one_shot", "keep"))
+    # "gradual": more and more from begin to end; "one_shot": all at begin; "early_bird": all once the masks that would
+    # be drawn no longer move; "keep": what is zero in init_from stays so. Empty: nothing is pruned.
+    method: str = chosen("", ("", "gradual", "one_shot", "early_bird", "keep"))
     score: str = chosen("magnitude", ("magnitude", "gradient", "taylor", "movement"))  # the lowest go
     scope: str = chosen("layer", ("layer", "global"))  # each array by itself, or all in one ranking
     # Single "weights"; or whole "channels" within blocks, with all that is tied to them, which can then be cut out.
@@ -123,6 +123,11 @@ class PruningConfig:
     every: Duration = field(default_factory=lambda: Duration(epochs=1))  # between two drawings
     factors: tuple[str, ...] = free(())  # of the sparsity, as PATTERN=FACTOR: head.kernel=0.5; 0 spares
     dense: str = place("")  # the work folder of a run without pruning, for sparsity.png
+    # Early bird: what the last distances between masks, so many, have to be below; then "mask" prunes, and "report"
+    # only says so.
+    limit: float = ranged(0.1, above=0, most=1)
+    length: int = ranged(5, least=1)
+    on_ticket: str = chosen("mask", ("mask", "report"))
 
 
 @dataclass

@@ -28,6 +28,7 @@ from evmamba_jax.errors import UserError
 from evmamba_jax.reports import page
 from evmamba_jax.reports.curves import curves
 from evmamba_jax.reports.drawing import drawn
+from evmamba_jax.reports.early_bird import BIRDS, draw_birds
 from evmamba_jax.reports.page import REPORT
 from evmamba_jax.reports.sparsity import PICTURE, draw_sparsity, write_sparsity
 from evmamba_jax.reports.writer import Reporter
@@ -206,6 +207,8 @@ def _train(evaluator: Evaluator, source: Any, workdir: Path) -> dict[str, float]
                 break
             if setup.sparse.due(step):  # after the save, so that a run that resumes here draws the same again
                 state = draw(state, setup.sparse.zeros(step))
+                if told := setup.sparse.told(state, step):
+                    report.line(told)
 
             try:
                 with stopping.at_once(), clock.waiting_for_input():
@@ -220,8 +223,7 @@ def _train(evaluator: Evaluator, source: Any, workdir: Path) -> dict[str, float]
                 window = {name: float(value) for name, value in jax.device_get(state.window).items()}
                 mean = {name: window[name] / window["steps"] for name in ("loss", "grad_norm", *task.parts)}
                 metrics = {"loss": mean.pop("loss"), "lr": float(np.asarray(setup.schedule(step))), **mean}
-                if setup.sparse.active:
-                    metrics["sparsity"] = setup.sparse.sparsity(step + 1)
+                metrics |= setup.sparse.figures(state, step + 1)
                 if config.data.on_corrupt == "skip":
                     metrics["corrupt"] = window["corrupt"]
                 report.log_train(step + 1, metrics, clock.speed())
@@ -332,6 +334,8 @@ def _write_sparsity(setup: Setup, state: TrainState, workdir: Path) -> None:
     task = setup.task
     with storage_errors(workdir):
         write_sparsity(workdir, rows)
+    if (birds := setup.sparse.drawn(state)) is not None:
+        drawn(BIRDS, lambda: draw_birds(workdir, *birds, task.config.pruning.limit))
     chooses, dense = task.chooses, task.config.pruning.dense
     drawn(PICTURE, lambda: draw_sparsity(workdir, rows, chooses.name, chooses.title, dense))
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from evmamba_jax import pruning
 from evmamba_jax.arrays import Arrays, Variables
@@ -121,6 +122,8 @@ class Sparse:
         channels = about.structure == "channels"
         self._parts = _Channels(config, params, trained, model) if channels else _Weights(config, params, trained)
         self._drawings = _drawings(config, in_steps, total_steps)
+        self._bird = pruning.EarlyBird(about.limit, about.length) if about.method == "early_bird" else None
+        self._takes = about.on_ticket == "mask"
         for sparsity in self._drawings.values():
             self._parts.wanted(sparsity)  # refuses what cannot be
 
@@ -131,7 +134,12 @@ class Sparse:
         masks = {name: jnp.ones(part.shape, bool) for name, part in self._parts.shapes.items()}
         if self._starts_from:
             masks = self._parts.alive(params)
-        return {ITEM: {"masks": masks, "scores": self._start(params), "steps": jnp.zeros((), jnp.int32)}}
+        item: dict[str, Any] = {"masks": masks, "scores": self._start(params), "steps": jnp.zeros((), jnp.int32)}
+        if self._bird is not None:
+            length = sum(math.prod(part.shape) for part in self._parts.shapes.values())
+            seen = jnp.zeros((len(self._drawings), length), bool)
+            item["bird"] = {"now": self._bird.start(masks), "seen": seen, "found": jnp.int32(-1)}
+        return {ITEM: item}
 
     def _start(self, params: Arrays) -> Arrays:
         return self._score.start({name: params[name] for name in self._parts.paths})
@@ -153,12 +161,42 @@ class Sparse:
         """Return whether masks are drawn before a step."""
         return step in self._drawings
 
-    def sparsity(self, step: int) -> float:
-        """Return the share that the schedule prunes before a step: of the candidates, or of the channels."""
+    def figures(self, state: TrainState, step: int) -> dict[str, float]:
+        """Return what a log line says before a step: ``sparsity``, with early birds ``mask_distance`` too."""
+        if not self.active:
+            return {}
+        if self._bird is None:
+            return {"sparsity": self._scheduled(step)}
+        bird = state.extra[ITEM]["bird"]
+        taken = self._takes and int(bird["found"]) >= 0
+        figures = {"sparsity": self._share(min(self._drawings)) if taken else 0.0}
+        moved = float(bird["now"]["distances"][-1])
+        return figures | ({"mask_distance": moved} if math.isfinite(moved) else {})
+
+    def told(self, state: TrainState, step: int) -> str:
+        """Return what is to be said after the drawing before a step; empty for nothing."""
+        if self._bird is None or int(state.extra[ITEM]["bird"]["found"]) != step:
+            return ""
+        done = "is taken" if self._takes else "is not taken, as config.pruning.on_ticket says"
+        return f"early bird: the ticket is found before step {step}, and {done}"
+
+    def drawn(self, state: TrainState) -> tuple[list[int], np.ndarray] | None:
+        """Return the steps before which early birds were drawn, and the masks (drawings, entries); None without them.
+
+        On all devices of all processes alike.
+        """
+        if not self.active or self._bird is None:
+            return None
+        bird = state.extra[ITEM]["bird"]
+        count = int(bird["now"]["drawn"])
+        return sorted(self._drawings)[:count], np.asarray(bird["seen"])[:count]
+
+    def _scheduled(self, step: int) -> float:
         latest = max((at for at in self._drawings if at < step), default=None)
-        if latest is None:
-            return 0.0
-        wanted = self._parts.wanted(self._drawings[latest])
+        return 0.0 if latest is None else self._share(latest)
+
+    def _share(self, drawing: int) -> float:
+        wanted = self._parts.wanted(self._drawings[drawing])
         return sum(wanted) / sum(math.prod(part.shape) for part in self._parts.shapes.values())
 
     def draw(self, state: TrainState, zeros: jax.Array) -> TrainState:
@@ -167,7 +205,16 @@ class Sparse:
         own = {name: params[name] for name in self._parts.paths}
         scores = self._score.finished(own, item["scores"], item["steps"])
         masks = self._parts.lowest(scores, zeros, item["masks"])
-        new = {"masks": masks, "scores": self._start(params), "steps": jnp.zeros_like(item["steps"])}
+        new: dict[str, Any] = {"scores": self._start(params), "steps": jnp.zeros_like(item["steps"])}
+        if self._bird is not None:
+            bird, drawn = item["bird"], masks
+            now = self._bird.update(bird["now"], drawn)
+            row = jnp.concatenate([drawn[name].ravel() for name in sorted(drawn)])
+            seen = jax.lax.dynamic_update_index_in_dim(bird["seen"], row, bird["now"]["drawn"], 0)
+            first = self._bird.found(now) & (bird["found"] < 0)
+            masks = {n: jnp.where(first & self._takes, drawn[n], old) for n, old in item["masks"].items()}
+            new["bird"] = {"now": now, "seen": seen, "found": jnp.where(first, state.step, bird["found"])}
+        new["masks"] = masks
         return masked(state, self._parts.over(params, masks), {ITEM: new})
 
     def zeros(self, step: int) -> jax.Array:
@@ -211,11 +258,21 @@ def _drawings(config: Config, in_steps: Callable[[Duration], int], total_steps: 
         if not config.init_from:
             raise UserError("config.pruning.method=keep keeps the zeros of init_from: set config.init_from")
         return {}
-    if about.score != "magnitude" and begin == 0:
+    if about.score != "magnitude" and begin == 0 and about.method != "early_bird":
         raise UserError(
             f"config.pruning.score={about.score!r} looks at gradients, of which there are none at step 0: set "
             "config.pruning.begin"
         )
+    if about.method == "early_bird":
+        every = in_steps(about.every)
+        last = in_steps(about.end) if about.end.steps or about.end.epochs else total_steps
+        steps = range(begin or every, last, every)
+        if len(steps) <= about.length:
+            raise UserError(
+                f"config.pruning draws {len(steps)} masks in the run, and length={about.length} distances between them "
+                "must be small: draw more often with config.pruning.every, or train longer"
+            )
+        return dict.fromkeys(steps, about.final)
     if about.method == "one_shot":
         if begin >= total_steps:
             raise UserError(f"config.pruning.begin is step {begin}, and the run has {total_steps}: begin earlier")

@@ -37,6 +37,9 @@ REFUSED = {
     "pruning.end",
     "pruning.every",
     "pruning.factors",
+    "pruning.limit",
+    "pruning.length",
+    "pruning.on_ticket",
     "seed",
     "batch_size",
 }

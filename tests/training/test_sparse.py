@@ -146,6 +146,33 @@ def test_masks_of_equal_arrays_are_equal_on_every_mesh(devices, fsdp):
         np.testing.assert_array_equal(mask, found[1][name])
 
 
+@pytest.mark.parametrize("takes", ["mask", "report"])
+def test_early_birds_are_drawn_until_they_stand_still(takes):
+    """A rate of nearly nothing: masks of magnitudes never move, and the ticket is found at the third of them."""
+    config = configured(pruning__method="early_bird", pruning__length=2, pruning__on_ticket=takes, optim__lr=1e-9)
+    config.optim.min_lr = config.optim.warmup_lr = 1e-9
+    config.pruning.begin, config.pruning.every = Duration(steps=1), Duration(steps=1)
+    config.duration, config.optim.warmup = Duration(steps=6), Duration(steps=1)
+    setup = set_up(config)
+    step, draw, state, told = setup.lower().compile(), setup.drawing(), setup.first_state(), []
+    zeros = []
+    for t in range(6):
+        if setup.sparse.due(t):
+            state = draw(state, setup.sparse.zeros(t))
+            told.append(setup.sparse.told(state, t))
+        state = step(state, batch_of(t, setup))
+        masks = setup.sparse.masks(state)
+        zeros.append(sum(int((~np.asarray(mask)).sum()) for mask in masks.values()))
+    whole = sum(round(0.6 * mask.size) for mask in masks.values())
+    assert zeros == ([0, 0, 0, whole, whole, whole] if takes == "mask" else [0] * 6)
+    assert [bool(text) for text in told] == [False, False, True, False, False]
+    assert ("is taken" if takes == "mask" else "is not taken") in told[2]
+    steps, seen = setup.sparse.drawn(state)
+    assert steps == [1, 2, 3, 4, 5]
+    assert (seen[0] == seen[1]).all()
+    assert setup.sparse.figures(state, 6)["mask_distance"] < 0.01
+
+
 def test_channels_are_pruned_with_all_that_is_tied_to_them_and_cut_out():
     config = configured(pruning__structure="channels", pruning__score="taylor", pruning__final=0.5)
     config.model.options = {"width": 8, "depths": (1, 0, 0, 0), "patch_size": 2, "d_state": 2}
@@ -250,6 +277,7 @@ def test_zeros_of_a_run_can_be_kept(pruned, data, tmp_path):
         (["method=keep"], "method=keep keeps the zeros of init_from: set config.init_from"),
         (["method=one_shot", "structure=channels"], "EfficientVMamba has no channels that can be cut"),
         (["method=one_shot", "multiple_of=8"], "multiple_of=8 needs config.pruning.structure=channels"),
+        (["method=early_bird", "every.steps=10"], "draws 3 masks in the run, and length=5 distances between them"),
         (["method=often"], "method='often'"),
     ],
 )
