@@ -4,8 +4,10 @@ import importlib
 import re
 from pathlib import Path
 
+import jax
 import pytest
 
+from evmamba_jax.errors import UserError
 from evmamba_jax.models import list_models, model_card
 from evmamba_jax.tasks import task_of
 from evmamba_jax.training.mesh import make_mesh
@@ -14,7 +16,13 @@ from evmamba_jax.training.setup import Setup
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = [path.relative_to(CONFIGS).with_suffix("") for path in CONFIGS.rglob("[a-z]*.py")]
 NAMES = sorted(".".join(path.parts) for path in FILES if path.stem != "finetune")  # whose data are the user's
-EXAMPLES = {"imagenet2012": 1_281_167, "digits": 1437, "fashion_mnist_debian": 60_000, "stamps": 5122}
+EXAMPLES = {
+    "imagenet2012": 1_281_167,
+    "cifar10": 50_000,
+    "digits": 1437,
+    "fashion_mnist_debian": 60_000,
+    "stamps": 5122,
+}
 
 
 def told(config) -> str:
@@ -55,6 +63,31 @@ def test_small_recipes_fit_together(name):
     assert max(rates) == pytest.approx(config.optim.lr, rel=1e-3)
     assert rates[0] < 0.01 * config.optim.lr  # a warm-up
     assert rates[-1] < 0.01 * config.optim.lr
+
+
+VISION = ("mambavision", "sliding_window", "s4d", "s5", "attention_pool", "convnext")
+NOT_THE_COURSES = (*VISION, "early_bird")  # the course's model has no channels to cut
+VARIANTS = [
+    (row, variant)
+    for row in NAMES
+    if row.startswith("experiments.") and row != "experiments.vmamba_init"
+    for variant in ("", "digits", "course_digits", "notebook")
+    if variant in ("", "digits") or not row.endswith(NOT_THE_COURSES)
+]
+
+
+@pytest.mark.parametrize(("row", "variant"), VARIANTS)
+def test_every_row_of_the_experiments_fits_together(row, variant):
+    config = importlib.import_module(f"configs.{row}").get_config(variant)
+    task = task_of(config)(config, [str(k) for k in range(10)])
+    setup = Setup(task, make_mesh(config, jax.devices()[:1]), EXAMPLES[config.data.name])
+    assert setup.sparse.active == bool(config.pruning.method)
+    assert (config.model.name == "course_vim") == ("course" in variant or variant == "notebook")
+
+
+def test_an_unknown_word_is_said():
+    with pytest.raises(UserError, match="has the word 'cifar'; allowed, joined with '_': cifar10, cifar100, fashion"):
+        importlib.import_module("configs.experiments.baseline").get_config("course_cifar")
 
 
 def test_every_model_has_a_config_of_its_name():
