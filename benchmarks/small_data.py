@@ -31,7 +31,7 @@ from evmamba_jax.training.config import Config, Duration
 ROOT = Path(__file__).parent.parent
 METHODS = {"scratch": "from scratch", "head": "linear probe", "lora": "LoRA", "full": "full fine-tuning"}
 MARKERS = dict(zip(METHODS, "osD^", strict=True))
-RATES = {"scratch": 2e-3, "head": 8e-3, "lora": 2e-3, "full": 2e-3}  # the best of part "rates", or near it
+RATES = {"scratch": 2e-3, "head": 3.2e-2, "lora": 8e-3, "full": 2e-3}  # the best of part "rates", or near it
 EPOCHS = {50: 40, 500: 20, 1437: 8, 5000: 5}  # by the number of pictures
 
 
@@ -111,7 +111,7 @@ def sizes(name: str, work: Path, seeds: int) -> dict[int, dict[str, list[Rows]]]
 
 
 VALIDATION = "train[1000:]"  # of the digits, where rates and lengths are tried
-RATES_TRIED = (5e-4, 2e-3, 8e-3)
+RATES_TRIED = (5e-4, 2e-3, 8e-3, 3.2e-2)
 LENGTHS_TRIED = (5, 20, 80)
 
 

@@ -35,6 +35,7 @@ thead th { border-bottom: 2px solid #666; }
 .cards figcaption { font-size: .85rem; overflow-wrap: anywhere; }
 pre { background: #f3f3f3; padding: .7rem; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85rem; }
 @media print {
+  details::details-content { content-visibility: visible; display: block; height: auto; }
   body { max-width: none; padding: 0; font-size: 11px; }
   h2 { break-after: avoid; }
   tr, img.wide { break-inside: avoid; }

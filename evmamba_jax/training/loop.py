@@ -38,6 +38,7 @@ from evmamba_jax.training import mesh as meshes
 from evmamba_jax.training import resume
 from evmamba_jax.training.evaluator import Evaluator, global_batch
 from evmamba_jax.training.setup import Setup
+from evmamba_jax.training.sparse import ITEM
 from evmamba_jax.training.state import TrainState
 from evmamba_jax.training.stopping import Stopped, Stopping
 from evmamba_jax.weights import average_is_better
@@ -327,14 +328,15 @@ def _draw(
 
 def _write_sparsity(setup: Setup, state: TrainState, workdir: Path) -> None:
     """Write what is pruned at the end; every process gives its part of the masks."""
-    masks = jax.jit(setup.sparse.masks, out_shardings=meshes.replicated(setup.mesh))(state)
-    rows = pruning.table(state.model.params, jax.device_get(masks))
+    gather = jax.jit(lambda s: (setup.sparse.masks(s), s.extra[ITEM]), out_shardings=meshes.replicated(setup.mesh))
+    masks, item = jax.device_get(gather(state))
+    rows = pruning.table(state.model.params, masks)
     if not _is_main():
         return
     task = setup.task
     with storage_errors(workdir):
         write_sparsity(workdir, rows)
-    if (birds := setup.sparse.drawn(state)) is not None:
+    if (birds := setup.sparse.birds(item)) is not None:
         drawn(BIRDS, lambda: draw_birds(workdir, *birds, task.config.pruning.limit))
     chooses, dense = task.chooses, task.config.pruning.dense
     drawn(PICTURE, lambda: draw_sparsity(workdir, rows, chooses.name, chooses.title, dense))

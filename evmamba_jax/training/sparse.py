@@ -120,6 +120,8 @@ class Sparse:
         if config.tune.method == "lora":
             raise UserError("config.pruning.method needs tune.method=full or head: low-rank additions fill zeros again")
         channels = about.structure == "channels"
+        if about.method == "early_bird" and not channels:
+            raise UserError("config.pruning.method=early_bird draws masks of channels: set structure=channels")
         self._parts = _Channels(config, params, trained, model) if channels else _Weights(config, params, trained)
         self._drawings = _drawings(config, in_steps, total_steps)
         self._bird = pruning.EarlyBird(about.limit, about.length) if about.method == "early_bird" else None
@@ -180,16 +182,16 @@ class Sparse:
         done = "is taken" if self._takes else "is not taken, as config.pruning.on_ticket says"
         return f"early bird: the ticket is found before step {step}, and {done}"
 
-    def drawn(self, state: TrainState) -> tuple[list[int], np.ndarray] | None:
-        """Return the steps before which early birds were drawn, and the masks (drawings, entries); None without them.
+    def birds(self, item: Mapping[str, Any]) -> tuple[list[int], np.ndarray] | None:
+        """Return the steps before which early birds were drawn, and the masks (drawings, channels); None without them.
 
-        On all devices of all processes alike.
+        Args:
+            item: of the state, whole on this host.
         """
-        if not self.active or self._bird is None:
+        if self._bird is None:
             return None
-        bird = state.extra[ITEM]["bird"]
-        count = int(bird["now"]["drawn"])
-        return sorted(self._drawings)[:count], np.asarray(bird["seen"])[:count]
+        count = int(item["bird"]["now"]["drawn"])
+        return sorted(self._drawings)[:count], np.asarray(item["bird"]["seen"])[:count]
 
     def _scheduled(self, step: int) -> float:
         latest = max((at for at in self._drawings if at < step), default=None)

@@ -34,6 +34,9 @@ GRADUAL = tuple(
 )
 
 
+ONE_SCAN = {"width": 8, "depths": (1, 0, 0, 0), "patch_size": 2, "d_state": 2}
+
+
 def configured(**changes):
     """Return a config in which the moving average, clipping, decay and mixing are on."""
     config = get_config("convolutions")
@@ -150,6 +153,7 @@ def test_masks_of_equal_arrays_are_equal_on_every_mesh(devices, fsdp):
 def test_early_birds_are_drawn_until_they_stand_still(takes):
     """A rate of nearly nothing: masks of magnitudes never move, and the ticket is found at the third of them."""
     config = configured(pruning__method="early_bird", pruning__length=2, pruning__on_ticket=takes, optim__lr=1e-9)
+    config.pruning.structure, config.model.options = "channels", ONE_SCAN
     config.optim.min_lr = config.optim.warmup_lr = 1e-9
     config.pruning.begin, config.pruning.every = Duration(steps=1), Duration(steps=1)
     config.duration, config.optim.warmup = Duration(steps=6), Duration(steps=1)
@@ -163,11 +167,13 @@ def test_early_birds_are_drawn_until_they_stand_still(takes):
         state = step(state, batch_of(t, setup))
         masks = setup.sparse.masks(state)
         zeros.append(sum(int((~np.asarray(mask)).sum()) for mask in masks.values()))
-    whole = sum(round(0.6 * mask.size) for mask in masks.values())
+    (group,) = pruning.channels(setup.task.model)
+    kept = {group.name: np.arange(group.size) >= round(0.6 * group.size)}
+    whole = sum(int((~m).sum()) for m in pruning.channel_masks(state.model.params, [group], kept).values())
     assert zeros == ([0, 0, 0, whole, whole, whole] if takes == "mask" else [0] * 6)
     assert [bool(text) for text in told] == [False, False, True, False, False]
     assert ("is taken" if takes == "mask" else "is not taken") in told[2]
-    steps, seen = setup.sparse.drawn(state)
+    steps, seen = setup.sparse.birds(state.extra[ITEM])
     assert steps == [1, 2, 3, 4, 5]
     assert (seen[0] == seen[1]).all()
     assert setup.sparse.figures(state, 6)["mask_distance"] < 0.01
@@ -175,7 +181,7 @@ def test_early_birds_are_drawn_until_they_stand_still(takes):
 
 def test_channels_are_pruned_with_all_that_is_tied_to_them_and_cut_out():
     config = configured(pruning__structure="channels", pruning__score="taylor", pruning__final=0.5)
-    config.model.options = {"width": 8, "depths": (1, 0, 0, 0), "patch_size": 2, "d_state": 2}
+    config.model.options = ONE_SCAN
     setup = set_up(config)
     step, draw, state = setup.lower().compile(), setup.drawing(), setup.first_state()
     for t in range(4):
@@ -277,7 +283,7 @@ def test_zeros_of_a_run_can_be_kept(pruned, data, tmp_path):
         (["method=keep"], "method=keep keeps the zeros of init_from: set config.init_from"),
         (["method=one_shot", "structure=channels"], "EfficientVMamba has no channels that can be cut"),
         (["method=one_shot", "multiple_of=8"], "multiple_of=8 needs config.pruning.structure=channels"),
-        (["method=early_bird", "every.steps=10"], "draws 3 masks in the run, and length=5 distances between them"),
+        (["method=early_bird"], "early_bird draws masks of channels: set structure=channels"),
         (["method=often"], "method='often'"),
     ],
 )
@@ -291,6 +297,13 @@ def test_another_method_is_refused_for_a_run_that_goes_on(pruned, data):
     assert "config.pruning.method is 'one_shot', but the run in" in said
     said = refused_here(data, *GRADUAL, "--config.pruning.final=0.9", "--workdir", pruned)
     assert "on which its masks depend" in said
+
+
+def test_too_few_early_birds_are_refused():
+    config = configured(pruning__method="early_bird", pruning__structure="channels")
+    config.model.options, config.pruning.every = ONE_SCAN, Duration(steps=10)
+    with pytest.raises(UserError, match="draws 4 masks in the run, and length=5 distances between them must be small"):
+        set_up(config)
 
 
 def test_low_rank_additions_are_refused():
