@@ -57,8 +57,8 @@ def draw_sparsity(
         others = [row[figure] for row in read_rows(Path(dense) / METRICS) if figure in row]
         cost.axhline(others[-1], color=ORANGE, linestyle="--", label="dense run, at its end") if others else None
         cost.legend(frameon=False)
-    cost.set_title(f"{title} at the zeros of the moment", loc="left", fontsize=12)
-    cost.set_xlabel("zeros among the candidates (%)")
+    cost.set_title(title, loc="left", fontsize=12)
+    cost.set_xlabel("zeros among the candidates at the time (%)")
     for axes in (time, arrays, cost):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e6e6e6")
