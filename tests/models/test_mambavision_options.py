@@ -193,7 +193,7 @@ def test_official_weights_are_for_models_without_the_option(switch):
     for call in (lambda: from_torch(model(switch), to_torch(published)), lambda: to_torch(model(switch))):
         with pytest.raises(UserError) as caught:
             call()
-        assert f"MambaVision with {option}={value!r} has no official weights" in str(caught.value)
+        assert f"MambaVision with {option}={value!r} has no official names" in str(caught.value)
         assert "\n" not in str(caught.value)
 
 

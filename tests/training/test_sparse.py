@@ -267,7 +267,7 @@ def test_zeros_of_a_run_can_be_kept(pruned, data, tmp_path):
     names = prunable(before)
     assert all(((kept[name] == 0) == (before[name] == 0)).all() for name in names)
     left, zeros = (sum(int((params[name] == 0).sum()) for name in names) for params in (dense, before))
-    assert left < 0.1 * zeros  # a pixel that is always black moves nothing
+    assert left < 0.2 * zeros  # a pixel that is always black moves nothing
 
 
 @pytest.mark.parametrize(
