@@ -69,7 +69,7 @@ class S4D(nnx.Module):
         self.D = nnx.Param(initializers.normal(1.0)(rngs.params(), (channels,), jnp.float32))
 
     def kernel(self, length: int, dtype: jnp.dtype, *, prefix: str = "") -> jax.Array:
-        """Return the kernel (E, L), or with the prefix "backward_" that from the last token to the first."""
+        """Return the kernel (E, L), or with the prefix ``"backward_"`` that from the last token to the first."""
 
         @jax.checkpoint  # the terms of the sum, N/2 times the kernel, are computed again
         def terms(log_dt, log_a_real, a_imag, c):

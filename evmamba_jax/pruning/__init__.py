@@ -1,6 +1,7 @@
 """Sparse models: masks beside the parameters, drawn rarely, kept by one multiplication; channels that are cut out."""
 
-from evmamba_jax.pruning.channels import (
+from evmamba_jax.pruning.early_bird import EarlyBird
+from evmamba_jax.pruning.groups import (
     channel_masks,
     channel_scores,
     channels,
@@ -9,7 +10,6 @@ from evmamba_jax.pruning.channels import (
     select_channels,
     zero_channels,
 )
-from evmamba_jax.pruning.early_bird import EarlyBird
 from evmamba_jax.pruning.masks import (
     Masks,
     apply,

@@ -20,7 +20,7 @@ from evmamba_jax.arrays import split
 from evmamba_jax.checkpoints import save_model
 from evmamba_jax.errors import UserError
 from evmamba_jax.models.registry import input_size
-from evmamba_jax.pruning.channels import channels, cut, zero_channels
+from evmamba_jax.pruning.groups import channels, cut, zero_channels
 from evmamba_jax.storage import local
 from evmamba_jax.weights.load import EMA_WORDS, open_place
 

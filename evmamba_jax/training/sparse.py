@@ -12,7 +12,7 @@ from evmamba_jax import pruning
 from evmamba_jax.arrays import Arrays, Variables
 from evmamba_jax.config import Config, Duration
 from evmamba_jax.errors import UserError
-from evmamba_jax.pruning.channels import alive_channels, channels_wanted, lowest_channels
+from evmamba_jax.pruning.groups import alive_channels, channels_wanted, lowest_channels
 from evmamba_jax.pruning.masks import lowest
 from evmamba_jax.pruning.schedules import SCHEDULES
 from evmamba_jax.training.state import TrainState
