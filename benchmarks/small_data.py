@@ -186,11 +186,14 @@ def write(parts: list[str], work: Path, seeds: int, out: Path) -> None:
     for name, found in of_target.items():
         about = TARGETS[name]
         report.heading(f"{name[0].upper()}{name[1:]}, from the backbone that knows {about.backbone}")
-        report.text(f"Tested on `{about.test}` of `{about.name}`; means of {seeds} seeds, and the least and greatest.")
-        report.table(("pictures", "{:,}"), *((words, "{:.1f} ({:.1f} to {:.1f})") for words in METHODS.values()))
+        runs = "one run each" if seeds == 1 else f"means of {seeds} seeds, and the least and greatest"
+        report.text(f"Tested on `{about.test}` of `{about.name}`; {runs}.")
+        form = "{:.1f}" if seeds == 1 else "{:.1f} ({:.1f} to {:.1f})"
+        report.table(("pictures", "{:,}"), *((words, form) for words in METHODS.values()))
         for size, methods in found.items():
             values = {method: [better(rows) for rows in runs] for method, runs in methods.items()}
-            report.row(size, *([float(np.mean(v)), min(v), max(v)] for v in values.values()))
+            spreads = [[float(np.mean(v)), min(v), max(v)] for v in values.values()]
+            report.row(size, *(spread[0] if seeds == 1 else spread for spread in spreads))
     if of_target:
         draw_sizes(of_target, out.with_suffix(".png"))
         report.text(f"![Top-1 by the number of pictures]({out.with_suffix('.png').name})")
