@@ -10,7 +10,7 @@ from evmamba_jax.training.config import Config
 
 
 def get_config(variant: str = "") -> Config:
-    """Return the configuration of a variant; the words are those of ``evmamba_jax.recipes.experiments``."""
+    """Return the configuration of a variant, which ``evmamba_jax.recipes.experiments`` explains."""
     block = {"local": "inverted_residual"}
     config = recipe(variant, options={"vim": block, "course": block})
     if "notebook" in variant.split("_"):

@@ -11,7 +11,7 @@ from evmamba_jax.training.config import Config, Duration, PruningConfig
 
 
 def get_config(variant: str = "") -> Config:
-    """Return the configuration of a variant; the words are those of ``evmamba_jax.recipes.experiments``."""
+    """Return the configuration of a variant, which ``evmamba_jax.recipes.experiments`` explains."""
     config = recipe(variant)
     epochs = config.duration.epochs
     config.pruning = PruningConfig(

@@ -9,5 +9,5 @@ from evmamba_jax.training.config import Config
 
 
 def get_config(variant: str = "") -> Config:
-    """Return the configuration of a variant; the words are those of ``evmamba_jax.recipes.experiments``."""
+    """Return the configuration of a variant, which ``evmamba_jax.recipes.experiments`` explains."""
     return recipe(variant, vision=True, options={"mambavision": {"ssm": "s4d", "ssm_bidirectional": True}})
