@@ -102,7 +102,7 @@ def _family(model: Any) -> _Official:
         known = ", ".join(family.__name__ for family in _FAMILIES)
         raise UserError(f"no table of official names for {type(model).__name__}; there is one for {known}")
     family = _FAMILIES[type(model)]
-    for option, value in family.ours.items():
+    for option, value in {**family.ours, "inner": ()}.items():  # what a cut leaves is of no official shape
         if (own := getattr(model.config, option)) != value:
             name = type(model).__name__
             raise UserError(f"{name} with {option}={own!r} has no official names: only {option}={value!r} has weights")

@@ -12,6 +12,7 @@ from evmamba_jax.errors import UserError
 from evmamba_jax.layers.channels import Group, Member, groups
 from evmamba_jax.models import list_models
 from evmamba_jax.models.registry import abstract_model
+from evmamba_jax.weights import to_torch
 
 SMALL = {  # a model, and how many groups it has
     "vim": ("vim_t", {"width": 16, "depth": 3, "image_size": 32, "patch_size": 8, "stride": 8}, 3),
@@ -83,8 +84,10 @@ def test_a_cut_model_has_the_masked_models_logits(family, tmp_path):
     np.testing.assert_array_equal(logits(loaded), found)
 
 
-def test_a_cut_model_can_be_cut_again():
+def test_a_cut_model_can_be_cut_again_but_has_no_official_file():
     _, cut, _ = masked_and_cut(small("vmamba"))
+    with pytest.raises(UserError, match=r"VMamba with inner=.* has no official names: only inner=\(\) has weights"):
+        to_torch(cut)
     masked, again, _ = masked_and_cut(cut)
     wanted, found = logits(masked), logits(again)
     assert np.abs(wanted - found).max() < 1e-5 * np.sqrt((wanted**2).mean())
