@@ -10,7 +10,7 @@ import numpy as np
 from evmamba_jax import ranges
 from evmamba_jax.data.config import DataConfig
 from evmamba_jax.errors import UserError
-from evmamba_jax.ranges import chosen, free, place, ranged, share
+from evmamba_jax.ranges import chosen, free, place, ranged, share, stated
 
 MOST_STEPS = 2**31 - 1  # what the int32 of a train state holds
 
@@ -108,8 +108,9 @@ class PruningConfig:
     """Which weights become zero, and when: masks are drawn at some steps and kept at all others."""
 
     # "gradual": more and more from begin to end; "one_shot": all at begin; "early_bird": all once the masks that would
-    # be drawn no longer move; "keep": what is zero in init_from stays so. Empty: nothing is pruned.
-    method: str = chosen("", ("", "gradual", "one_shot", "early_bird", "keep"))
+    # be drawn no longer move; "keep": what is zero in init_from stays so; "imp", iterative magnitude pruning: a run a
+    # level, each from an early state of the first with fewer weights. Empty: nothing is pruned.
+    method: str = chosen("", ("", "gradual", "one_shot", "early_bird", "keep", "imp"))
     score: str = chosen("magnitude", ("magnitude", "gradient", "taylor", "movement"))  # the lowest go
     scope: str = chosen("layer", ("layer", "global"))  # each array by itself, or all in one ranking
     # Single "weights"; or whole "channels" within blocks, with all that is tied to them, which can then be cut out.
@@ -128,6 +129,15 @@ class PruningConfig:
     limit: float = ranged(0.1, above=0, most=1)
     length: int = ranged(5, least=1)
     on_ticket: str = chosen("mask", ("mask", "report"))
+    # Iterative: so many levels after the dense one, each without this share of the weights that were left. A level
+    # starts from the dense one's state at step "rewind", or at step 0 with reset="init"; with "final" from the weights
+    # with which the level before ended, and the rest of that state.
+    levels: int = ranged(10, least=1)
+    rate: float = ranged(0.2, above=0, below=1)
+    rewind: Duration = field(default_factory=Duration)
+    reset: str = chosen("rewind", ("rewind", "init", "final"))
+    # Beside each level the same with as many weights of every array that chance chose, or with other initial values.
+    controls: tuple[str, ...] = stated((), "random, reinit or both", lambda names: {*names} <= {"random", "reinit"})
 
 
 @dataclass

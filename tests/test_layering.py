@@ -40,8 +40,8 @@ ROWS = {
     "pruning": "analysis arrays checkpoints cli errors layers models storage weights",
     "reports": "errors pruning storage",
     "tasks": "arrays config data errors models reports storage weights",
-    "training": """arrays checkpoints config data errors evmamba_jax lora packaged pruning reports storage tasks
-                   weights""",
+    "training": """arrays checkpoints config data errors evmamba_jax layers lora packaged pruning reports storage
+                   tasks weights""",
     "train": "cli packaged training",
     "predict": "arrays checkpoints cli data errors models preprocessing reports storage training weights",
     "verify": "cli config data errors models preprocessing storage tasks training",
@@ -52,8 +52,8 @@ ROWS = {
     "configs": "data evmamba_jax recipes training",
     "train_tpu": "train",
     "setup": "",
-    "benchmarks": """analysis arrays cli configs data errors evmamba_jax layers models pallas_kernels pallas_kernels.gpu
-                     pallas_kernels.tpu predict preflight reports tasks training weights""",
+    "benchmarks": """analysis arrays checkpoints cli configs data errors evmamba_jax layers models pallas_kernels
+                     pallas_kernels.gpu pallas_kernels.tpu predict preflight pruning reports tasks training weights""",
     "tests": """__main__ analysis arrays checkpoints cli config configs data errors evmamba_jax layers lora models ops
                 packaged pallas_kernels pallas_kernels.gpu pallas_kernels.tpu predict preflight preprocessing pruning
                 ranges reports storage tasks train train_tpu training verify weights""",

@@ -12,7 +12,8 @@ from evmamba_jax.training.config import Config, Duration, PruningConfig
 def get_config(variant: str = "") -> Config:
     """Return the configuration of a variant, which ``evmamba_jax.recipes.experiments`` explains."""
     config = recipe(variant)
+    epochs = config.duration.epochs
     config.pruning = PruningConfig(
-        method="early_bird", structure="channels", final=0.5, every=Duration(epochs=0.01 * config.duration.epochs)
+        method="early_bird", structure="channels", final=0.5, every=Duration(epochs=min(1, 0.05 * epochs))
     )
     return config

@@ -19,7 +19,7 @@ def get_config(variant: str = "") -> Config:
         final=0.6,
         begin=Duration(epochs=0.1 * epochs),
         end=Duration(epochs=0.7 * epochs),
-        every=Duration(epochs=0.01 * epochs),
+        every=Duration(epochs=min(1, 0.05 * epochs)),
         factors=("head.kernel=0.5",),
     )
     if "notebook" in variant.split("_"):

@@ -119,6 +119,8 @@ def _newest(root: epath.Path) -> epath.Path:
             for step, damage in damaged.items():
                 logger.warning("checkpoint %d is damaged (%s); reading %d", step, damage, healthy[-1])
             return folder / str(healthy[-1])
+    inner = sorted(path.name for path in root.iterdir() if (path / "checkpoints").is_dir())
+    hint = f"; but there are runs in it, name one: {', '.join(inner[:5])}" if inner else ""
     raise UserError(
-        f"no checkpoint in {root}: it has no folders named by step numbers, nor has a folder 'checkpoints' in it"
+        f"no checkpoint in {root}: it has no folders named by step numbers, nor has a folder 'checkpoints' in it{hint}"
     )

@@ -5,7 +5,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -14,7 +14,14 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from evmamba_jax.checkpoints import orbax
-from evmamba_jax.checkpoints.damage import absolute, damage_down_to_healthy, damage_text, move_aside, steps_in
+from evmamba_jax.checkpoints.damage import (
+    absolute,
+    damage_down_to_healthy,
+    damage_of,
+    damage_text,
+    move_aside,
+    steps_in,
+)
 from evmamba_jax.checkpoints.seal import read_description, write_description
 from evmamba_jax.errors import UserError
 from evmamba_jax.storage import storage_errors
@@ -36,6 +43,7 @@ class Checkpoints:
             and a checkpoint without that metric, or with NaN for it, is never among them.
         best_metric: the metric that says which checkpoints are the best.
         higher: whether more of it is better.
+        keep_steps: these stay as well.
 
     Raises:
         UserError: the folder cannot be made or read, or ``keep_last`` is below 1.
@@ -49,6 +57,7 @@ class Checkpoints:
         keep_best: int = 1,
         best_metric: str = "top1",
         higher: bool = True,
+        keep_steps: Collection[int] = (),
     ):
         if keep_last < 1:
             raise UserError(
@@ -59,6 +68,7 @@ class Checkpoints:
         self.keep_best = keep_best
         self.best_metric = best_metric
         self.higher = higher
+        self.keep_steps = frozenset(keep_steps)
         with storage_errors(self.directory):
             if jax.process_index() == 0:
                 self.directory.mkdir(parents=True, exist_ok=True)
@@ -142,7 +152,7 @@ class Checkpoints:
             self._scores[step] = score
             self._current = step
             kept = {*sorted(self._scores)[-self.keep_last :], *self._ranked()[: self.keep_best]}
-            for old in sorted(set(self._scores) - kept):
+            for old in sorted(set(self._scores) - kept - self.keep_steps):
                 del self._scores[old]
                 if jax.process_index() == 0:
                     # Renamed first: a kill in between leaves rubbish to sweep, not half a checkpoint.
@@ -188,6 +198,22 @@ class Checkpoints:
         items = self._writer.restore(folder, abstract_items)
         self._current = healthy
         return healthy, items, read_description(folder)["meta"]
+
+    def restore_step(self, step: int, abstract_items: Mapping[str, Any]) -> dict[str, Any]:
+        """Read the items of one step, as :meth:`restore` does those of the newest.
+
+        Raises:
+            UserError: there is no such step, it is damaged, or it has other names, shapes or dtypes.
+        """
+        self.wait()
+        folder = self.directory / str(step)
+        damage = "it is missing"
+        if step in self._scores:
+            damage = damage_of(folder) if jax.process_index() == 0 else ""
+        if not _from_main(int(not damage)):
+            raise UserError(f"checkpoint {folder} cannot be read ({damage}): the run needs it, so start a new one")
+        _check_fit(folder, abstract_items)
+        return self._writer.restore(folder, abstract_items)
 
     def restore_meta(self) -> dict[str, Any] | None:
         """Return the newest checkpoint's ``meta`` without reading any array; None when there is none to be read."""

@@ -1,6 +1,5 @@
 """Lottery tickets: the masks of the next level, and how far apart two solutions lie."""
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -44,9 +43,23 @@ def further(scores: Mapping[str, jax.Array], rate: float, masks: Mapping[str, ja
 
     Source: Frankle et al., Stabilizing the lottery ticket hypothesis (arXiv:1903.01611). open_lth prunes one more.
     """
+    before = {name: jnp.ones(array.shape, bool) for name, array in scores.items()} if masks is None else masks
+    wanted = further_wanted(before, rate, scope="global")
+    found = lowest(scores, jnp.asarray(wanted, jnp.int32), before, scope="global")
+    return {name: found[name] for name in scores}
+
+
+def further_wanted(masks: Mapping[str, Any], rate: float, *, scope: str) -> list[int]:
+    """Return how many zeros the next level has: in each array by sorted names, or in all together.
+
+    Args:
+        masks: of the level before.
+        rate: share of the living that go, 0 to 1.
+        scope: "layer" or "global".
+    """
     if not 0 < rate < 1:
         raise UserError(f"rate={rate!r} is not allowed: it must be above 0 and below 1")
-    size = sum(math.prod(array.shape) for array in scores.values())
-    alive = size if masks is None else sum(int(mask.sum()) for mask in masks.values())
-    found = lowest(scores, jnp.asarray([size - alive + round(rate * alive)], jnp.int32), masks, scope="global")
-    return {name: found[name] for name in scores}
+    counts = [(int(masks[name].sum()), masks[name].size) for name in sorted(masks)]
+    if scope == "global":
+        counts = [(sum(alive for alive, _ in counts), sum(size for _, size in counts))]
+    return [size - alive + round(rate * alive) for alive, size in counts]

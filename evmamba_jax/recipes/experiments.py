@@ -13,11 +13,13 @@ from evmamba_jax.errors import UserError
 from evmamba_jax.training.config import Config, Duration, ModelConfig, OptimConfig
 
 _GREY = {"mean": (0.29,) * 3, "std": (0.35,) * 3}
-_DATA = {  # and the batch, and how many epochs
-    "cifar10": (DataConfig(name="cifar10", mean=(0.491, 0.482, 0.447), std=(0.247, 0.244, 0.262)), 256, 100),
-    "cifar100": (DataConfig(name="cifar100", mean=(0.507, 0.487, 0.441), std=(0.267, 0.256, 0.276)), 256, 100),
-    "fashion": (DataConfig(name="fashion_mnist_debian", **_GREY), 128, 1),
-    "digits": (DataConfig(name="digits", hflip=0.0, **_GREY), 64, 40),
+_10 = {"mean": (0.491, 0.482, 0.447), "std": (0.247, 0.244, 0.262)}
+_100 = {"mean": (0.507, 0.487, 0.441), "std": (0.267, 0.256, 0.276)}
+_DATA = {  # and the batch, the rate, how many epochs, how many evaluations
+    "cifar10": (DataConfig(name="cifar10", **_10), 256, 1e-3, 100, 10),
+    "cifar100": (DataConfig(name="cifar100", **_100), 256, 1e-3, 100, 10),
+    "fashion": (DataConfig(name="fashion_mnist_debian", **_GREY), 64, 4e-3, 0.25, 2),
+    "digits": (DataConfig(name="digits", hflip=0.0, **_GREY), 64, 4e-3, 20, 10),
 }
 _OFFLINE = ("fashion", "digits")
 
@@ -25,9 +27,9 @@ _OFFLINE = ("fashion", "digits")
 _MODELS: dict[str, tuple[ModelConfig, dict[str, Any]]] = {
     "vim": (
         ModelConfig(name="vim_t", options={"depth": 12, "patch_size": 4, "stride": 4, "image_size": 32}),
-        {"width": 48, "depth": 3},
+        {"width": 32, "depth": 2},
     ),
-    "course": (ModelConfig(name="course_vim"), {"width": 48, "depth": 3, "d_state": 16, "dt_rank": 8}),
+    "course": (ModelConfig(name="course_vim"), {"width": 32, "depth": 2, "d_state": 16, "dt_rank": 8}),
     "mambavision": (
         ModelConfig(name="mambavision_t"),
         {"width": 16, "stem_width": 16, "depths": (1, 1, 2, 2), "num_heads": (2, 2, 4, 4), "window_size": (8, 8, 4, 2)},
@@ -53,7 +55,7 @@ def recipe(variant: str, *, vision: bool = False, options: Mapping[str, Mapping[
             raise UserError(f"variant {variant!r} has the word {word!r}; allowed, joined with '_': {', '.join(known)}")
     data = next((word for word in words if word in _DATA), "cifar10")
     family = "mambavision" if vision else "course" if {"course", "notebook"} & set(words) else "vim"
-    about, batch_size, epochs = _DATA[data]
+    about, batch_size, lr, epochs, evaluations = _DATA[data]
     model, small = _MODELS[family]
     chosen = model.options | (small if data in _OFFLINE else {}) | dict((options or {}).get(family, {}))
     config = Config(
@@ -73,7 +75,7 @@ def recipe(variant: str, *, vision: bool = False, options: Mapping[str, Mapping[
             label_smoothing=0.0,
         ),
         optim=OptimConfig(
-            lr=1e-3,
+            lr=lr,
             min_lr=0.0,
             warmup=Duration(epochs=0.05 * epochs),
             lr_changes="step",
@@ -83,8 +85,8 @@ def recipe(variant: str, *, vision: bool = False, options: Mapping[str, Mapping[
         batch_size=batch_size,
         duration=Duration(epochs=epochs),
         log_every=Duration(epochs=epochs / 100),
-        eval_every=Duration(epochs=epochs / 10),
-        save_every=Duration(epochs=epochs / 10),
+        eval_every=Duration(epochs=epochs / evaluations),
+        save_every=Duration(epochs=epochs / evaluations),
     )
     if "notebook" in words:  # Adam at one rate, nothing augmented
         config.data.pad_crop, config.data.hflip, config.optim.weight_decay, config.optim.clip_norm = 0, 0.0, 0.0, 0.0

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyrefly: ignore[missing-module-attribute]
@@ -20,6 +21,20 @@ from evmamba_jax.storage import storage_errors
 
 METRICS = "metrics.jsonl"
 SPEED = "speed.jsonl"
+
+
+class Part(NamedTuple):
+    """A run that is one of several.
+
+    Attributes:
+        name: said on each line.
+        before: steps of those before it, as its own count them.
+        after: steps of those after it.
+    """
+
+    name: str
+    before: int
+    after: int
 
 
 class Reporter:
@@ -34,12 +49,22 @@ class Reporter:
         total_steps: updates in the whole run.
         steps_per_epoch: updates in an epoch.
         is_main: whether this process reports.
+        part: of a longer work, whose time left is told.
 
     Raises:
         UserError: the folder is full or not writable; any method may find out.
     """
 
-    def __init__(self, workdir: str | os.PathLike, *, total_steps: int, steps_per_epoch: float, is_main: bool):
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        *,
+        total_steps: int,
+        steps_per_epoch: float,
+        is_main: bool,
+        part: Part | None = None,
+    ):
+        self.part = part or Part("", 0, 0)
         self.total_steps = total_steps
         self.steps_per_epoch = steps_per_epoch
         self.is_main = is_main
@@ -56,7 +81,8 @@ class Reporter:
         self._bar = None
         if sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns:  # some report a width of 0
             layout = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
-            self._bar = tqdm(total=total_steps, bar_format=layout, dynamic_ncols=True, leave=False)
+            total = self.part.before + total_steps + self.part.after
+            self._bar = tqdm(total=total, desc=self.part.name, bar_format=layout, dynamic_ncols=True, leave=False)
 
     def rewind(self, step: int) -> None:
         """Forget the metrics after ``step``, for a run that continues from there; call it before anything is logged.
@@ -72,7 +98,7 @@ class Reporter:
         with storage_errors(self._folder):
             self._metrics.keep(lambda row: row["step"] <= step)
         if self._bar is not None:
-            self._bar.n = step
+            self._bar.n = self.part.before + step
             self._bar.refresh()
 
     def log_train(self, step: int, metrics: Mapping[str, float], speed: Mapping[str, float]) -> None:
@@ -102,10 +128,10 @@ class Reporter:
             text += f" input wait {speed['input_wait']:.0%}"
         text += self._time_left(step)
         if self._bar is None:
-            self.line(f"step {step}/{self.total_steps} {text}")
+            self.line(f"{self._at(step)} {text}")
         else:
             self._bar.set_postfix_str(text, refresh=False)
-            self._bar.n = step
+            self._bar.n = self.part.before + step
             self._bar.refresh()
 
     def log_eval(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -120,7 +146,7 @@ class Reporter:
         self._step = step
         self._write(self._metrics, "eval", metrics, epoch=step / self.steps_per_epoch)
         figures = " ".join(f"{name} {round(value, 4):.7g}" for name, value in metrics.items())
-        self.line(f"step {step}/{self.total_steps} epoch {step / self.steps_per_epoch:.4g} evaluation: {figures}")
+        self.line(f"{self._at(step)} epoch {step / self.steps_per_epoch:.4g} evaluation: {figures}")
 
     def log_speed(self, speed: Mapping[str, float]) -> None:
         """Record figures that depend on the clock, such as seconds of compilation, under the last step logged."""
@@ -176,6 +202,9 @@ class Reporter:
                 event = Event(step=self._step, wall_time=time.time(), summary=scalar(f"{group}/{name}", value))
                 self._events.write_event(event)
 
+    def _at(self, step: int) -> str:
+        return f"{self.part.name} step {step}/{self.total_steps}".lstrip()
+
     def _time_left(self, step: int) -> str:
         """Estimate from the pace since the first log, which leaves out compilation but counts evaluations and saves."""
         now = time.monotonic()
@@ -184,7 +213,8 @@ class Reporter:
         steps_done, seconds = step - self._first[0], now - self._first[1]
         if steps_done <= 0:
             return ""
-        return f" left {tqdm.format_interval(seconds / steps_done * (self.total_steps - step))}"
+        left = self.total_steps - step + self.part.after
+        return f" left {tqdm.format_interval(seconds / steps_done * left)}"
 
 
 class _Lines:

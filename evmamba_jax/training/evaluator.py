@@ -1,6 +1,7 @@
 """Evaluations of any task: every example exactly once, by the parameters and by their moving average."""
 
 import functools
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -100,6 +101,19 @@ class Evaluator:
         figures, chooses = self._figures(sums, collectors), self.task.chooses
         best = "ema" if average_is_better(figures, chooses.name, chooses.higher) else "model"
         return Evaluation(figures, sums, best, collectors[best])
+
+    def weights(self, place: str | os.PathLike[str]) -> tuple[tuple[Any, Any], str]:
+        """Return the parameters of a place and their moving average, or None, on all devices; and the place in words.
+
+        Raises:
+            UserError: nothing is there, or it does not fit.
+        """
+        weights = self.task.load(place, ema=False)
+        both, taken = (weights.variables, None), weights.taken
+        if weights.meta.get("ema"):
+            both = weights.variables, self.task.load(place, ema=True).variables
+            taken = f"{weights.place}, parameters and moving average"
+        return jax.device_put(both, meshes.replicated(self.mesh)), taken
 
     def _batches(self) -> loader.Batches:
         return loader.eval_batches(

@@ -5,12 +5,11 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,9 +30,9 @@ from evmamba_jax.reports.drawing import drawn
 from evmamba_jax.reports.early_bird import BIRDS, draw_birds
 from evmamba_jax.reports.page import REPORT
 from evmamba_jax.reports.sparsity import PICTURE, draw_sparsity, write_sparsity
-from evmamba_jax.reports.writer import Reporter
-from evmamba_jax.storage import allow_open_files, local, owned, storage_errors
-from evmamba_jax.tasks import Collector, Figure, Task, task_of
+from evmamba_jax.reports.writer import Part, Reporter
+from evmamba_jax.storage import owned, storage_errors
+from evmamba_jax.tasks import Collector, Figure, Task
 from evmamba_jax.training import mesh as meshes
 from evmamba_jax.training import resume
 from evmamba_jax.training.evaluator import Evaluator, global_batch
@@ -44,90 +43,38 @@ from evmamba_jax.training.stopping import Stopped, Stopping
 from evmamba_jax.weights import average_is_better
 
 
-def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
-    """Train (or, with ``config.eval_only``, evaluate) and return the figures of what the run then stands for.
-
-    A work folder that holds checkpoints is resumed: the run continues to the bit as if it had never stopped. In a
-    thread that is not the main one signals are left to the main thread.
-
-    Args:
-        config: what to run.
-        workdir: folder on a disk of this machine for config.json, metrics.jsonl, speed.jsonl, tensorboard/,
-            checkpoints/, the pictures and report.html; an evaluation alone writes per_class.csv and, if asked for,
-            confusion.png.
-
-    Raises:
-        UserError: any mistake of the user's, in one line; a loss that is not finite; a work folder whose run is alive.
-        SystemExit: after SIGTERM or SIGINT, once the state is saved; its code is 128 + the signal's number.
-    """
-    kind = task_of(config)
-    folder = local(workdir)
-    allow_open_files()
-    meshes.join_processes(config.distributed)
-    mesh = meshes.make_mesh(config)
-    source = kind.open_source(config, config.data.eval_split, folder)
-    if _is_main():
-        for finding in getattr(source, "findings", ()):
-            print(f"data: {finding}")
-    evaluator = Evaluator(kind(config, source.class_names), mesh, source)
-    if config.eval_only:
-        return _evaluate_only(evaluator, folder)
-    return _train(evaluator, kind.open_source(config, config.data.train_split, folder), folder)
-
-
-def _is_main() -> bool:
-    return jax.process_index() == 0
-
-
 def _say(text: str) -> None:
-    if _is_main():
+    if meshes.is_main():
         print(text, flush=True)
 
 
-def _evaluate_only(evaluator: Evaluator, workdir: Path) -> dict[str, float]:
-    """Evaluate ``init_from``, or what the work folder stands for; write the task's tables."""
+def train(
+    evaluator: Evaluator,
+    setup: Setup,
+    source: Any,
+    workdir: Path,
+    *,
+    keep_steps: Sequence[int] = (),
+    part: Part | None = None,
+) -> dict[str, float]:
+    """Train from the newest checkpoint of a work folder to the end; return the figures of what the run stands for.
+
+    Args:
+        evaluator: of the run's task.
+        setup: of the same task.
+        source: the training split.
+        workdir: the work folder.
+        keep_steps: checkpoints of these are made, and stay.
+        part: says which of several runs this is.
+    """
     task, config = evaluator.task, evaluator.task.config
-    place = config.init_from or workdir
-    if place == workdir and not workdir.is_dir():
-        raise UserError(
-            f"there is no run in {workdir} to evaluate; name its --workdir, or set --config.init_from to official "
-            "weights or a folder of ours"
-        )
-    variables, taken = _weights_of(evaluator, place)
-    if _is_main():
-        with storage_errors(workdir):  # found out now, not after the evaluation
-            workdir.mkdir(parents=True, exist_ok=True)
-        print(f"weights: {taken}")
-    evaluation = evaluator(*variables, detailed=True)
-    if _is_main():
-        whose = f"{config.model.name} of {place}"
-        written = task.tables(workdir, evaluation.sums, evaluation.best, whose)
-        see = f"; see {' and '.join(str(workdir / name) for name in written)}" if written else ""
-        print(f"{whose} on {config.data.name}: {task.told(evaluation.figures)}{see}")
-    return evaluation.figures
-
-
-def _weights_of(evaluator: Evaluator, place: str | os.PathLike[str]) -> tuple[tuple[Any, Any], str]:
-    """Return the parameters of a place and their moving average, or None, on all devices; and the place in words."""
-    weights = evaluator.task.load(place, ema=False)
-    both, taken = (weights.variables, None), weights.taken
-    if weights.meta.get("ema"):
-        both = weights.variables, evaluator.task.load(place, ema=True).variables
-        taken = f"{weights.place}, parameters and moving average"
-    return jax.device_put(both, meshes.replicated(evaluator.mesh)), taken
-
-
-def _train(evaluator: Evaluator, source: Any, workdir: Path) -> dict[str, float]:
-    task, config = evaluator.task, evaluator.task.config
-    task.see(source)
-    setup = Setup(task, evaluator.mesh, len(source))
     total, log_every = setup.total_steps, setup.log_every
     eval_every, save_every = setup.in_steps(config.eval_every), setup.in_steps(config.save_every)
     patience = _patience(config, evaluations=-(-total // eval_every))
 
     with contextlib.ExitStack() as stack:
         stopping = stack.enter_context(Stopping())
-        _own(workdir, stack)
+        own(workdir, stack)
         checkpoints = stack.enter_context(
             Checkpoints(
                 workdir / "checkpoints",
@@ -135,6 +82,7 @@ def _train(evaluator: Evaluator, source: Any, workdir: Path) -> dict[str, float]
                 keep_best=config.keep_best,
                 best_metric=task.chooses.name,
                 higher=task.chooses.higher,
+                keep_steps=keep_steps,
             )
         )
         try:
@@ -149,13 +97,14 @@ def _train(evaluator: Evaluator, source: Any, workdir: Path) -> dict[str, float]
                         "another --workdir starts a new one"
                     )
                     return figures
-                report = Reporter(workdir, total_steps=total, steps_per_epoch=setup.steps_per_epoch, is_main=_is_main())
+                lengths = {"total_steps": total, "steps_per_epoch": setup.steps_per_epoch}
+                report = Reporter(workdir, **lengths, is_main=meshes.is_main(), part=part)
                 stack.callback(report.close)
                 report.rewind(start)
-                if _is_main():
+                if meshes.is_main():
                     with storage_errors(workdir):
                         (workdir / "config.json").write_text(config.to_json() + "\n")
-                batches = _batches(task, source, start)
+                batches = setup.batches(source, start)
                 stack.callback(_close, batches, stopping)
                 train_step = stopping.minding(lambda: _compile(setup, report))
                 draw = setup.drawing()
@@ -168,11 +117,11 @@ def _train(evaluator: Evaluator, source: Any, workdir: Path) -> dict[str, float]
         def save(step: int, state: TrainState) -> None:
             _check_finite(task, state, checkpoints, source, report)
             report.flush()
-            metrics = {task.chooses.name: _best(task.chooses, figures)} if evaluated == step else None
-            about = _meta(task, step, figures, evaluated, source) | {"record": record.noted}
+            metrics = {task.chooses.name: best_of(task.chooses, figures)} if evaluated == step else None
+            told = about(task, step, figures, evaluated, source) | {"record": record.noted}
             if patience and config.keep_best:
-                about["stands_for"] = record.step
-            checkpoints.save(step, state.items(), meta=about, metrics=metrics)
+                told["stands_for"] = record.step
+            checkpoints.save(step, state.items(), meta=told, metrics=metrics)
             clock.restart()
 
         def leave(stop: signal.Signals, step: int, state: TrainState) -> NoReturn:
@@ -194,7 +143,7 @@ def _train(evaluator: Evaluator, source: Any, workdir: Path) -> dict[str, float]
                 except Stopped as stopped:  # the next start evaluates this step
                     leave(stopped.signal, step, state)
                 evaluated = step
-                record.note(step, _best(task.chooses, figures))
+                record.note(step, best_of(task.chooses, figures))
                 report.log_eval(step, figures)
                 save(step, state)
                 if step < total and record.waited == patience > 0:
@@ -202,14 +151,14 @@ def _train(evaluator: Evaluator, source: Any, workdir: Path) -> dict[str, float]
                     total = step
             elif stop:
                 leave(stop, step, state)
-            elif step > start and step % save_every == 0:
+            elif step in keep_steps or (step > start and step % save_every == 0):
                 save(step, state)
             if step == total:
                 break
             if setup.sparse.due(step):  # after the save, so that a run that resumes here draws the same again
                 state = draw(state, setup.sparse.zeros(step))
-                if told := setup.sparse.told(state, step):
-                    report.line(told)
+                if words := setup.sparse.told(state, step):
+                    report.line(words)
 
             try:
                 with stopping.at_once(), clock.waiting_for_input():
@@ -224,7 +173,7 @@ def _train(evaluator: Evaluator, source: Any, workdir: Path) -> dict[str, float]
                 window = {name: float(value) for name, value in jax.device_get(state.window).items()}
                 mean = {name: window[name] / window["steps"] for name in ("loss", "grad_norm", *task.parts)}
                 metrics = {"loss": mean.pop("loss"), "lr": float(np.asarray(setup.schedule(step))), **mean}
-                metrics |= setup.sparse.figures(state, step + 1)
+                metrics |= setup.sparse.figures(state)
                 if config.data.on_corrupt == "skip":
                     metrics["corrupt"] = window["corrupt"]
                 report.log_train(step + 1, metrics, clock.speed())
@@ -235,7 +184,7 @@ def _train(evaluator: Evaluator, source: Any, workdir: Path) -> dict[str, float]
         try:
             if best != total:  # what the run stands for is what its pictures and its report show
                 report.line(f"the run stands for step {best}, the best")
-                variables, _ = _weights_of(evaluator, workdir)
+                variables, _ = evaluator.weights(workdir)
                 evaluate = functools.partial(evaluator, *variables, pictures=True, check=stopping.check)
                 shown, _, _, collector = stopping.minding(evaluate)
             with stopping.at_once():
@@ -279,10 +228,10 @@ def _patience(config: Config, *, evaluations: int) -> int:
     return config.early_stopping
 
 
-def _own(workdir: Path, stack: contextlib.ExitStack) -> None:
+def own(workdir: Path, stack: contextlib.ExitStack) -> None:
     """Own the work folder until the stack is left; of several processes the first does, and all learn if it can."""
     refusal: UserError | None = None
-    if _is_main():
+    if meshes.is_main():
         try:
             stack.enter_context(owned(workdir))
         except UserError as error:
@@ -292,19 +241,6 @@ def _own(workdir: Path, stack: contextlib.ExitStack) -> None:
         refusal = refusal or (None if owns else UserError(f"the first process cannot have the work folder {workdir}"))
     if refusal is not None:
         raise refusal
-
-
-def _batches(task: Task, source: Any, start: int) -> loader.Batches:
-    return loader.train_batches(
-        task.config.data,
-        source,
-        seed=task.config.seed,
-        global_batch=task.config.batch_size,
-        start_step=start,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        reader=task.reader(),
-    )
 
 
 def _close(batches: loader.Batches, stopping: Stopping) -> None:
@@ -317,7 +253,7 @@ def _draw(
     evaluator: Evaluator, workdir: Path, collector: Collector | None, figures: Mapping[str, float], step: int
 ) -> None:
     """Draw what the last evaluation collected, the curves, the report; the state is on disk, and none ends a run."""
-    if not _is_main():
+    if not meshes.is_main():
         return
     task = evaluator.task
     if collector is not None:
@@ -331,7 +267,7 @@ def _write_sparsity(setup: Setup, state: TrainState, workdir: Path) -> None:
     gather = jax.jit(lambda s: (setup.sparse.masks(s), s.extra[ITEM]), out_shardings=meshes.replicated(setup.mesh))
     masks, item = jax.device_get(gather(state))
     rows = pruning.table(state.model.params, masks)
-    if not _is_main():
+    if not meshes.is_main():
         return
     task = setup.task
     with storage_errors(workdir):
@@ -374,13 +310,13 @@ def _report(
     page.write_page(workdir / REPORT, f"{config.model.name} on {config.data.name}: {workdir.name}", sections)
 
 
-def _best(chooses: Figure, figures: Mapping[str, float]) -> float:
+def best_of(chooses: Figure, figures: Mapping[str, float]) -> float:
     """Return the better of the parameters' figure and the moving average's."""
     values = [figures[name] for name in (chooses.name, f"ema_{chooses.name}") if name in figures]
     return max(values) if chooses.higher else min(values)
 
 
-def _meta(task: Task, step: int, figures: dict[str, float], evaluated: int | None, source: Any) -> dict[str, Any]:
+def about(task: Task, step: int, figures: dict[str, float], evaluated: int | None, source: Any) -> dict[str, Any]:
     """Return what a checkpoint says about itself."""
     config = task.config
     return {
@@ -399,8 +335,10 @@ def _meta(task: Task, step: int, figures: dict[str, float], evaluated: int | Non
 
 def _compile(setup: Setup, report: Reporter) -> Callable[[TrainState, dict[str, jax.Array]], TrainState]:
     """Return the compiled train step and report the time it took."""
-    started = time.perf_counter()
-    compiled = setup.lower().compile()
+    started, known = time.perf_counter(), "compiled" in vars(setup)  # by an earlier run
+    compiled = setup.compiled
+    if known:
+        return compiled
     seconds = time.perf_counter() - started
     report.line(f"compiled the train step for {setup.mesh.size} device(s) in {seconds:.1f} s")
     report.log_speed({"compile_seconds": seconds})
@@ -432,7 +370,7 @@ def _check_finite(task: Task, state: TrainState, checkpoints: Checkpoints, sourc
     step = int(state.step)
     before = dataclasses.replace(state, last=jax.tree.map(jnp.zeros_like, state.last))
     report.flush()
-    checkpoints.save(step, before.items(), meta=_meta(task, step, {}, None, source))
+    checkpoints.save(step, before.items(), meta=about(task, step, {}, None, source))
     checkpoints.wait()
     raise UserError(
         f"{bad} is {last[bad]} at step {step + 1}; the state before it, step {step}, is saved: "

@@ -87,3 +87,8 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return jax.tree.map(one, state)
+
+
+def is_main() -> bool:
+    """Return whether this process is the one that writes and tells."""
+    return jax.process_index() == 0

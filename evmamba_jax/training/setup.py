@@ -1,5 +1,6 @@
 """A training run settled from shapes alone: where every array of its state lies, and the exact step, lowered."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ from jax.sharding import Mesh
 
 from evmamba_jax.arrays import Variables, split
 from evmamba_jax.config import Duration
+from evmamba_jax.data import loader
 from evmamba_jax.tasks import Task
 from evmamba_jax.tasks.base import Batch
 from evmamba_jax.training import mesh as meshes
@@ -115,9 +117,28 @@ class Setup:
         }
         return step, (self.abstract_state, batch)
 
+    def batches(self, source: Any, start: int) -> loader.Batches:
+        """Return this process's rows of the training batches from a step on, without end."""
+        config = self.task.config
+        return loader.train_batches(
+            config.data,
+            source,
+            seed=config.seed,
+            global_batch=config.batch_size,
+            start_step=start,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            reader=self.task.reader(),
+        )
+
     def drawing(self) -> Callable[[TrainState, jax.Array], TrainState]:
         """Return what draws masks: the state, and how many zeros there are to be, to the state with new ones."""
         return jax.jit(self.sparse.draw, out_shardings=self.shardings, donate_argnums=0)
+
+    @functools.cached_property
+    def compiled(self) -> jax.stages.Compiled:
+        """The step, compiled once for all runs that take it."""
+        return self.lower().compile()
 
     def lower(self) -> jax.stages.Lowered:
         """Return the step, traced and lowered for the mesh."""

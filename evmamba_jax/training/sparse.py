@@ -15,6 +15,7 @@ from evmamba_jax.errors import UserError
 from evmamba_jax.pruning.groups import alive_channels, channels_wanted, lowest_channels
 from evmamba_jax.pruning.masks import lowest
 from evmamba_jax.pruning.schedules import SCHEDULES
+from evmamba_jax.pruning.tickets import further_wanted
 from evmamba_jax.training.state import TrainState
 
 ITEM = "pruning"  # of the train state's extra items, and so of checkpoints
@@ -36,6 +37,9 @@ class _Weights:
     def wanted(self, sparsity: float) -> list[int]:
         wanted: Any = pruning.zeros_wanted(self.shapes, sparsity, **self._how)
         return [wanted] if isinstance(wanted, int) else [wanted[name] for name in sorted(wanted)]
+
+    def further(self, masks: Arrays, rate: float) -> list[int]:
+        return further_wanted(masks, rate, scope=self._how["scope"])
 
     def lowest(self, scores: Arrays, zeros: jax.Array, masks: Arrays) -> Arrays:
         return lowest(scores, zeros, masks, scope=self._how["scope"])
@@ -67,6 +71,11 @@ class _Channels:
 
     def wanted(self, sparsity: float) -> list[int]:
         return channels_wanted(self.shapes, sparsity, scope=self._scope, multiple_of=self._multiple_of)
+
+    def further(self, masks: Arrays, rate: float) -> list[int]:
+        wanted, sizes = further_wanted(masks, rate, scope=self._scope), [masks[name].size for name in sorted(masks)]
+        most = [sum(sizes) - len(sizes)] if self._scope == "global" else [size - 1 for size in sizes]
+        return [min(pair) for pair in zip(wanted, most, strict=True)]  # one of each group stays
 
     def lowest(self, scores: Arrays, zeros: jax.Array, masks: Arrays) -> Arrays:
         return lowest_channels(pruning.channel_scores(scores, self._groups), zeros, masks, scope=self._scope)
@@ -163,16 +172,16 @@ class Sparse:
         """Return whether masks are drawn before a step."""
         return step in self._drawings
 
-    def figures(self, state: TrainState, step: int) -> dict[str, float]:
-        """Return what a log line says before a step: ``sparsity``, with early birds ``mask_distance`` too."""
+    def figures(self, state: TrainState) -> dict[str, float]:
+        """Return what a log line says: ``sparsity`` of the candidates, with early birds ``mask_distance`` too."""
         if not self.active:
             return {}
+        masks = state.extra[ITEM]["masks"]
+        size = sum(mask.size for mask in masks.values())
+        figures = {"sparsity": (size - int(_alive(masks))) / size}
         if self._bird is None:
-            return {"sparsity": self._scheduled(step)}
-        bird = state.extra[ITEM]["bird"]
-        taken = self._takes and int(bird["found"]) >= 0
-        figures = {"sparsity": self._share(min(self._drawings)) if taken else 0.0}
-        moved = float(bird["now"]["distances"][-1])
+            return figures
+        moved = float(state.extra[ITEM]["bird"]["now"]["distances"][-1])
         return figures | ({"mask_distance": moved} if math.isfinite(moved) else {})
 
     def told(self, state: TrainState, step: int) -> str:
@@ -193,21 +202,10 @@ class Sparse:
         count = int(item["bird"]["now"]["drawn"])
         return sorted(self._drawings)[:count], np.asarray(item["bird"]["seen"])[:count]
 
-    def _scheduled(self, step: int) -> float:
-        latest = max((at for at in self._drawings if at < step), default=None)
-        return 0.0 if latest is None else self._share(latest)
-
-    def _share(self, drawing: int) -> float:
-        wanted = self._parts.wanted(self._drawings[drawing])
-        return sum(wanted) / sum(math.prod(part.shape) for part in self._parts.shapes.values())
-
     def draw(self, state: TrainState, zeros: jax.Array) -> TrainState:
         """Return the state with new masks that prune so many; traced."""
-        item, params = state.extra[ITEM], state.model.params
-        own = {name: params[name] for name in self._parts.paths}
-        scores = self._score.finished(own, item["scores"], item["steps"])
-        masks = self._parts.lowest(scores, zeros, item["masks"])
-        new: dict[str, Any] = {"scores": self._start(params), "steps": jnp.zeros_like(item["steps"])}
+        item, masks = state.extra[ITEM], self.further(state, zeros)
+        more: dict[str, Any] = {}
         if self._bird is not None:
             bird, drawn = item["bird"], masks
             now = self._bird.update(bird["now"], drawn)
@@ -215,13 +213,34 @@ class Sparse:
             seen = jax.lax.dynamic_update_index_in_dim(bird["seen"], row, bird["now"]["drawn"], 0)
             first = self._bird.found(now) & (bird["found"] < 0)
             masks = {n: jnp.where(first & self._takes, drawn[n], old) for n, old in item["masks"].items()}
-            new["bird"] = {"now": now, "seen": seen, "found": jnp.where(first, state.step, bird["found"])}
-        new["masks"] = masks
-        return masked(state, self._parts.over(params, masks), {ITEM: new})
+            more["bird"] = {"now": now, "seen": seen, "found": jnp.where(first, state.step, bird["found"])}
+        return self.with_masks(state, masks, more)
+
+    def further(self, state: TrainState, zeros: jax.Array) -> Arrays:
+        """Return masks that prune so many, what a state has pruned among them; traced."""
+        item = state.extra[ITEM]
+        own = {name: state.model.params[name] for name in self._parts.paths}
+        scores = self._score.finished(own, item["scores"], item["steps"])
+        return self._parts.lowest(scores, zeros, item["masks"])
+
+    def with_masks(self, state: TrainState, masks: Arrays, more: Mapping[str, Any] | None = None) -> TrainState:
+        """Return a state that is pruned by masks as its item has them, whose score begins anew; traced."""
+        item = {"masks": masks, "scores": self._start(state.model.params), "steps": jnp.zeros((), jnp.int32)}
+        return masked(state, self._parts.over(state.model.params, masks), {ITEM: item | dict(more or {})})
 
     def zeros(self, step: int) -> jax.Array:
         """Return how many the drawing before a step prunes: of each array or group, or of all together."""
         return jnp.asarray(self._parts.wanted(self._drawings[step]), jnp.int32)
+
+    def zeros_further(self, masks: Arrays, rate: float) -> jax.Array:
+        """Return how many the next level prunes, for masks on this host and the share of the living that go."""
+        return jnp.asarray(self._parts.further(masks, rate), jnp.int32)
+
+
+@jax.jit
+def _alive(masks: Arrays) -> jax.Array:
+    """Return how many entries are kept."""
+    return jnp.stack([mask.sum() for mask in masks.values()]).sum()
 
 
 def masked(state: TrainState, masks: Mapping[str, jax.Array], extra: Mapping[str, Any]) -> TrainState:
@@ -260,6 +279,9 @@ def _drawings(config: Config, in_steps: Callable[[Duration], int], total_steps: 
         if not config.init_from:
             raise UserError("config.pruning.method=keep keeps the zeros of init_from: set config.init_from")
         return {}
+    if about.method == "imp":
+        _check_levels(config, in_steps, total_steps)
+        return {}
     if about.score != "magnitude" and begin == 0 and about.method != "early_bird":
         raise UserError(
             f"config.pruning.score={about.score!r} looks at gradients, of which there are none at step 0: set "
@@ -289,3 +311,23 @@ def _drawings(config: Config, in_steps: Callable[[Duration], int], total_steps: 
         )
     rule = SCHEDULES[about.schedule](about.initial, about.final, begin, end)
     return {step: rule(step) for step in (*range(begin, end, every), end)}
+
+
+def rewind_step(config: Config, in_steps: Callable[[Duration], int]) -> int:
+    """Return the step of the dense level from whose state the levels of iterative pruning start."""
+    about = config.pruning.rewind
+    return in_steps(about) if config.pruning.reset != "init" and (about.steps or about.epochs) else 0
+
+
+def _check_levels(config: Config, in_steps: Callable[[Duration], int], total_steps: int) -> None:
+    """Refuse what iterative pruning cannot do."""
+    about = config.pruning
+    if about.factors or about.multiple_of != 1:
+        raise UserError(
+            "config.pruning.method=imp prunes a share of what is left at each level: leave factors and multiple_of out"
+        )
+    if config.early_stopping:
+        raise UserError("config.pruning.method=imp compares levels of one length: set config.early_stopping to 0")
+    at = rewind_step(config, in_steps)
+    if at >= total_steps:
+        raise UserError(f"config.pruning.rewind is step {at}, and the run has {total_steps}: rewind to an earlier one")

@@ -18,6 +18,7 @@ from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 from tiny import get_config
 
+from evmamba_jax import training
 from evmamba_jax.arrays import Variables, split
 from evmamba_jax.checkpoints import Checkpoints
 from evmamba_jax.data.builders import Digits
@@ -26,7 +27,6 @@ from evmamba_jax.errors import UserError
 from evmamba_jax.models import abstract_model
 from evmamba_jax.reports.per_class import Counts, write_per_class
 from evmamba_jax.tasks import task_of
-from evmamba_jax.training import loop
 from evmamba_jax.training import mesh as meshes
 from evmamba_jax.training.evaluator import Evaluator
 from evmamba_jax.training.setup import Setup
@@ -337,4 +337,4 @@ def test_an_unwritable_work_folder_is_found_out_before_the_evaluation(data_dir, 
     config = get_config("convolutions")
     config.data.data_dir, config.init_from, config.eval_only = str(data_dir), str(pth), True
     with pytest.raises(UserError, match=r"cannot write in .*file/run \(Not a directory\)"):
-        loop.run(config, Path(tmp_path / "file" / "run"))
+        training.run(config, Path(tmp_path / "file" / "run"))

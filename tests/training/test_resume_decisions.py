@@ -40,6 +40,9 @@ REFUSED = {
     "pruning.limit",
     "pruning.length",
     "pruning.on_ticket",
+    "pruning.rate",
+    "pruning.rewind",
+    "pruning.reset",
     "seed",
     "batch_size",
 }

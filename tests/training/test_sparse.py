@@ -80,7 +80,7 @@ def moments(opt_state, name):
 def test_what_is_pruned_stays_exactly_zero(changes):
     config = configured(**changes)
     setup = set_up(config)
-    step, draw, state = setup.lower().compile(), setup.drawing(), setup.first_state()
+    step, draw, state = setup.compiled, setup.drawing(), setup.first_state()
     for t in range(6):
         if setup.sparse.due(t):
             state = draw(state, setup.sparse.zeros(t))
@@ -158,7 +158,7 @@ def test_early_birds_are_drawn_until_they_stand_still(takes):
     config.pruning.begin, config.pruning.every = Duration(steps=1), Duration(steps=1)
     config.duration, config.optim.warmup = Duration(steps=6), Duration(steps=1)
     setup = set_up(config)
-    step, draw, state, told = setup.lower().compile(), setup.drawing(), setup.first_state(), []
+    step, draw, state, told = setup.compiled, setup.drawing(), setup.first_state(), []
     zeros = []
     for t in range(6):
         if setup.sparse.due(t):
@@ -176,14 +176,14 @@ def test_early_birds_are_drawn_until_they_stand_still(takes):
     steps, seen = setup.sparse.birds(state.extra[ITEM])
     assert steps == [1, 2, 3, 4, 5]
     assert (seen[0] == seen[1]).all()
-    assert setup.sparse.figures(state, 6)["mask_distance"] < 0.01
+    assert setup.sparse.figures(state)["mask_distance"] < 0.01
 
 
 def test_channels_are_pruned_with_all_that_is_tied_to_them_and_cut_out():
     config = configured(pruning__structure="channels", pruning__score="taylor", pruning__final=0.5)
     config.model.options = ONE_SCAN
     setup = set_up(config)
-    step, draw, state = setup.lower().compile(), setup.drawing(), setup.first_state()
+    step, draw, state = setup.compiled, setup.drawing(), setup.first_state()
     for t in range(4):
         if setup.sparse.due(t):
             state = draw(state, setup.sparse.zeros(t))

@@ -17,8 +17,9 @@ from evmamba_jax.checkpoints import Checkpoints
 from evmamba_jax.data.sources import prepare
 from evmamba_jax.errors import UserError
 from evmamba_jax.storage import owned
-from evmamba_jax.training import loop, run
+from evmamba_jax.training import loop, run, start
 from evmamba_jax.training.evaluator import Evaluator
+from evmamba_jax.training.setup import Setup
 from evmamba_jax.training.stopping import Stopped, Stopping
 
 VARIANT = ":convolutions"
@@ -142,7 +143,7 @@ def test_an_evaluation_that_a_signal_ends_is_done_again(arguments, whole, tmp_pa
 
     workdir = tmp_path / "run"
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "Evaluator", Slow)
+        patched.setattr(start, "Evaluator", Slow)
         assert stopped_here(*arguments, "--workdir", workdir) == 128 + signal.SIGTERM
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["4", "8"]
     assert '"top1"' not in (workdir / "metrics.jsonl").read_text()
@@ -158,7 +159,7 @@ def test_a_signal_while_compiling_or_waiting_for_data(arguments, whole, tmp_path
         if moment == "compiling":
             patched.setattr(loop, "_compile", lambda *_: (send(signal.SIGTERM), time.sleep(1)))
         else:
-            patched.setattr(loop, "_batches", functools.partial(hanging, loop._batches))
+            patched.setattr(Setup, "batches", functools.partialmethod(hanging, Setup.batches))
         assert stopped_here(*arguments, "--workdir", workdir) == 128 + signal.SIGTERM
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         assert checkpoints.steps() == ([] if moment == "compiling" else [4, 6])
@@ -167,9 +168,9 @@ def test_a_signal_while_compiling_or_waiting_for_data(arguments, whole, tmp_path
     assert (workdir / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
 
 
-def hanging(batches_of, task, source, start):
+def hanging(setup, batches_of, source, start):
     """Return the batches of six steps, after which nothing comes but a signal."""
-    real = batches_of(task, source, start)
+    real = batches_of(setup, source, start)
 
     class Six:
         count = 0
