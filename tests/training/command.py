@@ -12,6 +12,7 @@ from unittest import mock
 
 import jax
 
+from evmamba_jax.training import loop
 from evmamba_jax.training import mesh as meshes
 from train_tpu import main
 
@@ -47,10 +48,17 @@ def on_devices(count: int) -> contextlib.AbstractContextManager:
     return mock.patch.object(meshes, "make_mesh", fewer)
 
 
-def run_here(*arguments: object, config: str = TINY, devices: int = 1) -> tuple[int, str, str]:
-    """Run the command in this process, on some of its devices; return exit code, stdout and stderr."""
+def run_here(*arguments: object, config: str = TINY, devices: int = 1, pictures: bool = False) -> tuple[int, str, str]:
+    """Run the command in this process, on some of its devices; return exit code, stdout and stderr.
+
+    Pictures take longer than all else that a small run does: they are drawn where they are looked at.
+    """
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), on_devices(devices):
+    with contextlib.ExitStack() as stack:
+        for context in (contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), on_devices(devices)):
+            stack.enter_context(context)
+        if not pictures:
+            stack.enter_context(mock.patch.object(loop, "_draw"))
         code = main(["train_tpu.py", "--config", str(ROOT / config), *map(str, arguments)])
     return code, out.getvalue(), err.getvalue()
 

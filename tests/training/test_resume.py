@@ -43,7 +43,7 @@ def arguments(tmp_path_factory):
 @pytest.fixture(scope="module")
 def uninterrupted(arguments, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("whole") / "run"
-    code, out, err = run_here(*arguments, "--workdir", workdir)
+    code, out, err = run_here(*arguments, "--workdir", workdir, pictures=True)
     assert code == 0, out + err
     return workdir
 

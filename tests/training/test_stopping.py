@@ -197,7 +197,7 @@ def test_no_picture_ends_a_run_and_the_state_is_on_disk_before(arguments, whole,
 
     monkeypatch.setattr(loop, "curves", failing)
     monkeypatch.setattr("evmamba_jax.tasks.classification.predictions", failing)
-    code, out, err = run_here(*arguments, "--workdir", workdir)
+    code, out, err = run_here(*arguments, "--workdir", workdir, pictures=True)
     assert code == 0, out + err
     assert err == "the last evaluation is not drawn: no ink at all\ncurves.png is not drawn: no ink at all\n"
     assert "Not drawn." in (workdir / "report.html").read_text()
