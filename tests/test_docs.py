@@ -42,9 +42,10 @@ def test_models_runs_as_printed():
     assert names["logits"].shape == (2, 10)
 
 
-def test_pruning_runs_as_printed(capsys):
+@pytest.mark.parametrize("page", ["pruning.md", "experiments.md"])
+def test_a_page_runs_as_printed(page, capsys):
     names: dict = {}
-    for block in python_blocks("pruning.md"):
+    for block in python_blocks(page):
         exec(block, names)
         promised = re.findall(r"^print\(.*\)  # (.*?)$", block, re.MULTILINE)
         assert capsys.readouterr().out.splitlines() == promised

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from command import ROOT, environment, run, start
+from command import ROOT, environment, refused_here, run, run_here, start
 from mini_imagenet import make_train_tar, make_validation_tar
 
 from evmamba_jax.data import imagenet
@@ -55,7 +55,8 @@ def prepared(tmp_path_factory):
 def test_prepare_train_kill_resume(prepared, tmp_path):
     folder, env = prepared
     config = str(folder / "config.py")
-    code, out, err = run("--workdir", tmp_path / "whole", config=config, env=env)
+    data = f"--config.data.data_dir={env['TFDS_DATA_DIR']}"
+    code, out, err = run_here(data, "--workdir", tmp_path / "whole", config=config)
     assert code == 0, out + err
     assert "on imagenet2012, step 16" in out
     rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
@@ -130,19 +131,17 @@ def corrupt(prepared, tmp_path_factory):
         patch.setattr(imagenet, "_read", cut)
         tars = prepared[0] / "train.tar", prepared[0] / "val.tar"
         imagenet.prepare_imagenet(*tars, folder, train_images=1000, validation_images=50)
-    return prepared[1] | {"TFDS_DATA_DIR": str(folder)}
+    return f"--config.data.data_dir={folder}"
 
 
 def test_a_corrupt_image_is_named_or_skipped_and_counted(prepared, corrupt, tmp_path):
     config = str(prepared[0] / "config.py")
-    code, _, err = run("--workdir", tmp_path / "run", config=config, env=corrupt)
-    assert code == 2
-    assert len(err.strip().splitlines()) == 1
+    err = refused_here(corrupt, "--workdir", tmp_path / "run", config=config)
     assert "n01440764_0.JPEG" in err or "ILSVRC2012_val_00000001.JPEG" in err
     assert "data.on_corrupt" in err
 
     skip = "--config.data.on_corrupt=skip"
-    code, out, err = run("--workdir", tmp_path / "skip", skip, config=config, env=corrupt)
+    code, out, err = run_here(corrupt, "--workdir", tmp_path / "skip", skip, config=config)
     assert code == 0, out + err
     rows = [json.loads(line) for line in (tmp_path / "skip" / "metrics.jsonl").read_text().splitlines()]
     assert 1 <= sum(row["corrupt"] for row in rows if "loss" in row) <= 2
