@@ -29,10 +29,12 @@ ROWS = {
     "ops": "pallas_kernels pallas_kernels.dispatch",
     "checkpoints": "errors storage",
     "layers": "errors ops pallas_kernels ranges",
+    "heads": "errors layers",
     "data": "cli errors ranges storage",
     "models": "arrays cli errors layers pallas_kernels ranges",
     "analysis": "arrays cli errors layers models pallas_kernels",
     "weights": "arrays checkpoints cli errors layers lora models storage",
+    "segmentation": "errors heads layers models ranges weights",
     "factory": "models weights",
     "preprocessing": "data errors models",
     "evmamba_jax": "factory models preprocessing",
@@ -54,9 +56,10 @@ ROWS = {
     "setup": "",
     "benchmarks": """analysis arrays checkpoints cli configs data errors evmamba_jax layers models pallas_kernels
                      pallas_kernels.gpu pallas_kernels.tpu predict preflight pruning reports tasks training weights""",
-    "tests": """__main__ analysis arrays checkpoints cli config configs data errors evmamba_jax layers lora models ops
-                packaged pallas_kernels pallas_kernels.gpu pallas_kernels.tpu predict preflight preprocessing pruning
-                ranges reports storage tasks train train_tpu training verify weights""",
+    "tests": """__main__ analysis arrays checkpoints cli config configs data errors evmamba_jax heads layers lora
+                models ops packaged pallas_kernels pallas_kernels.gpu pallas_kernels.tpu predict preflight
+                preprocessing pruning ranges reports segmentation storage tasks train train_tpu training verify
+                weights""",
 }
 TREES = ("pallas_kernels", "evmamba_jax", "configs", "benchmarks", "tests")
 

@@ -10,6 +10,7 @@ from flax import nnx
 
 from evmamba_jax.arrays import Arrays, fill, split
 from evmamba_jax.errors import UserError
+from evmamba_jax.layers.backbone import Backbone
 from evmamba_jax.models.course_vim import CourseVim
 from evmamba_jax.models.efficientvmamba import EfficientVMamba
 from evmamba_jax.models.mambavision import MambaVision
@@ -35,7 +36,7 @@ class _Official(NamedTuple):
     ours: Mapping[str, Any] = {}
 
 
-_FAMILIES: Mapping[type[nnx.Module], _Official] = {
+_FAMILIES: dict[type[nnx.Module], _Official] = {
     EfficientVMamba: _Official(efficientvmamba.table, vmamba.OLD_NAMES),
     MambaVision: _Official(mambavision.table, ours=mambavision.OURS_ALONE),
     MSVMamba: _Official(msvmamba.table, vmamba.OLD_NAMES),
@@ -43,6 +44,11 @@ _FAMILIES: Mapping[type[nnx.Module], _Official] = {
     VMamba: _Official(vmamba.table, vmamba.OLD_NAMES),
     CourseVim: _Official(course_vim.table),
 }
+
+
+def register(kind: type[nnx.Module], table: Callable[[Any], list[Row]]) -> None:
+    """Enter the table of a segmenter or detector, whose official names begin with ``backbone.`` for its backbone."""
+    _FAMILIES[kind] = _Official(table)
 
 
 def from_torch(model: nnx.Module, state_dict: Mapping[str, np.ndarray], *, resize: bool = False) -> None:
@@ -67,7 +73,7 @@ def from_torch(model: nnx.Module, state_dict: Mapping[str, np.ndarray], *, resiz
 def by_path(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Return official weights, still in their layout, by our paths; a name of no parameter of ours stays."""
     given = dict(state_dict)
-    for old, new in _family(model).old_names.items():
+    for old, new in _old_names(model).items():
         given = {re.sub(old, new, name): array for name, array in given.items()}
     paths = {row.official: row.ours for row in table(model)}
     return {paths.get(name, name): array for name, array in given.items()}
@@ -97,12 +103,20 @@ def table(model: nnx.Module) -> list[Row]:
     return _family(model).table(model)
 
 
+def _old_names(model: Any) -> dict[str, str]:
+    if isinstance(model, Backbone):
+        return dict(_family(model).old_names)
+    below = _old_names(model.backbone)
+    return {re.sub(r"^\^", r"^backbone\\.", old): f"backbone.{new}" for old, new in below.items()}
+
+
 def _family(model: Any) -> _Official:
     if type(model) not in _FAMILIES:
         known = ", ".join(family.__name__ for family in _FAMILIES)
         raise UserError(f"no table of official names for {type(model).__name__}; there is one for {known}")
     family = _FAMILIES[type(model)]
-    for option, value in {**family.ours, "inner": ()}.items():  # what a cut leaves is of no official shape
+    options = {**family.ours, "inner": ()} if isinstance(model, Backbone) else {}
+    for option, value in options.items():  # what a cut leaves is of no official shape
         if (own := getattr(model.config, option)) != value:
             name = type(model).__name__
             raise UserError(f"{name} with {option}={own!r} has no official names: only {option}={value!r} has weights")

@@ -116,6 +116,32 @@ def load_weights(
     return _fitted(model, _read(place, ema, variant), f"model {name}", initial)
 
 
+def load_composed(
+    model: Any, place: str | PathLike[str], name: str, *, backbone: str, ema: Ema = "better"
+) -> tuple[Any, Weights]:
+    """Return the part of a segmenter or detector that a place has weights for, and these.
+
+    Args:
+        model: the model; ``model.backbone`` is its backbone. It stays as it is.
+        place: see the module; of a whole model, or of a classifier.
+        name: what a message calls the model.
+        backbone: the registered name of its backbone, whose released file the place ``official`` is.
+        ema: as for :func:`load_weights`.
+
+    Returns:
+        The model with weights for all of it, or its backbone with those of a classifier.
+
+    Raises:
+        UserError: as ``load_weights``.
+    """
+    found = _read(place, ema, backbone)
+    if not any(path.startswith("backbone.") for path in found.arrays):
+        # Vim's position embedding is resized as for fine-tuning: the segmenter's images have another size.
+        return model.backbone, _fitted(model.backbone, found, f"backbone {backbone}", lambda: model.backbone)
+    arrays = by_path(model, found.arrays) if found.official else found.arrays
+    return model, _as_wanted(model, arrays, found, name)
+
+
 def open_model(source: str | PathLike[str], name: str = "", *, ema: Ema = "better") -> tuple[Any, str, dict[str, Any]]:
     """Build the model of a place: the place tells its sizes and its number of classes.
 
@@ -275,18 +301,24 @@ def _fitted(model: Any, found: _Found, name: str, initial: Callable[[], nnx.Modu
     if adapted:
         logger.warning(adapted)
     body, note = fit_head(model, arrays, found.given, name, fine_tune=initial is not None)
-    arrays = fit_body(body, arrays, resize=initial is not None)
-    _, *wanted = split(body)
-    if found.official:
-        try:
-            arrays = from_official(body, table(body), arrays)
-        except UserError as error:
-            raise UserError(f"{found.given} does not fit {name}: {error}") from error
-    else:
-        check_same_shapes({**wanted[0], **wanted[1]}, arrays, found.given, name)
-    params, batch_stats = ({path: np.asarray(arrays[path]) for path in part} for part in wanted)
+    weights = _as_wanted(body, fit_body(body, arrays, resize=initial is not None), found, name)
     if note and initial is not None:
         logger.warning(note)
         fresh = split(initial()).params
-        params |= {path: np.asarray(array) for path, array in fresh.items() if path not in params}
+        added = {path: np.asarray(array) for path, array in fresh.items() if path not in weights.params}
+        weights = weights._replace(params=weights.params | added)
+    return weights
+
+
+def _as_wanted(model: Any, arrays: Mapping[str, Any], found: _Found, name: str) -> Weights:
+    """Return arrays by path in the model's layout and types, or refuse them."""
+    _, *wanted = split(model)
+    if found.official:
+        try:
+            arrays = from_official(model, table(model), arrays)
+        except UserError as error:
+            raise UserError(f"{found.given} does not fit {name}: {error}") from error
+    else:
+        check_same_shapes({**wanted[0], **wanted[1]}, dict(arrays), found.given, name)
+    params, batch_stats = ({path: np.asarray(arrays[path]) for path in part} for part in wanted)
     return Weights(params, batch_stats, found.meta, found.place, found.part)

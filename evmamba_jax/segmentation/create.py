@@ -1,0 +1,99 @@
+"""Segmenters by name, with initial values or with weights."""
+
+import dataclasses
+from os import PathLike
+from typing import Any, Literal
+
+from flax import nnx
+from flax.typing import Dtype
+
+from evmamba_jax.errors import UserError, one_of
+from evmamba_jax.heads.maps import PlainPyramid
+from evmamba_jax.layers.backbone import StagedConfig
+from evmamba_jax.models import build_model
+from evmamba_jax.models.mambavision import MambaVisionConfig
+from evmamba_jax.models.registry import configuration
+from evmamba_jax.segmentation.upernet import UperNet, UperNetConfig
+
+SEGMENTERS = {"upernet": UperNet}
+
+# Options of a backbone that its place in a segmenter decides.
+_DECIDED = ("num_classes", "out_norms", "class_token")
+
+
+def create_segmenter(
+    name: str,
+    *,
+    backbone: str,
+    num_classes: int = 150,
+    pretrained: str | PathLike[str] | None = None,
+    ema: bool | Literal["better"] = "better",
+    width: int = 512,
+    aux_width: int = 256,
+    dropout: float = 0.1,
+    dtype: Dtype | None = None,
+    rngs: nnx.Rngs | None = None,
+    **options: Any,
+) -> Any:
+    """Build a segmenter in evaluation mode, with the official initial values or with the weights of a place.
+
+    The backbone is the official one for segmentation: four stages with their out norms; of Vim the residual streams
+    after each quarter of its blocks without class token, through a pyramid of transposed convolutions. MambaVision
+    takes the windows of its segmenters unless ``window_size`` says otherwise.
+
+    Args:
+        name: "upernet".
+        backbone: one of :func:`evmamba_jax.list_models`.
+        num_classes: K.
+        pretrained: a place as :func:`evmamba_jax.create_model` takes it, of a whole segmenter's weights, or of a
+            classifier's, which fill the backbone alone. ``official`` is the released classifier.
+        ema: of a run as ``pretrained``, as :func:`evmamba_jax.create_model` takes it.
+        width: channels of the head. The published sizes of EfficientVMamba's segmenters, which were never released,
+            fit 256 for T, 384 for S and 512 for B.
+        aux_width: channels of the auxiliary head.
+        dropout: probability of dropping a channel before each classifier, in training.
+        dtype: compute type, e.g. ``jnp.bfloat16``; logits, losses and statistics are float32 or wider.
+        rngs: source of the initial values; ``nnx.Rngs(0)`` when not given.
+        **options: of the backbone (``drop_path_rate``, ``in_channels``, ``remat``, ...).
+
+    Returns:
+        An NNX module: ``model(images)`` gives logits (B, H/4, W/4, K), ``model.loss(images, labels)`` the loss.
+
+    Raises:
+        UserError: an unknown name or option; weights that are missing, damaged, or of another segmenter.
+    """
+    kind = one_of("segmenter", name, SEGMENTERS)
+    for option in _DECIDED:
+        if option in options:
+            raise UserError(f"option {option!r} of the backbone is decided by the segmenter: leave it out")
+    config = UperNetConfig(num_classes=num_classes, width=width, aux_width=aux_width, dropout=dropout, dtype=dtype)
+    rngs = rngs or nnx.Rngs(0)
+    body = build_model(backbone, rngs=rngs, dtype=dtype, num_classes=0, **_backbone_options(backbone, options))
+    if isinstance(body.config, StagedConfig):
+        channels = [body.config.width * 2**i for i in range(body.config.STAGES)]
+        pyramid = None
+    else:
+        channels = [body.config.width] * 4
+        stride = getattr(body.config, "stride", body.config.patch_size)
+        pyramid = PlainPyramid(body.config.width, stride, dtype=dtype, rngs=rngs)
+    model = kind(config, body, channels, pyramid, rngs=rngs)
+    model.eval()
+    if pretrained is not None:
+        # Orbax takes a second to import; only who reads weights waits for it.
+        from evmamba_jax.weights.load import fill_model, load_composed
+
+        fill_model(*load_composed(model, pretrained, f"{name} with {backbone}", backbone=backbone, ema=ema))
+    return model
+
+
+def _backbone_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Return a backbone's options with those that the official segmenters set."""
+    config = configuration(name)
+    fields = {field.name for field in dataclasses.fields(config)}
+    official: dict[str, Any] = {"out_norms": True} if isinstance(config, StagedConfig) else {}
+    if "class_token" in fields:
+        official["class_token"] = False
+    if isinstance(config, MambaVisionConfig):
+        # The last two are windows of whole crops: 1024 pixels, of S 2560 and 1792.
+        official["window_size"] = (8, 8, 160, 56) if name == "mambavision_s" else (8, 8, 64, 32)
+    return official | options
