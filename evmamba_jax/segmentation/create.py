@@ -49,7 +49,7 @@ def create_segmenter(
             classifier's, which fill the backbone alone. ``official`` is the released classifier.
         ema: of a run as ``pretrained``, as :func:`evmamba_jax.create_model` takes it.
         width: channels of the head. The published sizes of EfficientVMamba's segmenters, which were never released,
-            fit 256 for T, 384 for S and 512 for B.
+            fit 256 for T, 384 for S and 512 for B; the official segmenters of Vim have 192 for T and 384 for S.
         aux_width: channels of the auxiliary head.
         dropout: probability of dropping a channel before each classifier, in training.
         dtype: compute type, e.g. ``jnp.bfloat16``; logits, losses and statistics are float32 or wider.

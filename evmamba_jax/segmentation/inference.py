@@ -29,9 +29,7 @@ def window_starts(length: int, window: int, stride: int) -> list[int]:
     return [max(min(i * stride + window, length) - window, 0) for i in range(count)]
 
 
-def slide(
-    segmenter: Segmenter, images: jax.Array, *, window: tuple[int, int], stride: tuple[int, int]
-) -> jax.Array:
+def slide(segmenter: Segmenter, images: jax.Array, *, window: tuple[int, int], stride: tuple[int, int]) -> jax.Array:
     """Return the logits (B, H, W, K) of images (B, H, W, C): of every window by itself, the mean where they overlap.
 
     The windows go one after another through one program, so memory holds one at a time.

@@ -127,7 +127,10 @@ class UperNet(nnx.Module):
 
 def _table(model: UperNet) -> list[Row]:
     pyramid = below("pyramid", "backbone", plain_pyramid())
-    heads = [*below("decode_head", "decode_head", decode_head()), *below("auxiliary_head", "auxiliary_head", auxiliary_head())]
+    heads = [
+        *below("decode_head", "decode_head", decode_head()),
+        *below("auxiliary_head", "auxiliary_head", auxiliary_head()),
+    ]
     return [*below("backbone", "backbone", table(model.backbone)), *pyramid, *heads]
 
 

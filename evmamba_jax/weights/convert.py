@@ -47,7 +47,7 @@ _FAMILIES: dict[type[nnx.Module], _Official] = {
 
 
 def register(kind: type[nnx.Module], table: Callable[[Any], list[Row]]) -> None:
-    """Enter the table of a segmenter or detector, whose official names begin with ``backbone.`` for its backbone."""
+    """Enter the table of a segmenter or detector, whose ``backbone`` has official names that begin with that word."""
     _FAMILIES[kind] = _Official(table)
 
 
@@ -55,7 +55,7 @@ def from_torch(model: nnx.Module, state_dict: Mapping[str, np.ndarray], *, resiz
     """Fill a model in place with official weights; afterwards it computes what the official model does.
 
     Args:
-        model: an NNX module of :func:`evmamba_jax.create_model`.
+        model: an NNX module of :func:`evmamba_jax.create_model`, or a segmenter.
         state_dict: ``{official name: array}``, as :func:`load_torch_file` gives it, in the official layout.
             BatchNorm's ``num_batches_tracked`` is ignored; every other name is used exactly once. Arrays are cast to
             the type of our parameter, except that float64 stays float64 where JAX has 64 bits enabled. A model without
@@ -66,7 +66,9 @@ def from_torch(model: nnx.Module, state_dict: Mapping[str, np.ndarray], *, resiz
     Raises:
         UserError: names are missing or left over, or shapes differ; lists the first of each. The model is unchanged.
     """
-    arrays = fit_body(model, by_path(model, state_dict), resize=resize)
+    arrays = by_path(model, state_dict)
+    if isinstance(model, Backbone):  # a segmenter or detector takes its own weights only
+        arrays = fit_body(model, arrays, resize=resize)
     _fill(model, from_official(model, table(model), arrays))
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from evmamba_jax.arrays import merge, split
 from evmamba_jax.errors import UserError
-from evmamba_jax.layers.backbone import Backbone, StagedBackbone
+from evmamba_jax.layers.backbone import StagedBackbone
 from evmamba_jax.models.vim import CLASS_TOKEN_AT, Vim, resize_pos_embed
 
 logger = logging.getLogger(__name__)
@@ -88,8 +88,6 @@ def fit_body(model: Any, arrays: Mapping[str, Any], *, resize: bool) -> dict[str
         arrays: the weights; of Vim's in either layout, as ours and the official one are the same here.
         resize: resize a position embedding of another length, which is taken for a square grid's.
     """
-    if not isinstance(model, Backbone):  # a segmenter or detector takes its own weights only
-        return dict(arrays)
     if model.head is None:
         arrays = {path: array for path, array in arrays.items() if not path.startswith("head.")}
     if isinstance(model, Vim):
