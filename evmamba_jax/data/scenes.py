@@ -12,7 +12,7 @@ from PIL import Image
 
 from evmamba_jax.errors import UserError
 
-CLASSES = tuple(map(str, range(10)))
+CLASSES, GROUND = tuple(map(str, range(10))), "ground"
 LENGTHS = {"train": 4000, "test": 200}
 SIDE = 128
 HEIGHTS = 16, 56  # of a digit, pixels, both included
@@ -56,16 +56,17 @@ class DigitScenes:
 
     Args:
         split: "train" (4,000 scenes) or "test" (200).
+        ground: whether the ground is a class, the first, as label maps need it.
 
     Raises:
         UserError: another split.
     """
 
     name = "digit_scenes/1.0.0"
-    class_names = CLASSES
     fingerprint = None
 
-    def __init__(self, split: str):
+    def __init__(self, split: str, *, ground: bool = False):
+        self.class_names = (GROUND, *CLASSES) if ground else CLASSES
         if split not in LENGTHS:
             raise UserError(f"split {split!r} of {self.name} is not there; its splits are {', '.join(LENGTHS)}")
         self.split = split

@@ -1,6 +1,7 @@
 """Segmenters by name, with initial values or with weights."""
 
 import dataclasses
+from collections.abc import Mapping
 from os import PathLike
 from typing import Any, Literal
 
@@ -33,7 +34,7 @@ def create_segmenter(
     dropout: float = 0.1,
     dtype: Dtype | None = None,
     rngs: nnx.Rngs | None = None,
-    **options: Any,
+    backbone_options: Mapping[str, Any] | None = None,
 ) -> Any:
     """Build a segmenter in evaluation mode, with the official initial values or with the weights of a place.
 
@@ -54,7 +55,7 @@ def create_segmenter(
         dropout: probability of dropping a channel before each classifier, in training.
         dtype: compute type, e.g. ``jnp.bfloat16``; logits, losses and statistics are float32 or wider.
         rngs: source of the initial values; ``nnx.Rngs(0)`` when not given.
-        **options: of the backbone (``drop_path_rate``, ``in_channels``, ``remat``, ...).
+        backbone_options: of the backbone (``drop_path_rate``, ``in_channels``, ``remat``, ...).
 
     Returns:
         An NNX module: ``model(images)`` gives logits (B, H/4, W/4, K), ``model.loss(images, labels)`` the loss.
@@ -63,6 +64,7 @@ def create_segmenter(
         UserError: an unknown name or option; weights that are missing, damaged, or of another segmenter.
     """
     kind = one_of("segmenter", name, SEGMENTERS)
+    options = dict(backbone_options or {})
     for option in _DECIDED:
         if option in options:
             raise UserError(f"option {option!r} of the backbone is decided by the segmenter: leave it out")

@@ -1,0 +1,90 @@
+"""Label maps beside the truth, and what an evaluation found of each class."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from evmamba_jax.reports.drawing import draws_names, save, short
+from evmamba_jax.storage import written_whole
+
+LABEL_MAPS, PER_CLASS = "label_maps.png", "per_class.csv"
+_IGNORED = 255
+_LEGEND = 24  # classes that a legend names
+
+
+def colours(count: int) -> np.ndarray:
+    """Return uint8 (256, 3): the colour of each label, the first black, and white for what is ignored."""
+    found = np.zeros((256, 3))
+    # Steps of the golden ratio: neighbours in the list differ, however many there are.
+    hues = (np.arange(1, count) * 0.618034) % 1
+    found[1:count] = colormaps["gist_rainbow"](hues)[:, :3]
+    found[1:count:2] *= 0.75
+    found[_IGNORED] = 1
+    return np.round(255 * found).astype(np.uint8)
+
+
+@draws_names
+def draw_label_maps(
+    path: Path, examples: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], class_names: Sequence[str]
+) -> None:
+    """Draw images, the truth, what was found, and where the two differ.
+
+    Args:
+        path: the picture, a .png file.
+        examples: image uint8 (H, W, 3), truth and answer uint8 (H, W), for each; 255 in the truth does not count.
+        class_names: one a label.
+    """
+    palette = colours(len(class_names))
+    columns = 2 if len(examples) > 1 else 1
+    rows = -(-len(examples) // columns)
+    figure = Figure(figsize=(7.2 * columns, 1.9 * rows + 0.9), dpi=100, layout="constrained")
+    grid = figure.subplots(rows, 4 * columns, squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    for place, (image, truth, found) in enumerate(examples):
+        row, column = place % rows, place // rows
+        wrong = np.where((truth != found) & (truth != _IGNORED), 255, 0).astype(np.uint8)
+        shown = image, palette[truth], palette[found], np.repeat(wrong[..., None], 3, -1)
+        for axes, pixels, title in zip(
+            grid[row, 4 * column :], shown, ("image", "truth", "found", "wrong"), strict=False
+        ):
+            axes.imshow(pixels, interpolation="nearest")
+            axes.set_title(title if row == 0 else "", fontsize=10)
+    seen = sorted(
+        {int(k) for _, truth, found in examples for k in (*np.unique(truth), *np.unique(found)) if k != _IGNORED}
+    )
+    patches = [Patch(color=palette[k] / 255, label=short(class_names[k])) for k in seen[:_LEGEND]]
+    figure.legend(handles=patches, loc="outside lower center", ncols=12, fontsize=9, frameon=False)
+    save(figure, path)
+
+
+def write_per_class(folder: Path, counts: Mapping[str, Any], class_names: Sequence[str]) -> None:
+    """Write per_class.csv: a line a class with its pixels, IoU and accuracy in per cent; empty for a class nowhere.
+
+    Args:
+        folder: for the file.
+        counts: of each variant; ``counts.figures()`` gives IoU and accuracy (K,), ``counts.labelled`` the pixels.
+        class_names: K.
+
+    Raises:
+        UserError: the folder is full or not writable.
+    """
+    columns: dict[str, list[Any]] = {"class": [*range(len(class_names))], "name": [*class_names]}
+    for variant, count in counts.items():
+        prefix = "" if variant == "model" else f"{variant}_"
+        columns["pixels"] = [int(n) for n in count.labelled]  # the same for every variant
+        for name, values in zip(("IoU", "accuracy"), count.figures(), strict=True):
+            columns[prefix + name] = ["" if np.isnan(value) else f"{value:.2f}" for value in values]
+    with (
+        written_whole(folder / PER_CLASS) as beside,
+        beside.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
+    ):
+        table = csv.writer(file)
+        table.writerow(columns)
+        table.writerows(zip(*columns.values(), strict=True))

@@ -1,0 +1,264 @@
+"""Semantic segmentation: a class for every pixel; mean intersection over union as mmseg counts it.
+
+``config.model`` names the backbone, ``config.segmenter`` what stands on it; the classes come from the data.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from evmamba_jax.arrays import merge, split
+from evmamba_jax.config import Config
+from evmamba_jax.data.config import DataConfig
+from evmamba_jax.data.device import normalize
+from evmamba_jax.data.readers import Example
+from evmamba_jax.data.scenes import CLASSES, GROUND, LENGTHS, SIDE, DigitScenes
+from evmamba_jax.data.sources import Description
+from evmamba_jax.errors import UserError
+from evmamba_jax.heads.resize import bilinear
+from evmamba_jax.ranges import chosen, free, ranged
+from evmamba_jax.reports.label_maps import LABEL_MAPS, PER_CLASS, draw_label_maps, write_per_class
+from evmamba_jax.segmentation import create_segmenter
+from evmamba_jax.segmentation.losses import IGNORED, cross_entropy
+from evmamba_jax.tasks.base import Batch, Collector, Figure, Moment, Task
+from evmamba_jax.tasks.registry import register
+from evmamba_jax.weights import Weights
+from evmamba_jax.weights.load import Ema, load_composed
+
+PICTURED = 12  # images in label_maps.png
+
+
+@dataclasses.dataclass
+class SegmenterConfig:
+    """What stands on the backbone; see :func:`evmamba_jax.segmentation.create_segmenter`."""
+
+    name: str = chosen("upernet", ("upernet",))
+    width: int = ranged(512, least=1)
+    aux_width: int = ranged(256, least=1)
+    dropout: float = ranged(0.1, least=0, below=1)
+
+
+@dataclasses.dataclass
+class SegmentationConfig(Config):
+    """A run that segments."""
+
+    task: str = free("segmentation")
+    segmenter: SegmenterConfig = dataclasses.field(default_factory=SegmenterConfig)
+
+
+@dataclasses.dataclass(frozen=True)
+class SceneMaps:
+    """Scenes as ``image`` uint8 (H, W, 3) and ``label_map`` uint8 (H, W); 255 is ignored.
+
+    Attributes:
+        config: of the data.
+    """
+
+    config: DataConfig
+
+    def decode(self, record: Any) -> Any:
+        """Return picture and label map."""
+        return record["scene"].image, record["scene"].label_map
+
+    def train(self, decoded: Any, rng: np.random.Generator) -> Example:
+        """Return both as they are: a digit mirrored or cut is none."""
+        del rng
+        return self.evaluate(decoded)
+
+    def evaluate(self, decoded: Any) -> Example:
+        """Return both."""
+        image, label_map = decoded
+        return {"image": image, "label_map": label_map}
+
+    def blank(self, *, training: bool) -> Example:
+        """Return a black image of ignored pixels."""
+        return {"image": np.zeros((SIDE, SIDE, 3), np.uint8), "label_map": np.full((SIDE, SIDE), IGNORED, np.uint8)}
+
+
+class Counts(NamedTuple):
+    """Pixels of an evaluation by class, int32 (K,): up to two thousand million of each."""
+
+    right: Any
+    labelled: Any
+    found: Any
+
+    def figures(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return intersection over union and accuracy of each class, per cent; NaN of a class that is nowhere."""
+        right, labelled, found = (np.asarray(count, np.float64) for count in self)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return 100 * right / (labelled + found - right), 100 * right / labelled
+
+
+class Worst(Collector):
+    """The images with the least right pixels, with truth and answer."""
+
+    def __init__(self):
+        self.kept: list[tuple[float, int, np.ndarray, np.ndarray, np.ndarray]] = []
+        self._seen = 0
+
+    def add(self, rows: Mapping[str, np.ndarray], answers: Any, own: slice) -> None:
+        """Keep the worst of a batch and of those before."""
+        for image, truth, found, weight in zip(
+            rows["image"], rows["label_map"], answers[own], rows["weight"], strict=True
+        ):
+            if weight:
+                counted = truth != IGNORED
+                share = float((found == truth)[counted].mean()) if counted.any() else 1.0
+                self.kept.append((share, self._seen, image, truth, found))
+                self._seen += 1
+        self.kept.sort(key=lambda one: one[:2])
+        del self.kept[PICTURED:]
+
+
+@register("segmentation")
+class Segmentation(Task):
+    """A class for every pixel."""
+
+    chooses = Figure("mIoU", higher=True, title="mean IoU on the test images (%)")
+    parts = ("aux_loss", "accuracy")
+    head = "*_head.*"
+    config: SegmentationConfig
+
+    # The configuration.
+
+    @classmethod
+    def validate(cls, config: Config) -> None:
+        """Check the data set and what label maps cannot have."""
+        if not isinstance(config, SegmentationConfig):
+            raise UserError("config.task=segmentation needs a SegmentationConfig: see configs/digits_segmentation.py")
+        if config.data.name != "digit_scenes":
+            raise UserError(f"config.data.name={config.data.name!r} has no label maps; there is digit_scenes")
+        for name in ("mixup", "cutmix", "label_smoothing", "random_erasing", "hflip"):
+            if getattr(config.data, name):
+                raise UserError(f"config.data.{name} is for images of one class: set it to 0")
+        if config.data.image_size != SIDE or config.data.in_channels != 3:
+            raise UserError(f"scenes of digits have {SIDE} pixels a side and 3 channels: set data.image_size={SIDE}")
+
+    # The model.
+
+    def abstract_model(self) -> Any:
+        """Return the segmenter, traced once for its errors."""
+        model = nnx.eval_shape(self.build_model)
+        model.eval()
+        graphdef, *arrays = split(model)
+        image = jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), jnp.float32)
+        jax.eval_shape(lambda arrays, image: merge(graphdef, *arrays)(image), arrays, image)
+        return model
+
+    def build_model(self) -> Any:
+        """Return the segmenter with fresh initial values."""
+        config, head = self.config, self.config.segmenter
+        return create_segmenter(
+            head.name,
+            backbone=config.model.name,
+            num_classes=len(self.class_names),
+            width=head.width,
+            aux_width=head.aux_width,
+            dropout=head.dropout,
+            dtype=jnp.dtype(config.model.dtype),
+            rngs=nnx.Rngs(config.seed),
+            backbone_options={
+                "drop_path_rate": config.model.drop_path_rate,
+                "remat": config.model.remat,
+                **config.model.options,
+            },
+        )
+
+    def load(self, place: str | PathLike[str], *, ema: Ema = "better") -> Weights:
+        """Return the weights of a segmenter; of a classifier too, where training goes on from its backbone."""
+        name = f"{self.config.segmenter.name} with {self.config.model.name}"
+        part, weights = load_composed(self.model, place, name, backbone=self.config.model.name, ema=ema)
+        if part is self.model:
+            return weights
+        if self.config.eval_only:
+            raise UserError(f"{place} holds a backbone, not a segmenter: train from it, or name a segmenter's weights")
+        _, params, stats = split(self.build_model())
+        own = [{f"backbone.{name}": array for name, array in arrays.items()} for arrays in weights[:2]]
+        return weights._replace(params={**params, **own[0]}, batch_stats={**stats, **own[1]})
+
+    # The data.
+
+    @classmethod
+    def describe(cls, config: Config) -> Description:
+        """Return classes and length of the scenes."""
+        return Description((GROUND, *CLASSES), LENGTHS["train"], "scenes are made as they are read")
+
+    @classmethod
+    def open_source(cls, config: Config, split: str, work: Path | None = None) -> DigitScenes:
+        """Open a split."""
+        return DigitScenes(split, ground=True)
+
+    def reader(self) -> SceneMaps:
+        """Return what takes scenes apart."""
+        return SceneMaps(self.config.data)
+
+    # Training.
+
+    def inputs(self, key: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+        """Return normalised images and label maps."""
+        data = self.config.data
+        return {"image": normalize(batch["image"], data.mean, data.std), "label_map": batch["label_map"]}
+
+    def loss(
+        self, model: Any, inputs: dict[str, jax.Array], key: jax.Array, moment: Moment
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Return the loss of both heads; its auxiliary part and the accuracy over pixels."""
+        total, parts = model.loss(inputs["image"], inputs["label_map"], key=key)
+        return total, {name: parts[name] for name in self.parts}
+
+    # Evaluation.
+
+    def evaluate(self, model: Any, batch: Batch, *, detailed: bool) -> tuple[dict[str, Any], jax.Array]:
+        """Return the sums of loss and of pixels by class, and the label maps found (B, H, W)."""
+        data, labels = self.config.data, batch["label_map"]
+        logits = bilinear(model(normalize(batch["image"], data.mean, data.std)), *labels.shape[1:])
+        found = logits.argmax(-1).astype(jnp.uint8)
+        losses = jax.vmap(lambda logits, labels: cross_entropy(logits, labels, over_counted=True))(logits, labels)
+        counted = (labels != IGNORED) & (batch["weight"] > 0)[:, None, None]
+        own = jnp.arange(logits.shape[-1])
+        count = lambda maps, where: ((maps[..., None] == own) & where[..., None]).sum((0, 1, 2), dtype=jnp.int32)  # noqa: E731
+        counts = Counts(count(labels, counted & (found == labels)), count(labels, counted), count(found, counted))
+        return {"loss": losses @ batch["weight"], "counts": counts}, found
+
+    def collector(self, *, pictures: bool) -> Collector | None:
+        """Return what keeps the worst images."""
+        return Worst() if pictures else None
+
+    def metrics(self, sums: Mapping[str, Any], collector: Collector | None) -> dict[str, float]:
+        """Return ``mIoU``, ``mAcc`` (means over the classes that are there), ``aAcc`` (per cent) and ``eval_loss``."""
+        counts = Counts(*sums["counts"])
+        overlaps, accuracies = counts.figures()
+        return {
+            "mIoU": float(np.nanmean(overlaps)),
+            "mAcc": float(np.nanmean(accuracies)),
+            "aAcc": 100
+            * float(np.sum(counts.right, dtype=np.float64))
+            / float(np.sum(counts.labelled, dtype=np.float64)),
+            "eval_loss": float(sums["loss"]) / float(sums["examples"]),
+        }
+
+    # For the reader.
+
+    def told(self, figures: Mapping[str, float]) -> str:
+        """Return an evaluation's figures in words."""
+        words = f"mIoU {figures['mIoU']:.2f} %, pixels right {figures['aAcc']:.2f} %"
+        if "ema_mIoU" in figures:
+            words += f"; moving average mIoU {figures['ema_mIoU']:.2f} %, pixels right {figures['ema_aAcc']:.2f} %"
+        return f"{words} ({figures['examples']:.0f} images)"
+
+    def pictures(self, folder: Path, collector: Collector) -> None:
+        """Draw label_maps.png, the worst images first."""
+        assert isinstance(collector, Worst)
+        draw_label_maps(folder / LABEL_MAPS, [one[2:] for one in collector.kept], self.class_names)
+
+    def tables(self, folder: Path, sums: Mapping[str, Any], best: str, whose: str) -> list[str]:
+        """Write per_class.csv."""
+        write_per_class(folder, {name: Counts(*total["counts"]) for name, total in sums.items()}, self.class_names)
+        return [PER_CLASS]
