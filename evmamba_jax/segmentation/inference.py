@@ -99,7 +99,12 @@ def multi_scale(
         images: the same images at each scale, each resized from the original.
         size: height and width of the original images.
         flip: also take each mirrored, left to right.
+
+    Raises:
+        UserError: no images.
     """
+    if not images:
+        raise UserError("there are no images of any scale: give the same images at one scale or more")
     total, views = 0.0, 0
     for scaled in images:
         for flipped in (False, True)[: 1 + flip]:

@@ -116,12 +116,17 @@ class UperNet(nnx.Module):
             "aux_loss") and the pixel accuracies of both in percent ("accuracy", "aux_accuracy"). Scalars, float32 or
             wider.
         """
+        return self.loss_of(*self.both(images, key=key), labels)
+
+    def loss_of(
+        self, logits: jax.Array, aux_logits: jax.Array, labels: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Return what :meth:`loss` does, from the logits of both heads, which are resized to the labels' size."""
         parts = {}
-        weights = {"": 1.0, "aux_": self.config.aux_weight}
-        for (name, weight), logits in zip(weights.items(), self.both(images, key=key), strict=True):
-            logits = bilinear(logits, *labels.shape[1:])
-            parts[f"{name}loss"] = weight * cross_entropy(logits, labels)
-            parts[f"{name}accuracy"] = pixel_accuracy(logits, labels)
+        for name, weight, coarse in (("", 1.0, logits), ("aux_", self.config.aux_weight, aux_logits)):
+            resized = bilinear(coarse, *labels.shape[1:])
+            parts[f"{name}loss"] = weight * cross_entropy(resized, labels)
+            parts[f"{name}accuracy"] = pixel_accuracy(resized, labels)
         return parts["loss"] + parts["aux_loss"], parts
 
 

@@ -144,9 +144,9 @@ def training(recorded: Recorded, model: UperNet, images: jax.Array, mode: str) -
     @jax.jit
     def run(params: Arrays):
         def loss(params):
-            logits = merge(graphdef, params, stats).both(images)
             twin = merge(graphdef, params, stats)
-            total, parts = twin.loss(images, labels)
+            logits = twin.both(images)
+            total, parts = twin.loss_of(*logits, labels)
             return total, (parts, logits, split(twin).batch_stats)
 
         return jax.value_and_grad(loss, has_aux=True)(params)
