@@ -106,8 +106,9 @@ def table(model: nnx.Module) -> list[Row]:
 
 
 def _old_names(model: Any) -> dict[str, str]:
+    own = _family(model).old_names
     if isinstance(model, Backbone):
-        return dict(_family(model).old_names)
+        return dict(own)
     below = _old_names(model.backbone)
     return {re.sub(r"^\^", r"^backbone\\.", old): f"backbone.{new}" for old, new in below.items()}
 
