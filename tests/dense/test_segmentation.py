@@ -38,11 +38,18 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "dense"
 SMALL = {"num_classes": 5, "width": 8, "aux_width": 6}
 
 
+def upernet(backbone, **options):
+    """Return a UperNet; options that are not of its heads are the backbone's."""
+    heads = ("num_classes", "width", "aux_width", "dropout", "dtype", "pretrained")
+    own = {name: options.pop(name) for name in heads if name in options}
+    return create_segmenter("upernet", backbone=backbone, backbone_options=options, **own)
+
+
 @functools.cache
 def segmenter(backbone="evmamba_t", **options):
     if backbone.startswith("evmamba"):
         options = {"depths": (0, 0, 1, 0)} | options
-    return create_segmenter("upernet", backbone=backbone, **SMALL | options)
+    return upernet(backbone, **SMALL | options)
 
 
 def random(*shape, seed=0, dtype=np.float32):
@@ -309,7 +316,7 @@ def test_dropout_drops_whole_channels_and_asks_for_a_key():
 
 @functools.cache
 def abstract(backbone, **options):
-    return nnx.eval_shape(lambda: create_segmenter("upernet", backbone=backbone, **options))
+    return nnx.eval_shape(lambda: upernet(backbone, **options))
 
 
 @pytest.mark.parametrize(
@@ -365,7 +372,7 @@ def test_official_weights_go_there_and_back_to_the_bit():
 
 
 def test_old_names_of_a_backbone_are_understood():
-    model = create_segmenter("upernet", backbone="vmamba_t", depths=(0, 1, 0, 0), **SMALL)
+    model = upernet("vmamba_t", depths=(0, 1, 0, 0), **SMALL)
     official = weights_of(model)
     old = {name.replace(".blocks.0.norm.", ".blocks.0.ln_1."): array for name, array in official.items()}
     old = {name.replace(".op.", ".self_attention."): array for name, array in old.items()}
@@ -376,7 +383,7 @@ def test_old_names_of_a_backbone_are_understood():
 
 def build(pretrained, **options):
     options = {"depths": (1, 0, 0, 0), "d_state": 2} | SMALL | options
-    return create_segmenter("upernet", backbone="evmamba_t", pretrained=pretrained, **options)
+    return upernet("evmamba_t", pretrained=pretrained, **options)
 
 
 def test_a_classifier_fills_the_backbone_alone(tmp_path):
@@ -419,9 +426,9 @@ def test_a_segmenters_file_or_checkpoint_fills_all_of_it(tmp_path):
         (lambda: create_segmenter("upernet", backbone="evmamba_t", num_classes=0), "num_classes"),
         (lambda: create_segmenter("upernet", backbone="evmamba_t", width=-1), "width"),
         (lambda: create_segmenter("upernet", backbone="evmamba_t", dropout=1.5), "dropout"),
-        (lambda: create_segmenter("upernet", backbone="evmamba_t", out_norms=False), "out_norms.*leave it out"),
-        (lambda: create_segmenter("upernet", backbone="evmamba_t", dephts=(1, 1, 1, 1)), "did you mean 'depths'"),
-        (lambda: create_segmenter("upernet", backbone="vim_t", stride=3), "stride of 4, 8 or 16"),
+        (lambda: upernet("evmamba_t", out_norms=False), "out_norms.*leave it out"),
+        (lambda: upernet("evmamba_t", dephts=(1, 1, 1, 1)), "did you mean 'depths'"),
+        (lambda: upernet("vim_t", stride=3), "stride of 4, 8 or 16"),
         (
             lambda: create_segmenter("upernet", backbone="evmamba_t", pretrained="nowhere.pth", **SMALL),
             "does not exist",

@@ -88,9 +88,9 @@ def test_logits_and_maps_of_two_sizes(case):
     chex.assert_tree_all_finite((logits, maps))
     assert abs(logits[0] - logits[1]).max() > 1e-5  # two images, two answers
     other = jax.eval_shape(evaluated, merge(*taken_apart(case)), images(*ODD))
-    for size, (logits, maps) in ((SIZE, (logits, maps)), (ODD, other)):
-        chex.assert_shape(logits, (2, 5))
-        assert [stage.shape for stage in maps] == [(2, *config.grid_of(*size), 8)] * 4
+    for size, (answer, stages) in ((SIZE, (logits, maps)), (ODD, other)):
+        chex.assert_shape(answer, (2, 5))
+        assert [stage.shape for stage in stages] == [(2, *config.grid_of(*size), 8)] * 4
 
 
 @every_case
