@@ -1,0 +1,7 @@
+"""Object detection: what turns a backbone's maps into boxes."""
+
+from evmamba_jax.detection.factory import create_detector
+from evmamba_jax.detection.matching import Objects
+from evmamba_jax.detection.retinanet import Detections, Losses, RetinaNet
+
+__all__ = ["Detections", "Losses", "Objects", "RetinaNet", "create_detector"]

@@ -1,0 +1,84 @@
+"""Detectors by name, over any backbone of four stages."""
+
+from os import PathLike
+from typing import Any
+
+from flax import nnx
+
+from evmamba_jax.detection.retinanet import RetinaNet
+from evmamba_jax.errors import UserError, one_of
+from evmamba_jax.layers.backbone import StagedConfig
+from evmamba_jax.models.registry import build_model, configuration
+
+DETECTORS = {"retinanet": RetinaNet}
+
+
+def create_detector(
+    name: str,
+    *,
+    backbone: str,
+    num_classes: int = 80,
+    pretrained: str | PathLike[str] | None = None,
+    width: int = 256,
+    rngs: nnx.Rngs | None = None,
+    **options: Any,
+) -> Any:
+    """Build a detector in evaluation mode, with the official initial values or with the weights of a place.
+
+    No weights of RetinaNet over EfficientVMamba are released. The sizes that its paper gives fit a ``width`` of 256 for
+    B, and of about 208 and 224 for T and S.
+
+    Args:
+        name: "retinanet".
+        backbone: one of :func:`evmamba_jax.list_models` with maps of four sizes: EfficientVMamba, VMamba, MSVMamba or
+            MambaVision. It is built with a norm for each map, as the official detectors have it.
+        num_classes: of objects; there is no background among them.
+        pretrained: a file of an official detector, as mmdet writes it, or weights of the backbone, from any place that
+            :func:`evmamba_jax.create_model` takes; a classifier's head is then left out, and the rest keeps its
+            initial values.
+        width: channels of pyramid and head.
+        rngs: source of the initial values; ``nnx.Rngs(0)`` when not given.
+        **options: of the backbone (``drop_path_rate``, ``dtype``, ``in_channels``, its sizes, ...). ``dtype`` holds for
+            pyramid and head too.
+
+    Returns:
+        An NNX module with ``loss(images, objects)`` and ``detect(images)``.
+
+    Raises:
+        UserError: unknown name or option; a backbone whose maps have one size; sizes below 1; weights that are missing,
+            damaged, or of another detector.
+    """
+    detector = one_of("detector", name, DETECTORS)
+    for option, number in {"num_classes": num_classes, "width": width}.items():
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+            raise UserError(f"{option}={number!r} is not allowed: it must be a whole number of at least 1")
+    config = configuration(backbone)
+    if not isinstance(config, StagedConfig):
+        raise UserError(
+            f"backbone {backbone!r} has maps of one size, and {name} needs four: take a model of four stages, "
+            "e.g. 'evmamba_t'"
+        )
+    rngs = nnx.Rngs(0) if rngs is None else rngs
+    body = build_model(backbone, rngs=rngs, **{**options, "out_norms": True})
+    widths = [norm.num_features for norm in body.out_norms]
+    model = detector(body, widths, num_classes, width=width, dtype=body.config.dtype, rngs=rngs)
+    if pretrained is not None:
+        _load(model, pretrained, backbone)
+    model.eval()
+    return model
+
+
+def _load(model: Any, place: str | PathLike[str], backbone: str) -> None:
+    # Orbax takes a second to import; only who reads weights waits for it.
+    from evmamba_jax.storage import is_bucket, local
+    from evmamba_jax.weights import from_torch, load_torch_file, load_weights
+    from evmamba_jax.weights.load import fill_model
+    from evmamba_jax.weights.places import resolve
+
+    path = resolve(place, backbone).path
+    if not is_bucket(path) and local(path).is_file():
+        weights = load_torch_file(path)
+        if any(name.startswith("backbone.") for name in weights):
+            from_torch(model, weights)
+            return
+    fill_model(model.backbone, load_weights(model.backbone, place, backbone, variant=backbone))

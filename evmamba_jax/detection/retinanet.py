@@ -1,0 +1,294 @@
+"""RetinaNet: a backbone, a pyramid, one head for all levels; its losses, and the boxes that it finds.
+
+Settings are mmdet's ``configs/_base_/models/retinanet_r50_fpn.py``, with which EfficientVMamba's paper compares.
+
+Source: Lin et al., Focal Loss for Dense Object Detection (arXiv:1708.02002); mmdet 3.3.0.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Dtype
+
+from evmamba_jax.detection.anchors import Anchors
+from evmamba_jax.detection.boxes import DeltaCoder, clip
+from evmamba_jax.detection.losses import l1, mean_over, sigmoid_focal
+from evmamba_jax.detection.matching import Matcher, Objects
+from evmamba_jax.detection.nms import batched_nms
+from evmamba_jax.errors import UserError
+from evmamba_jax.heads.fpn import FPN
+from evmamba_jax.heads.retinanet import RetinaNetHead
+
+ANCHORS = Anchors(strides=(8, 16, 32, 64, 128), scales=tuple(4 * 2 ** (i / 3) for i in range(3)))
+CODER = DeltaCoder()
+MATCHER = Matcher(positive=0.5, negative=0.4)
+MULTIPLE = 32  # of the sides of images: of the coarsest map's stride
+
+
+class Raw(NamedTuple):
+    """What the head says of every anchor, for each level.
+
+    Attributes:
+        logits: [(B, h, w, A * K), ...], anchor-major.
+        deltas: [(B, h, w, A * 4), ...], anchor-major.
+    """
+
+    logits: list[jax.Array]
+    deltas: list[jax.Array]
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(rows, columns) of the levels."""
+        return [level.shape[1:3] for level in self.deltas]
+
+    def by_anchor(self) -> tuple[list[jax.Array], list[jax.Array]]:
+        """Return logits [(B, h * w * A, K), ...] and deltas [(B, h * w * A, 4), ...], float32 or wider."""
+        classes = self.logits[0].shape[-1] // ANCHORS.per_cell
+
+        def flat(levels: Sequence[jax.Array], last: int) -> list[jax.Array]:
+            wide = jnp.promote_types(levels[0].dtype, jnp.float32)
+            return [level.astype(wide).reshape(len(level), -1, last) for level in levels]
+
+        return flat(self.logits, classes), flat(self.deltas, 4)
+
+
+class Targets(NamedTuple):
+    """What the anchors of all levels are trained for.
+
+    Attributes:
+        labels: (B, N) int32; K for background.
+        counted: (B, N) False for anchors that are left out.
+        positive: (B, N) True for anchors that are for an object.
+        deltas: (B, N, 4) to that object; 0 for the others.
+        count: () of positive anchors, at least one an image: what losses are divided by.
+    """
+
+    labels: jax.Array
+    counted: jax.Array
+    positive: jax.Array
+    deltas: jax.Array
+    count: jax.Array
+
+
+class Losses(NamedTuple):
+    """The two losses (L,) of each level; their sum is what is trained."""
+
+    classes: jax.Array
+    boxes: jax.Array
+
+    @property
+    def total(self) -> jax.Array:
+        """The sum over levels of both, ()."""
+        return self.classes.sum() + self.boxes.sum()
+
+
+class Detections(NamedTuple):
+    """What was found, in order of falling scores; beyond ``count`` boxes and scores are 0, and labels -1.
+
+    Attributes:
+        boxes: (B, D, 4), x0 y0 x1 y1 in pixels.
+        scores: (B, D) from 0 to 1.
+        labels: (B, D) int32 from 0.
+        count: (B,) int32.
+    """
+
+    boxes: jax.Array
+    scores: jax.Array
+    labels: jax.Array
+    count: jax.Array
+
+
+class RetinaNet(nnx.Module):
+    """The detector: ``model(images)`` gives raw outputs, ``loss`` and ``detect`` what follows from them.
+
+    Args:
+        backbone: a module whose ``features(images, key=key)`` gives maps of strides 4, 8, 16 and 32.
+        widths: channels of these maps.
+        num_classes: K, without a background.
+        width: channels of pyramid and head.
+        dtype: compute type of both. Boxes, scores and losses are float32 or wider whatever it says.
+        rngs: source of the initial values.
+    """
+
+    def __init__(
+        self,
+        backbone: Any,
+        widths: Sequence[int],
+        num_classes: int,
+        *,
+        width: int = 256,
+        dtype: Dtype | None = None,
+        rngs: nnx.Rngs,
+    ):
+        layer = {"dtype": dtype, "rngs": rngs}
+        self.num_classes = num_classes
+        self.backbone = backbone
+        levels = len(ANCHORS.strides)
+        self.neck = FPN(widths, width, start_level=1, levels=levels, extra="on_input", **layer)
+        self.head = RetinaNetHead(num_classes, ANCHORS.per_cell, width, width, **layer)
+
+    def __call__(self, images: jax.Array, *, key: jax.Array | None = None) -> Raw:
+        """Return the raw outputs.
+
+        Args:
+            images: (B, H, W, C) normalised floats, padded below and right to multiples of 32.
+            key: draws the backbone's drop path in training mode.
+
+        Raises:
+            UserError: sides that are no multiples of 32; otherwise as the backbone.
+        """
+        height, width = images.shape[1:3]
+        if height % MULTIPLE or width % MULTIPLE:
+            raise UserError(f"images are {height}x{width}: pad both sides to multiples of {MULTIPLE} with zeros")
+        return self.outputs(self.backbone.features(images, key=key))
+
+    def outputs(self, maps: Sequence[jax.Array]) -> Raw:
+        """Return the raw outputs of the backbone's maps [(B, h, w, C), ...]."""
+        return Raw(*self.head(self.neck(maps)))
+
+    def loss(
+        self, images: jax.Array, objects: Objects, padded: jax.Array | None = None, *, key: jax.Array | None = None
+    ) -> Losses:
+        """Return the losses of a batch.
+
+        Args:
+            images: as for a call.
+            objects: boxes (B, G, 4), labels and valid (B, G).
+            padded: (B, 2) integers: height and width of every image, each padded to a multiple of 32 by itself. Anchors
+                of cells beyond take no part. None: the whole of ``images``.
+            key: as for a call.
+        """
+        raw = self(images, key=key)
+        padded = jnp.broadcast_to(jnp.asarray(images.shape[1:3]), (len(images), 2)) if padded is None else padded
+        return losses(raw, targets(raw, objects, padded))
+
+    def detect(
+        self,
+        images: jax.Array,
+        sizes: jax.Array | None = None,
+        scales: jax.Array | None = None,
+        *,
+        candidates: int = 1000,
+        limit: int = 100,
+    ) -> Detections:
+        """Return the objects found in a batch.
+
+        Args:
+            images: as for a call.
+            sizes: (B, 2) height and width of every image before padding; None: the whole of ``images``.
+            scales: (B, 2) width and height of every image over those of the picture it was resized from; boxes are
+                then in that picture's pixels. None: in those of ``images``.
+            candidates: pairs of an anchor and a class that a level contributes, at most.
+            limit: D, detections of an image at most.
+        """
+        sizes = jnp.broadcast_to(jnp.asarray(images.shape[1:3]), (len(images), 2)) if sizes is None else sizes
+        return detections(self(images), sizes, scales, candidates=candidates, limit=limit)
+
+
+def targets(raw: Raw, objects: Objects, padded: jax.Array) -> Targets:
+    """Return what the anchors of a batch are trained for; arguments as for :meth:`RetinaNet.loss`.
+
+    Crowds have no influence in the official settings: leave them out of ``objects``.
+    """
+    classes = raw.logits[0].shape[-1] // ANCHORS.per_cell
+    dtype = jnp.promote_types(raw.deltas[0].dtype, jnp.float32)
+    anchors = jnp.concatenate(ANCHORS.boxes(raw.sizes, dtype))
+
+    def of_image(boxes: jax.Array, labels: jax.Array, valid: jax.Array, image: jax.Array) -> tuple[jax.Array, ...]:
+        boxes = boxes.astype(dtype)
+        inside = jnp.concatenate(ANCHORS.inside(raw.sizes, image))
+        index = MATCHER(anchors, boxes, valid, inside=inside).index
+        positive, number = index > 0, jnp.maximum(index - 1, 0)
+        label = jnp.where(positive, labels[number], classes).astype(jnp.int32)
+        # An anchor is no step away from itself.
+        deltas = CODER.encode(anchors, jnp.where(positive[:, None], boxes[number], anchors))
+        return label, index >= 0, positive, deltas
+
+    label, counted, positive, deltas = jax.vmap(of_image)(*objects, padded)
+    count = jnp.maximum(positive.sum(1), 1).sum()
+    return Targets(label, counted, positive, deltas, count)
+
+
+def losses(raw: Raw, wanted: Targets) -> Losses:
+    """Return the losses of a batch: focal of all counted anchors, L1 of the deltas of positive ones."""
+    start, classes, boxes = 0, [], []
+    for logits, deltas in zip(*raw.by_anchor(), strict=True):
+        level = slice(start, start + logits.shape[1])
+        start = level.stop
+        focal = sigmoid_focal(logits, wanted.labels[:, level])
+        classes.append(mean_over(focal, wanted.counted[:, level, None], wanted.count))
+        distance = l1(deltas, wanted.deltas[:, level])
+        boxes.append(mean_over(distance, wanted.positive[:, level, None], wanted.count))
+    return Losses(jnp.stack(classes), jnp.stack(boxes))
+
+
+def detections(
+    raw: Raw,
+    sizes: jax.Array,
+    scales: jax.Array | None = None,
+    *,
+    candidates: int = 1000,
+    limit: int = 100,
+    score_threshold: float = 0.05,
+    iou_threshold: float = 0.5,
+) -> Detections:
+    """Return the objects that raw outputs tell of.
+
+    Of every level the pairs of an anchor and a class with a score above ``score_threshold``, the best ``candidates`` of
+    them; of all levels together those without a better box of the same class that overlaps them by more than
+    ``iou_threshold``. Boxes without an area, such as those of anchors beyond the image, are left out.
+
+    Args:
+        raw: of a batch.
+        sizes: as for :meth:`RetinaNet.detect`, and so the next three.
+        scales: see there.
+        candidates: see there.
+        limit: see there.
+        score_threshold: from 0 to 1.
+        iou_threshold: from 0 to 1.
+
+    Source: mmdet 3.3.0 ``mmdet/models/dense_heads/base_dense_head.py``.
+    """
+    logits, deltas = raw.by_anchor()
+    anchors = ANCHORS.boxes(raw.sizes, deltas[0].dtype)
+    scales = jnp.ones((len(sizes), 2)) if scales is None else scales
+
+    def of_image(logits: list, deltas: list, size: jax.Array, scale: jax.Array) -> Detections:
+        found = [
+            _best_pairs(nnx.sigmoid(level), score_threshold, candidates) for level in logits
+        ]  # scores, anchors and labels
+        boxes = [
+            clip(CODER.decode(level[anchor], delta[anchor]), size)
+            for level, delta, (_, anchor, _) in zip(anchors, deltas, found, strict=True)
+        ]
+        boxes = jnp.concatenate(boxes)
+        boxes = boxes / jnp.tile(scale, 2).astype(boxes.dtype)
+        scores, labels = (jnp.concatenate([level[part] for level in found]) for part in (0, 2))
+        valid = (scores > 0) & (boxes[:, 2:] > boxes[:, :2]).all(1)
+        index, count = batched_nms(boxes, scores, labels, iou_threshold, limit=limit, valid=valid)
+        there = jnp.arange(limit) < count
+        return Detections(
+            jnp.where(there[:, None], boxes[index], 0),
+            jnp.where(there, scores[index], 0),
+            jnp.where(there, labels[index], -1),
+            count,
+        )
+
+    return jax.vmap(of_image)(logits, deltas, sizes, scales)
+
+
+def _best_pairs(scores: jax.Array, threshold: float, limit: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return score, anchor and class of the best pairs of ``scores`` (N, K), those not above ``threshold`` with 0.
+
+    Their anchors are among as many with the best class scores, also where scores are equal and the lower index comes
+    first: a few thousand pairs are sorted in place of millions.
+    """
+    scores = jnp.where(scores > jnp.asarray(threshold, scores.dtype), scores, 0)
+    _, anchors = jax.lax.top_k(scores.max(1), min(limit, len(scores)))
+    anchors = jnp.sort(anchors)
+    pairs = scores[anchors].ravel()
+    best, index = jax.lax.top_k(pairs, min(limit, len(pairs)))
+    return best, anchors[index // scores.shape[1]], (index % scores.shape[1]).astype(jnp.int32)
