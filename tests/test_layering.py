@@ -35,6 +35,7 @@ ROWS = {
     "analysis": "arrays cli errors layers models pallas_kernels",
     "weights": "arrays checkpoints cli errors layers lora models storage",
     "segmentation": "errors heads layers models ranges weights",
+    "detection": "errors heads layers models weights",
     "factory": "models weights",
     "preprocessing": "data errors models",
     "evmamba_jax": "factory models preprocessing",
@@ -56,8 +57,8 @@ ROWS = {
     "setup": "",
     "benchmarks": """analysis arrays checkpoints cli configs data errors evmamba_jax layers models pallas_kernels
                      pallas_kernels.gpu pallas_kernels.tpu predict preflight pruning reports tasks training weights""",
-    "tests": """__main__ analysis arrays checkpoints cli config configs data errors evmamba_jax heads layers lora
-                models ops packaged pallas_kernels pallas_kernels.gpu pallas_kernels.tpu predict preflight
+    "tests": """__main__ analysis arrays checkpoints cli config configs data detection errors evmamba_jax heads layers
+                lora models ops packaged pallas_kernels pallas_kernels.gpu pallas_kernels.tpu predict preflight
                 preprocessing pruning ranges reports segmentation storage tasks train train_tpu training verify
                 weights""",
 }

@@ -58,8 +58,9 @@ def batched_nms(
         limit: of all groups together.
         valid: as for :func:`nms`.
 
-    Source: mmcv 2.1.0 ``mmcv/ops/nms.py``. The boxes are decided in tiles, each against the kept ones of the tiles before
-    and within itself by iteration until nothing changes, as in TensorFlow Model Garden's ``official/vision/ops/nms.py``.
+    Source: mmcv 2.1.0 ``mmcv/ops/nms.py``. The boxes are decided in tiles, each against the kept ones of the tiles
+    before and within itself by iteration until nothing changes, as in TensorFlow Model Garden's
+    ``official/vision/ops/nms.py``.
     """
     count = len(boxes)
     valid = jnp.ones(count, bool) if valid is None else valid
@@ -68,13 +69,13 @@ def batched_nms(
     tiles = -(-count // TILE)
     padded = lambda array: jnp.pad(array[order], ((0, tiles * TILE - count),) + ((0, 0),) * (array.ndim - 1))  # noqa: E731
     boxes, groups, valid = padded(boxes), padded(groups), padded(valid)
-    threshold = jnp.asarray(threshold, boxes.dtype)
+    most = jnp.asarray(threshold, boxes.dtype)
     earlier = jnp.arange(TILE)[:, None] < jnp.arange(TILE)
 
     def drops(above: jax.Array, below: jax.Array) -> jax.Array:
         """Return which of the boxes ``above`` would drop which of those ``below``, given by their places."""
         same = groups[above][:, None] == groups[below]
-        return same & (overlaps(boxes[above], boxes[below]) > threshold)
+        return same & (overlaps(boxes[above], boxes[below]) > most)
 
     def unfinished(state):
         tile, _, found = state

@@ -42,7 +42,7 @@ class Raw(NamedTuple):
     @property
     def sizes(self) -> list[tuple[int, int]]:
         """(rows, columns) of the levels."""
-        return [level.shape[1:3] for level in self.deltas]
+        return [(level.shape[1], level.shape[2]) for level in self.deltas]
 
     def by_anchor(self) -> tuple[list[jax.Array], list[jax.Array]]:
         """Return logits [(B, h * w * A, K), ...] and deltas [(B, h * w * A, 4), ...], float32 or wider."""
@@ -258,7 +258,7 @@ def detections(
 
     def of_image(logits: list, deltas: list, size: jax.Array, scale: jax.Array) -> Detections:
         found = [
-            _best_pairs(nnx.sigmoid(level), score_threshold, candidates) for level in logits
+            best_pairs(nnx.sigmoid(level), score_threshold, candidates) for level in logits
         ]  # scores, anchors and labels
         boxes = [
             clip(CODER.decode(level[anchor], delta[anchor]), size)
@@ -280,7 +280,7 @@ def detections(
     return jax.vmap(of_image)(logits, deltas, sizes, scales)
 
 
-def _best_pairs(scores: jax.Array, threshold: float, limit: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def best_pairs(scores: jax.Array, threshold: float, limit: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return score, anchor and class of the best pairs of ``scores`` (N, K), those not above ``threshold`` with 0.
 
     Their anchors are among as many with the best class scores, also where scores are equal and the lower index comes

@@ -56,9 +56,12 @@ class RetinaNetHead(nnx.Module):
         self.reg = conv(width, anchors * 4, bias_init=init.zeros)
 
     def __call__(self, levels: Sequence[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
-        """Map the levels [(B, h, w, in_width), ...] to logits [(B, h, w, A * K), ...] and deltas [(B, h, w, A * 4), ...].
+        """Map the levels [(B, h, w, in_width), ...] to logits and deltas.
 
         The channels of an anchor follow each other: all of the first anchor, then all of the second.
+
+        Returns:
+            [(B, h, w, A * K), ...] and [(B, h, w, A * 4), ...].
         """
         logits = [self.cls(_through(self.cls_tower, x)) for x in levels]
         return logits, [self.reg(_through(self.reg_tower, x)) for x in levels]

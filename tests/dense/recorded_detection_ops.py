@@ -1,6 +1,7 @@
 """Anchors, coding, matching, suppression and losses of detectors, as recorded in ``ops``."""
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from official_weights import image
 from recorded import Compared, difference, discrete
-from recorded_retinanet import Recorded, channels_first
+from recorded_retinanet import Recorded
 
 from evmamba_jax.detection.anchors import Anchors
 from evmamba_jax.detection.boxes import DeltaCoder, clip, overlaps
@@ -19,7 +20,7 @@ from evmamba_jax.detection.nms import batched_nms, multiclass_nms, nms
 from evmamba_jax.heads.fpn import every_second
 
 Arrays = Mapping[str, Any]
-Outputs = dict[str, Any]  # by the recorded names
+Outputs = dict[str, Any]  # by the recorded names; of those with a "count", so many rows are meant
 
 
 def suppression(facts: Arrays, given: Arrays) -> Outputs:
@@ -27,11 +28,9 @@ def suppression(facts: Arrays, given: Arrays) -> Outputs:
     boxes, scores, count = given["boxes"], given["scores"], len(given["boxes"])
     threshold = facts["iou_threshold"]
     if "groups" not in given:
-        index, found = nms(boxes, scores, threshold, limit=count)
-        return {"index": index[:found]}
+        return nms(boxes, scores, threshold, limit=count)._asdict()
     index, found = batched_nms(boxes, scores, given["groups"], threshold, limit=count)
-    index = index[:found]
-    return {"index": index, "boxes_and_scores": jnp.c_[boxes[index], scores[index]]}
+    return {"index": index, "boxes_and_scores": jnp.c_[boxes[index], scores[index]], "count": found}
 
 
 def of_classes(facts: Arrays, given: Arrays) -> Outputs:
@@ -39,9 +38,8 @@ def of_classes(facts: Arrays, given: Arrays) -> Outputs:
     scores = given["scores"][:, :-1]
     boxes = given["boxes"].reshape(*scores.shape, 4)
     found = multiclass_nms(boxes, scores, facts["score_thr"], facts["iou_threshold"], limit=facts["max_num"])
-    both = jnp.c_[found.boxes, found.scores]
-    outputs = {"boxes_and_scores": both, "labels": found.labels, "index_into_flat": found.index}
-    return {name: array[: found.count] for name, array in outputs.items()}
+    both = {"boxes_and_scores": jnp.c_[found.boxes, found.scores], "count": found.count}
+    return both | {"labels": found.labels, "index_into_flat": found.index}
 
 
 def overlap(facts: Arrays, given: Arrays) -> Outputs:
@@ -121,7 +119,7 @@ def absolute(facts: Arrays, given: Arrays) -> Outputs:
 def extra_level(facts: Arrays, given: Arrays) -> Outputs:
     """The level that the pyramid makes of the one before."""
     x = jnp.asarray(image(facts["input"]["shape"], facts["input"]["seed"]), float)
-    return {"p6": channels_first(every_second(x))}
+    return {"p6": jnp.moveaxis(every_second(x), -1, 1)}
 
 
 # The longest beginning of a case's name that is among these decides; None: there is nothing of ours to compare.
@@ -156,7 +154,10 @@ def compare(folder: Path, x64: bool) -> Iterator[Compared]:
                 array = recorded[name]
                 floating = np.issubdtype(array.dtype, np.floating)
                 given[name.split("/")[-1]] = jnp.asarray(array, dtype if floating else None)
-        outputs = run(facts, given)
+        outputs = jax.jit(partial(run, facts))(given)
+        if "count" in outputs:
+            found = int(outputs.pop("count"))
+            outputs = {name: array[:found] for name, array in outputs.items()}
         wanted = {name.split("/")[-1]: recorded[name] for name in of_case if name.startswith(f"{case}/out/")}
         if wanted.keys() - outputs.keys():
             raise ValueError(f"{case} has {sorted(wanted)}, ours {sorted(outputs)}")

@@ -1,0 +1,19 @@
+"""Recorded cases of every kind there is a model for; ``recorded.py`` compares the cases of any folder."""
+
+import importlib
+from pathlib import Path
+
+import jax
+import pytest
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "dense"
+FEWEST = {"retinanet": 30, "detection_ops": 50}  # comparisons
+
+
+@pytest.mark.parametrize("x64", [False, True], ids=["float32", "float64"])
+@pytest.mark.parametrize("kind", FEWEST)
+def test_recorded_cases_are_within_their_limits(kind, x64):
+    with jax.enable_x64(x64):
+        found = list(importlib.import_module(f"recorded_{kind}").compare(GOLDEN, x64))
+    assert len(found) > FEWEST[kind]
+    assert [one for one in found if not one.difference <= one.limit] == []
