@@ -52,6 +52,8 @@ def create_detector(
     for option, number in {"num_classes": num_classes, "width": width}.items():
         if not isinstance(number, int) or isinstance(number, bool) or number < 1:
             raise UserError(f"{option}={number!r} is not allowed: it must be a whole number of at least 1")
+    if "out_norms" in options:
+        raise UserError("option 'out_norms' of the backbone is decided by the detector: leave it out")
     config = configuration(backbone)
     if not isinstance(config, StagedConfig):
         raise UserError(
@@ -59,7 +61,7 @@ def create_detector(
             "e.g. 'evmamba_t'"
         )
     rngs = nnx.Rngs(0) if rngs is None else rngs
-    body = build_model(backbone, rngs=rngs, **{**options, "out_norms": True})
+    body = build_model(backbone, rngs=rngs, num_classes=0, out_norms=True, **options)
     widths = [norm.num_features for norm in body.out_norms]
     model = detector(body, widths, num_classes, width=width, dtype=body.config.dtype, rngs=rngs)
     if pretrained is not None:

@@ -21,6 +21,9 @@ from evmamba_jax.detection.nms import batched_nms
 from evmamba_jax.errors import UserError
 from evmamba_jax.heads.fpn import FPN
 from evmamba_jax.heads.retinanet import RetinaNetHead
+from evmamba_jax.weights import heads
+from evmamba_jax.weights.convert import register, table
+from evmamba_jax.weights.layers import Row, below
 
 ANCHORS = Anchors(strides=(8, 16, 32, 64, 128), scales=tuple(4 * 2 ** (i / 3) for i in range(3)))
 CODER = DeltaCoder()
@@ -186,6 +189,15 @@ class RetinaNet(nnx.Module):
         """
         sizes = jnp.broadcast_to(jnp.asarray(images.shape[1:3]), (len(images), 2)) if sizes is None else sizes
         return detections(self(images), sizes, scales, candidates=candidates, limit=limit)
+
+
+def head_rows(model: RetinaNet) -> list[Row]:
+    """Return the official names of pyramid and head, as mmdet's checkpoints have them."""
+    neck, head = heads.fpn(model.neck), heads.retinanet(model.head)
+    return [*below("neck", "neck", neck), *below("head", "bbox_head", head)]
+
+
+register(RetinaNet, lambda model: [*below("backbone", "backbone", table(model.backbone)), *head_rows(model)])
 
 
 def targets(raw: Raw, objects: Objects, padded: jax.Array) -> Targets:

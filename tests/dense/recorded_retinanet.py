@@ -17,8 +17,8 @@ from evmamba_jax.detection import retinanet
 from evmamba_jax.detection.matching import Objects
 from evmamba_jax.detection.retinanet import ANCHORS, RetinaNet
 from evmamba_jax.heads.retinanet import RetinaNetHead
-from evmamba_jax.weights import from_torch, to_torch
-from evmamba_jax.weights.convert import table
+from evmamba_jax.weights.convert import fill_rows
+from evmamba_jax.weights.layers import Row
 
 
 class GivenMaps(nnx.Module):
@@ -114,15 +114,15 @@ def compare(folder: Path, x64: bool) -> Iterator[Compared]:
     if digest(weights) != doc["weights_sha256"]:
         raise ValueError("the rule for weights gives others than were recorded")
     model = detector(doc)
-    from_torch(model, {name: array.astype(dtype) for name, array in weights.items()})
-    back = to_torch(model)
-    same = [back.keys() == weights.keys(), all(np.array_equal(back[name], weights[name]) for name in weights)]
-    yield discrete("retinanet names", "round trip", same, np.ones(2, bool))
-
+    rows = retinanet.head_rows(model)
+    fill_rows(model, rows, {name: array.astype(dtype) for name, array in weights.items()})
     maps = [jnp.asarray(image(one["shape"], one["seed"]), dtype) for one in doc["input_maps"]]
     objects = padded_objects(recorded, len(doc["images"]), dtype)
     padded, sizes = (jnp.asarray([one[name] for one in doc["images"]]) for name in ("pad_shape", "img_shape"))
     structure, params, _ = split(model)
+    back = {row.official: row.layout.to_official(np.asarray(params[row.ours])) for row in rows}
+    same = [back.keys() == weights.keys(), all(np.array_equal(back[name], weights[name]) for name in weights)]
+    yield discrete("retinanet names", "round trip", same, np.ones(2, bool))
 
     @jax.jit
     def run(params, maps):
@@ -145,7 +145,7 @@ def compare(folder: Path, x64: bool) -> Iterator[Compared]:
     yield from compare_targets(recorded, raw, wanted, padded)
     for name, ours in (("loss_cls", losses.classes), ("loss_bbox", losses.boxes), ("total", total)):
         yield from recorded.near("retinanet losses", f"loss/{name}", ours)
-    yield from compare_gradients(recorded, model, of_params, of_maps)
+    yield from compare_gradients(recorded, rows, of_params, of_maps)
 
     test = doc["config_used"]["test_cfg"]
 
@@ -189,16 +189,17 @@ def compare_targets(recorded: Recorded, raw: Any, wanted: Any, padded: jax.Array
 
 
 def compare_gradients(
-    recorded: Recorded, model: RetinaNet, of_params: Mapping[str, Any], of_maps: list[jax.Array]
+    recorded: Recorded, rows: list[Row], of_params: Mapping[str, Any], of_maps: list[jax.Array]
 ) -> Iterator[Compared]:
     """Yield the differences of the gradients' norms and first entries."""
-    rows = {row.official: row for row in table(model)}
+    by_name = {row.official: row for row in rows}
     norms, firsts = [], []
     for name in recorded.doc["grad_names"]:
         if name.startswith("input map "):
             gradient = channels_first(of_maps[int(name.split()[-1])])
         else:
-            gradient = rows[name].layout.to_official(np.asarray(of_params[rows[name].ours]))
+            row = by_name[name]
+            gradient = row.layout.to_official(np.asarray(of_params[row.ours]))
         norms.append(np.linalg.norm(gradient))
         firsts.append(np.resize(np.pad(gradient.ravel()[:8], (0, 8)), 8))
     yield from recorded.near("retinanet gradients", "grad/l2", norms, 1e-6)

@@ -350,6 +350,7 @@ def test_mistakes_are_one_line():
         ({"backbone": "evmamba_q"}, "did you mean 'evmamba_"),
         ({"backbone": "evmamba_t", "num_classes": 0}, "num_classes=0"),
         ({"backbone": "evmamba_t", "width": 2.5}, "width=2.5"),
+        ({"backbone": "evmamba_t", "out_norms": False}, "'out_norms'"),
         ({"backbone": "evmamba_t", "depth": 3}, "did you mean 'depths'"),
     ):
         with pytest.raises(UserError, match=message) as error:
