@@ -127,7 +127,6 @@ class RetinaNet(nnx.Module):
         rngs: nnx.Rngs,
     ):
         layer = {"dtype": dtype, "rngs": rngs}
-        self.num_classes = num_classes
         self.backbone = backbone
         levels = len(ANCHORS.strides)
         self.neck = FPN(widths, width, start_level=1, levels=levels, extra="on_input", **layer)
@@ -143,9 +142,10 @@ class RetinaNet(nnx.Module):
         Raises:
             UserError: sides that are no multiples of 32; otherwise as the backbone.
         """
-        height, width = images.shape[1:3]
-        if height % MULTIPLE or width % MULTIPLE:
-            raise UserError(f"images are {height}x{width}: pad both sides to multiples of {MULTIPLE} with zeros")
+        sides = images.shape[1:3]
+        if any(side % MULTIPLE for side in sides):
+            size = "x".join(map(str, sides))
+            raise UserError(f"images are {size}: pad both sides with zeros to multiples of {MULTIPLE}")
         return self.outputs(self.backbone.features(images, key=key))
 
     def outputs(self, maps: Sequence[jax.Array]) -> Raw:
@@ -181,7 +181,8 @@ class RetinaNet(nnx.Module):
 
         Args:
             images: as for a call.
-            sizes: (B, 2) height and width of every image before padding; None: the whole of ``images``.
+            sizes: (B, 2) height and width of every image before padding, to which boxes are limited; None: the whole of
+                ``images``.
             scales: (B, 2) width and height of every image over those of the picture it was resized from; boxes are
                 then in that picture's pixels. None: in those of ``images``.
             candidates: pairs of an anchor and a class that a level contributes, at most.
@@ -269,9 +270,7 @@ def detections(
     scales = jnp.ones((len(sizes), 2)) if scales is None else scales
 
     def of_image(logits: list, deltas: list, size: jax.Array, scale: jax.Array) -> Detections:
-        found = [
-            best_pairs(nnx.sigmoid(level), score_threshold, candidates) for level in logits
-        ]  # scores, anchors and labels
+        found = [best_pairs(nnx.sigmoid(level), score_threshold, candidates) for level in logits]
         boxes = [
             clip(CODER.decode(level[anchor], delta[anchor]), size)
             for level, delta, (_, anchor, _) in zip(anchors, deltas, found, strict=True)
@@ -295,8 +294,9 @@ def detections(
 def best_pairs(scores: jax.Array, threshold: float, limit: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return score, anchor and class of the best pairs of ``scores`` (N, K), those not above ``threshold`` with 0.
 
-    Their anchors are among as many with the best class scores, also where scores are equal and the lower index comes
-    first: a few thousand pairs are sorted in place of millions.
+    Of equal scores the lower anchor comes first, then the lower class. The anchors of the best ``limit`` pairs are
+    among the ``limit`` anchors whose best class has the highest score, ties included: so thousands of pairs are sorted
+    in place of millions.
     """
     scores = jnp.where(scores > jnp.asarray(threshold, scores.dtype), scores, 0)
     _, anchors = jax.lax.top_k(scores.max(1), min(limit, len(scores)))

@@ -221,8 +221,9 @@ def test_losses_of_one_anchor_by_hand():
         patch.setattr("evmamba_jax.detection.retinanet.ANCHORS", Anchors((8,), scales=ANCHORS.scales))
         size = 8 * 4 * 2 ** (1 / 3) / math.sqrt(2)  # anchor 1: ratio .5, the second scale
         box = jnp.asarray([[[-size, -size / 2, size * 1.2, size / 2]]])
-        wanted = targets(raw, Objects(box, jnp.asarray([[1]]), jnp.asarray([[True]])), jnp.asarray([[8, 8]]))
-        found = losses(raw, wanted)
+        objects, padded = Objects(box, jnp.asarray([[1]]), jnp.asarray([[True]])), jnp.asarray([[8, 8]])
+        wanted = jax.jit(targets)(raw, objects, padded)
+        found = jax.jit(losses)(raw, wanted)
     positive = np.flatnonzero(wanted.positive[0])
     assert 1 in positive
     p = 1 / (1 + math.exp(-1))

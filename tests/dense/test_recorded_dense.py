@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from recorded import compared, left_out
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "dense"
 FEWEST = {"retinanet": 30, "detection_ops": 50}  # comparisons
@@ -17,3 +18,12 @@ def test_recorded_cases_are_within_their_limits(kind, x64):
         found = list(importlib.import_module(f"recorded_{kind}").compare(GOLDEN, x64))
     assert len(found) > FEWEST[kind]
     assert [one for one in found if not one.difference <= one.limit] == []
+
+
+def test_what_has_no_model_is_named(tmp_path):
+    (tmp_path / "other.json").write_text("{}")
+    assert list(compared(tmp_path)) == []
+    assert left_out(tmp_path, set()) == ["other"]
+    missing = left_out(GOLDEN, {"nms_0.5"})
+    assert "giou" in missing
+    assert "nms_0.5" not in missing
