@@ -1,6 +1,6 @@
 """Object detection: what turns a backbone's maps into boxes."""
 
-from evmamba_jax.detection.factory import create_detector
+from evmamba_jax.detection.create import create_detector
 from evmamba_jax.detection.matching import Objects
 from evmamba_jax.detection.retinanet import Detections, Losses, RetinaNet
 

@@ -21,8 +21,8 @@ from evmamba_jax.detection.nms import batched_nms
 from evmamba_jax.errors import UserError
 from evmamba_jax.heads.fpn import FPN
 from evmamba_jax.heads.retinanet import RetinaNetHead
-from evmamba_jax.weights import heads
 from evmamba_jax.weights.convert import register, table
+from evmamba_jax.weights.detectors import fpn, retinanet_head
 from evmamba_jax.weights.layers import Row, below
 
 ANCHORS = Anchors(strides=(8, 16, 32, 64, 128), scales=tuple(4 * 2 ** (i / 3) for i in range(3)))
@@ -194,8 +194,8 @@ class RetinaNet(nnx.Module):
 
 def head_rows(model: RetinaNet) -> list[Row]:
     """Return the official names of pyramid and head, as mmdet's checkpoints have them."""
-    neck, head = heads.fpn(model.neck), heads.retinanet(model.head)
-    return [*below("neck", "neck", neck), *below("head", "bbox_head", head)]
+    neck = fpn(len(model.neck.laterals), len(model.neck.extra))
+    return [*below("neck", "neck", neck), *below("head", "bbox_head", retinanet_head(len(model.head.cls_tower)))]
 
 
 register(RetinaNet, lambda model: [*below("backbone", "backbone", table(model.backbone)), *head_rows(model)])

@@ -1,1 +1,1 @@
-"""Heads of detectors and segmenters: modules from the maps of a backbone to raw outputs, no training and no decoding."""
+"""Heads of detectors and segmenters: modules from a backbone's maps to raw outputs, no training and no decoding."""

@@ -1,7 +1,7 @@
 """Detectors by name, over any backbone of four stages."""
 
 from os import PathLike
-from typing import Any
+from typing import Any, Literal
 
 from flax import nnx
 
@@ -19,6 +19,7 @@ def create_detector(
     backbone: str,
     num_classes: int = 80,
     pretrained: str | PathLike[str] | None = None,
+    ema: bool | Literal["better"] = "better",
     width: int = 256,
     rngs: nnx.Rngs | None = None,
     **options: Any,
@@ -33,9 +34,9 @@ def create_detector(
         backbone: one of :func:`evmamba_jax.list_models` with maps of four sizes: EfficientVMamba, VMamba, MSVMamba or
             MambaVision. It is built with a norm for each map, as the official detectors have it.
         num_classes: of objects; there is no background among them.
-        pretrained: a file of an official detector, as mmdet writes it, or weights of the backbone, from any place that
-            :func:`evmamba_jax.create_model` takes; a classifier's head is then left out, and the rest keeps its
-            initial values.
+        pretrained: a place as :func:`evmamba_jax.create_model` takes it, of a whole detector's weights, or of a
+            classifier's, which fill the backbone alone. ``official`` is the released classifier.
+        ema: of a run as ``pretrained``, as :func:`evmamba_jax.create_model` takes it.
         width: channels of pyramid and head.
         rngs: source of the initial values; ``nnx.Rngs(0)`` when not given.
         **options: of the backbone (``drop_path_rate``, ``dtype``, ``in_channels``, its sizes, ...). ``dtype`` holds for
@@ -64,23 +65,10 @@ def create_detector(
     body = build_model(backbone, rngs=rngs, num_classes=0, out_norms=True, **options)
     widths = [norm.num_features for norm in body.out_norms]
     model = detector(body, widths, num_classes, width=width, dtype=body.config.dtype, rngs=rngs)
-    if pretrained is not None:
-        _load(model, pretrained, backbone)
     model.eval()
+    if pretrained is not None:
+        # Orbax takes a second to import; only who reads weights waits for it.
+        from evmamba_jax.weights.load import fill_model, load_composed
+
+        fill_model(*load_composed(model, pretrained, f"{name} with {backbone}", backbone=backbone, ema=ema))
     return model
-
-
-def _load(model: Any, place: str | PathLike[str], backbone: str) -> None:
-    # Orbax takes a second to import; only who reads weights waits for it.
-    from evmamba_jax.storage import is_bucket, local
-    from evmamba_jax.weights import from_torch, load_torch_file, load_weights
-    from evmamba_jax.weights.load import fill_model
-    from evmamba_jax.weights.places import resolve
-
-    path = resolve(place, backbone).path
-    if not is_bucket(path) and local(path).is_file():
-        weights = load_torch_file(path)
-        if any(name.startswith("backbone.") for name in weights):
-            from_torch(model, weights)
-            return
-    fill_model(model.backbone, load_weights(model.backbone, place, backbone, variant=backbone))
