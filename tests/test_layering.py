@@ -42,7 +42,7 @@ ROWS = {
     "config": "data errors ranges",
     "pruning": "analysis arrays checkpoints cli errors layers models storage weights",
     "reports": "errors pruning storage",
-    "tasks": "arrays config data errors models reports storage weights",
+    "tasks": "arrays config data errors heads models ranges reports segmentation storage weights",
     "training": """arrays checkpoints config data errors evmamba_jax layers lora packaged pruning reports storage
                    tasks weights""",
     "train": "cli packaged training",
@@ -52,7 +52,7 @@ ROWS = {
                     training""",
     "__main__": "cli errors evmamba_jax",
     "recipes": "data errors training",
-    "configs": "data evmamba_jax recipes training",
+    "configs": "data evmamba_jax recipes tasks training",
     "train_tpu": "train",
     "setup": "",
     "benchmarks": """analysis arrays checkpoints cli configs data errors evmamba_jax layers models pallas_kernels

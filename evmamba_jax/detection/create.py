@@ -1,9 +1,11 @@
 """Detectors by name, over any backbone of four stages."""
 
+from collections.abc import Mapping
 from os import PathLike
 from typing import Any, Literal
 
 from flax import nnx
+from flax.typing import Dtype
 
 from evmamba_jax.detection.retinanet import RetinaNet
 from evmamba_jax.errors import UserError, one_of
@@ -21,8 +23,9 @@ def create_detector(
     pretrained: str | PathLike[str] | None = None,
     ema: bool | Literal["better"] = "better",
     width: int = 256,
+    dtype: Dtype | None = None,
     rngs: nnx.Rngs | None = None,
-    **options: Any,
+    backbone_options: Mapping[str, Any] | None = None,
 ) -> Any:
     """Build a detector in evaluation mode, with the official initial values or with the weights of a place.
 
@@ -38,9 +41,9 @@ def create_detector(
             classifier's, which fill the backbone alone. ``official`` is the released classifier.
         ema: of a run as ``pretrained``, as :func:`evmamba_jax.create_model` takes it.
         width: channels of pyramid and head.
+        dtype: compute type, e.g. ``jnp.bfloat16``; boxes, scores, losses and statistics are float32 or wider.
         rngs: source of the initial values; ``nnx.Rngs(0)`` when not given.
-        **options: of the backbone (``drop_path_rate``, ``dtype``, ``in_channels``, its sizes, ...). ``dtype`` holds for
-            pyramid and head too.
+        backbone_options: of the backbone (``drop_path_rate``, ``in_channels``, its sizes, ...).
 
     Returns:
         An NNX module with ``loss(images, objects)`` and ``detect(images)``.
@@ -53,6 +56,7 @@ def create_detector(
     for option, number in {"num_classes": num_classes, "width": width}.items():
         if not isinstance(number, int) or isinstance(number, bool) or number < 1:
             raise UserError(f"{option}={number!r} is not allowed: it must be a whole number of at least 1")
+    options = dict(backbone_options or {})
     if "out_norms" in options:
         raise UserError("option 'out_norms' of the backbone is decided by the detector: leave it out")
     config = configuration(backbone)
@@ -62,9 +66,9 @@ def create_detector(
             "e.g. 'evmamba_t'"
         )
     rngs = nnx.Rngs(0) if rngs is None else rngs
-    body = build_model(backbone, rngs=rngs, num_classes=0, out_norms=True, **options)
+    body = build_model(backbone, rngs=rngs, dtype=dtype, num_classes=0, out_norms=True, **options)
     widths = [norm.num_features for norm in body.out_norms]
-    model = detector(body, widths, num_classes, width=width, dtype=body.config.dtype, rngs=rngs)
+    model = detector(body, widths, num_classes, width=width, dtype=dtype, rngs=rngs)
     model.eval()
     if pretrained is not None:
         # Orbax takes a second to import; only who reads weights waits for it.

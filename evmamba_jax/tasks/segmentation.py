@@ -124,7 +124,6 @@ class Segmentation(Task):
     chooses = Figure("mIoU", higher=True, title="mean IoU on the test images (%)")
     parts = ("aux_loss", "accuracy")
     head = "*_head.*"
-    config: SegmentationConfig
 
     # The configuration.
 
@@ -154,7 +153,8 @@ class Segmentation(Task):
 
     def build_model(self) -> Any:
         """Return the segmenter with fresh initial values."""
-        config, head = self.config, self.config.segmenter
+        config: Any = self.config
+        head = config.segmenter
         return create_segmenter(
             head.name,
             backbone=config.model.name,
@@ -173,7 +173,8 @@ class Segmentation(Task):
 
     def load(self, place: str | PathLike[str], *, ema: Ema = "better") -> Weights:
         """Return the weights of a segmenter; of a classifier too, where training goes on from its backbone."""
-        name = f"{self.config.segmenter.name} with {self.config.model.name}"
+        config: Any = self.config
+        name = f"{config.segmenter.name} with {config.model.name}"
         part, weights = load_composed(self.model, place, name, backbone=self.config.model.name, ema=ema)
         if part is self.model:
             return weights

@@ -268,8 +268,14 @@ def test_the_pyramid_repeats_cells_and_adds_levels():
         levels(levels=2)
 
 
+def retinanet(backbone="evmamba_t", **options):
+    """Return a RetinaNet; options that are not of its head are the backbone's."""
+    own = {name: options.pop(name) for name in ("num_classes", "width", "dtype", "pretrained") if name in options}
+    return create_detector("retinanet", backbone=backbone, backbone_options=options, **own)
+
+
 def abstract_detector(**options):
-    return nnx.eval_shape(lambda: create_detector("retinanet", **options))
+    return nnx.eval_shape(lambda: retinanet(**options))
 
 
 def test_official_names_and_size_of_the_paper():
@@ -294,7 +300,7 @@ def test_official_names_and_size_of_the_paper():
 
 
 def test_weights_go_both_ways_and_come_from_files(tmp_path):
-    model = create_detector("retinanet", **SMALL)
+    model = retinanet(**SMALL)
     given = weights(manifest(model))
     from_torch(model, given)
     back = to_torch(model)
@@ -302,15 +308,15 @@ def test_weights_go_both_ways_and_come_from_files(tmp_path):
     chex.assert_trees_all_equal({name: back[name] for name in given}, given)
 
     save_pth(tmp_path / "detector.pth", {"state_dict": {f"module.module.{name}": a for name, a in given.items()}})
-    again = create_detector("retinanet", **SMALL, pretrained=tmp_path / "detector.pth")
+    again = retinanet(**SMALL, pretrained=tmp_path / "detector.pth")
     chex.assert_trees_all_equal(to_torch(again), back)
     with pytest.raises(UserError, match=r"retina_cls.* of another|of another shape: 'bbox_head.retina_cls"):
-        create_detector("retinanet", **{**SMALL, "num_classes": 4}, pretrained=tmp_path / "detector.pth")
+        retinanet(**{**SMALL, "num_classes": 4}, pretrained=tmp_path / "detector.pth")
 
     options = {name: SMALL[name] for name in ("depths", "d_state")}
     classifier = weights(manifest(abstract_model("evmamba_t", **options)))
     save_pth(tmp_path / "classifier.pth", {"model": classifier})
-    started = to_torch(create_detector("retinanet", **SMALL, pretrained=tmp_path / "classifier.pth"))
+    started = to_torch(retinanet(**SMALL, pretrained=tmp_path / "classifier.pth"))
     name = "layers.2.1.conv_dw.0.weight"
     np.testing.assert_array_equal(started[f"backbone.{name}"], classifier[name])
     np.testing.assert_array_equal(started["backbone.outnorm2.weight"], np.ones(192))
@@ -319,7 +325,7 @@ def test_weights_go_both_ways_and_come_from_files(tmp_path):
 
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16], ids=["float32", "bfloat16"])
 def test_a_detector_has_losses_and_detections_of_fixed_shapes(dtype):
-    model = create_detector("retinanet", **SMALL, dtype=dtype)
+    model = retinanet(**SMALL, dtype=dtype)
     images = jnp.asarray(np.random.default_rng(7).normal(size=(2, 64, 96, 3)), jnp.float32)
     objects = Objects(jnp.asarray([[[8, 8, 40, 40.0]]] * 2), jnp.asarray([[1], [0]]), jnp.asarray([[True], [False]]))
 
@@ -355,7 +361,7 @@ def test_mistakes_are_one_line():
         ({"backbone": "evmamba_t", "depth": 3}, "did you mean 'depths'"),
     ):
         with pytest.raises(UserError, match=message) as error:
-            create_detector("retinanet", **options)
+            retinanet(**options)
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="'retinanet'"):
         create_detector("retina", backbone="evmamba_t")
