@@ -42,7 +42,7 @@ ROWS = {
     "config": "data errors ranges",
     "pruning": "analysis arrays checkpoints cli errors layers models storage weights",
     "reports": "errors pruning storage",
-    "tasks": "arrays config data errors heads models ranges reports segmentation storage weights",
+    "tasks": "arrays config data detection errors heads models ranges reports segmentation storage weights",
     "training": """arrays checkpoints config data errors evmamba_jax layers lora packaged pruning reports storage
                    tasks weights""",
     "train": "cli packaged training",

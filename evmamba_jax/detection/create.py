@@ -7,7 +7,7 @@ from typing import Any, Literal
 from flax import nnx
 from flax.typing import Dtype
 
-from evmamba_jax.detection.retinanet import RetinaNet
+from evmamba_jax.detection.retinanet import RetinaNet, anchors_of
 from evmamba_jax.errors import UserError, one_of
 from evmamba_jax.layers.backbone import StagedConfig
 from evmamba_jax.models.registry import build_model, configuration
@@ -23,6 +23,7 @@ def create_detector(
     pretrained: str | PathLike[str] | None = None,
     ema: bool | Literal["better"] = "better",
     width: int = 256,
+    octave_base_scale: float = 4.0,
     dtype: Dtype | None = None,
     rngs: nnx.Rngs | None = None,
     backbone_options: Mapping[str, Any] | None = None,
@@ -41,6 +42,7 @@ def create_detector(
             classifier's, which fill the backbone alone. ``official`` is the released classifier.
         ema: of a run as ``pretrained``, as :func:`evmamba_jax.create_model` takes it.
         width: channels of pyramid and head.
+        octave_base_scale: side of the smallest square anchor of a level, in strides; less finds smaller objects.
         dtype: compute type, e.g. ``jnp.bfloat16``; boxes, scores, losses and statistics are float32 or wider.
         rngs: source of the initial values; ``nnx.Rngs(0)`` when not given.
         backbone_options: of the backbone (``drop_path_rate``, ``in_channels``, its sizes, ...).
@@ -68,7 +70,11 @@ def create_detector(
     rngs = nnx.Rngs(0) if rngs is None else rngs
     body = build_model(backbone, rngs=rngs, dtype=dtype, num_classes=0, out_norms=True, **options)
     widths = [norm.num_features for norm in body.out_norms]
-    model = detector(body, widths, num_classes, width=width, dtype=dtype, rngs=rngs)
+    if not octave_base_scale > 0:
+        raise UserError(f"octave_base_scale={octave_base_scale!r} is not allowed: it must be above 0")
+    model = detector(
+        body, widths, num_classes, width=width, anchors=anchors_of(octave_base_scale), dtype=dtype, rngs=rngs
+    )
     model.eval()
     if pretrained is not None:
         # Orbax takes a second to import; only who reads weights waits for it.

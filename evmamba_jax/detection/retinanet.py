@@ -25,10 +25,18 @@ from evmamba_jax.weights.convert import register, table
 from evmamba_jax.weights.detectors import fpn, retinanet_head
 from evmamba_jax.weights.layers import Row, below
 
-ANCHORS = Anchors(strides=(8, 16, 32, 64, 128), scales=tuple(4 * 2 ** (i / 3) for i in range(3)))
+STRIDES = (8, 16, 32, 64, 128)
 CODER = DeltaCoder()
 MATCHER = Matcher(positive=0.5, negative=0.4)
 MULTIPLE = 32  # of the sides of images: of the coarsest map's stride
+
+
+def anchors_of(octave_base_scale: float = 4.0) -> Anchors:
+    """Return RetinaNet's anchors, nine a cell: the side of the smallest square one, in strides, as mmdet names it."""
+    return Anchors(strides=STRIDES, scales=tuple(octave_base_scale * 2 ** (i / 3) for i in range(3)))
+
+
+ANCHORS = anchors_of()  # of all published settings
 
 
 class Raw(NamedTuple):
@@ -112,6 +120,7 @@ class RetinaNet(nnx.Module):
         widths: channels of these maps.
         num_classes: K, without a background.
         width: channels of pyramid and head.
+        anchors: nine a cell.
         dtype: compute type of both. Boxes, scores and losses are float32 or wider whatever it says.
         rngs: source of the initial values.
     """
@@ -123,14 +132,16 @@ class RetinaNet(nnx.Module):
         num_classes: int,
         *,
         width: int = 256,
+        anchors: Anchors = ANCHORS,
         dtype: Dtype | None = None,
         rngs: nnx.Rngs,
     ):
         layer = {"dtype": dtype, "rngs": rngs}
         self.backbone = backbone
-        levels = len(ANCHORS.strides)
+        self.anchors = anchors
+        levels = len(anchors.strides)
         self.neck = FPN(widths, width, start_level=1, levels=levels, extra="on_input", **layer)
-        self.head = RetinaNetHead(num_classes, ANCHORS.per_cell, width, width, **layer)
+        self.head = RetinaNetHead(num_classes, anchors.per_cell, width, width, **layer)
 
     def __call__(self, images: jax.Array, *, key: jax.Array | None = None) -> Raw:
         """Return the raw outputs.
@@ -166,7 +177,7 @@ class RetinaNet(nnx.Module):
         """
         raw = self(images, key=key)
         padded = jnp.broadcast_to(jnp.asarray(images.shape[1:3]), (len(images), 2)) if padded is None else padded
-        return losses(raw, targets(raw, objects, padded))
+        return losses(raw, targets(raw, objects, padded, self.anchors))
 
     def detect(
         self,
@@ -189,7 +200,7 @@ class RetinaNet(nnx.Module):
             limit: D, detections of an image at most.
         """
         sizes = jnp.broadcast_to(jnp.asarray(images.shape[1:3]), (len(images), 2)) if sizes is None else sizes
-        return detections(self(images), sizes, scales, candidates=candidates, limit=limit)
+        return detections(self(images), sizes, scales, candidates=candidates, limit=limit, anchors=self.anchors)
 
 
 def head_rows(model: RetinaNet) -> list[Row]:
@@ -201,23 +212,23 @@ def head_rows(model: RetinaNet) -> list[Row]:
 register(RetinaNet, lambda model: [*below("backbone", "backbone", table(model.backbone)), *head_rows(model)])
 
 
-def targets(raw: Raw, objects: Objects, padded: jax.Array) -> Targets:
+def targets(raw: Raw, objects: Objects, padded: jax.Array, anchors: Anchors = ANCHORS) -> Targets:
     """Return what the anchors of a batch are trained for; arguments as for :meth:`RetinaNet.loss`.
 
     Crowds have no influence in the official settings: leave them out of ``objects``.
     """
     classes = raw.logits[0].shape[-1] // ANCHORS.per_cell
     dtype = jnp.promote_types(raw.deltas[0].dtype, jnp.float32)
-    anchors = jnp.concatenate(ANCHORS.boxes(raw.sizes, dtype))
+    places = jnp.concatenate(anchors.boxes(raw.sizes, dtype))
 
     def of_image(boxes: jax.Array, labels: jax.Array, valid: jax.Array, image: jax.Array) -> tuple[jax.Array, ...]:
         boxes = boxes.astype(dtype)
-        inside = jnp.concatenate(ANCHORS.inside(raw.sizes, image))
-        index = MATCHER(anchors, boxes, valid, inside=inside).index
+        inside = jnp.concatenate(anchors.inside(raw.sizes, image))
+        index = MATCHER(places, boxes, valid, inside=inside).index
         positive, number = index > 0, jnp.maximum(index - 1, 0)
         label = jnp.where(positive, labels[number], classes).astype(jnp.int32)
         # An anchor is no step away from itself.
-        deltas = CODER.encode(anchors, jnp.where(positive[:, None], boxes[number], anchors))
+        deltas = CODER.encode(places, jnp.where(positive[:, None], boxes[number], places))
         return label, index >= 0, positive, deltas
 
     label, counted, positive, deltas = jax.vmap(of_image)(*objects, padded)
@@ -247,6 +258,7 @@ def detections(
     limit: int = 100,
     score_threshold: float = 0.05,
     iou_threshold: float = 0.5,
+    anchors: Anchors = ANCHORS,
 ) -> Detections:
     """Return the objects that raw outputs tell of.
 
@@ -262,18 +274,19 @@ def detections(
         limit: see there.
         score_threshold: from 0 to 1.
         iou_threshold: from 0 to 1.
+        anchors: of the model.
 
     Source: mmdet 3.3.0 ``mmdet/models/dense_heads/base_dense_head.py``.
     """
     logits, deltas = raw.by_anchor()
-    anchors = ANCHORS.boxes(raw.sizes, deltas[0].dtype)
+    places = anchors.boxes(raw.sizes, deltas[0].dtype)
     scales = jnp.ones((len(sizes), 2)) if scales is None else scales
 
     def of_image(logits: list, deltas: list, size: jax.Array, scale: jax.Array) -> Detections:
         found = [best_pairs(nnx.sigmoid(level), score_threshold, candidates) for level in logits]
         boxes = [
             clip(CODER.decode(level[anchor], delta[anchor]), size)
-            for level, delta, (_, anchor, _) in zip(anchors, deltas, found, strict=True)
+            for level, delta, (_, anchor, _) in zip(places, deltas, found, strict=True)
         ]
         boxes = jnp.concatenate(boxes)
         boxes = boxes / jnp.tile(scale, 2).astype(boxes.dtype)

@@ -229,12 +229,15 @@ class Task(abc.ABC):
     def pictures(self, folder: Path, collector: Collector) -> None:  # noqa: B027
         """Draw what the last evaluation of a run collected, of the better of parameters and moving average."""
 
-    def tables(self, folder: Path, sums: Mapping[str, Any], best: str, whose: str) -> list[str]:
+    def tables(
+        self, folder: Path, sums: Mapping[str, Any], collectors: Mapping[str, Any], best: str, whose: str
+    ) -> list[str]:
         """Write what an evaluation alone leaves in its folder.
 
         Args:
             folder: the work folder.
             sums: of ``model`` and, where there is one, ``ema``, with all details.
+            collectors: of the same.
             best: which of these was found better.
             whose: the weights in words.
 

@@ -263,7 +263,9 @@ class Classification(Task):
         assert isinstance(collector, Gallery)
         predictions(folder, *collector.chosen(), self.class_names)
 
-    def tables(self, folder: Path, sums: Mapping[str, Any], best: str, whose: str) -> list[str]:
+    def tables(
+        self, folder: Path, sums: Mapping[str, Any], collectors: Mapping[str, Any], best: str, whose: str
+    ) -> list[str]:
         """Write per_class.csv and, if asked for, confusion.png of the better of parameters and moving average."""
         counts = {variant: total["by_class"] for variant, total in sums.items()}
         write_per_class(folder, counts, self.class_names)

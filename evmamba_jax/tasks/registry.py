@@ -29,7 +29,11 @@ def task_of(config: Config) -> type[Task]:
         UserError: an unknown task, or a value that cannot be.
     """
     config.validate()
-    files = {module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)])} - {"base", "registry"}
+    files = {module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)])} - {
+        "base",
+        "composed",
+        "registry",
+    }
     if config.task in files - _TASKS.keys():  # a task's own libraries are loaded with it, not with every other
         importlib.import_module(f"evmamba_jax.tasks.{config.task}")
     if config.task not in _TASKS:

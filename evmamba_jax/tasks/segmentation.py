@@ -5,32 +5,26 @@
 
 import dataclasses
 from collections.abc import Mapping
-from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from evmamba_jax.arrays import merge, split
 from evmamba_jax.config import Config
 from evmamba_jax.data.config import DataConfig
 from evmamba_jax.data.device import normalize
 from evmamba_jax.data.readers import Example
-from evmamba_jax.data.scenes import CLASSES, GROUND, LENGTHS, SIDE, DigitScenes
-from evmamba_jax.data.sources import Description
-from evmamba_jax.errors import UserError
+from evmamba_jax.data.scenes import SIDE
 from evmamba_jax.heads.resize import bilinear
 from evmamba_jax.ranges import chosen, free, ranged
 from evmamba_jax.reports.label_maps import LABEL_MAPS, PER_CLASS, draw_label_maps, write_per_class
 from evmamba_jax.segmentation import create_segmenter
 from evmamba_jax.segmentation.losses import IGNORED, cross_entropy
-from evmamba_jax.tasks.base import Batch, Collector, Figure, Moment, Task
+from evmamba_jax.tasks.base import Batch, Collector, Figure, Moment
+from evmamba_jax.tasks.composed import Composed
 from evmamba_jax.tasks.registry import register
-from evmamba_jax.weights import Weights
-from evmamba_jax.weights.load import Ema, load_composed
 
 PICTURED = 12  # images in label_maps.png
 
@@ -118,83 +112,18 @@ class Worst(Collector):
 
 
 @register("segmentation")
-class Segmentation(Task):
+class Segmentation(Composed):
     """A class for every pixel."""
 
     chooses = Figure("mIoU", higher=True, title="mean IoU on the test images (%)")
     parts = ("aux_loss", "accuracy")
     head = "*_head.*"
+    needs, part, example = SegmentationConfig, "segmenter", "configs/digits_segmentation.py"
+    truth, ground = "label maps", True
 
-    # The configuration.
-
-    @classmethod
-    def validate(cls, config: Config) -> None:
-        """Check the data set and what label maps cannot have."""
-        if not isinstance(config, SegmentationConfig):
-            raise UserError("config.task=segmentation needs a SegmentationConfig: see configs/digits_segmentation.py")
-        if config.data.name != "digit_scenes":
-            raise UserError(f"config.data.name={config.data.name!r} has no label maps; there is digit_scenes")
-        for name in ("mixup", "cutmix", "label_smoothing", "random_erasing", "hflip"):
-            if getattr(config.data, name):
-                raise UserError(f"config.data.{name} is for images of one class: set it to 0")
-        if config.data.image_size != SIDE or config.data.in_channels != 3:
-            raise UserError(f"scenes of digits have {SIDE} pixels a side and 3 channels: set data.image_size={SIDE}")
-
-    # The model.
-
-    def abstract_model(self) -> Any:
-        """Return the segmenter, traced once for its errors."""
-        model = nnx.eval_shape(self.build_model)
-        model.eval()
-        graphdef, *arrays = split(model)
-        image = jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), jnp.float32)
-        jax.eval_shape(lambda arrays, image: merge(graphdef, *arrays)(image), arrays, image)
-        return model
-
-    def build_model(self) -> Any:
-        """Return the segmenter with fresh initial values."""
-        config: Any = self.config
-        head = config.segmenter
-        return create_segmenter(
-            head.name,
-            backbone=config.model.name,
-            num_classes=len(self.class_names),
-            width=head.width,
-            aux_width=head.aux_width,
-            dropout=head.dropout,
-            dtype=jnp.dtype(config.model.dtype),
-            rngs=nnx.Rngs(config.seed),
-            backbone_options={
-                "drop_path_rate": config.model.drop_path_rate,
-                "remat": config.model.remat,
-                **config.model.options,
-            },
-        )
-
-    def load(self, place: str | PathLike[str], *, ema: Ema = "better") -> Weights:
-        """Return the weights of a segmenter; of a classifier too, where training goes on from its backbone."""
-        config: Any = self.config
-        name = f"{config.segmenter.name} with {config.model.name}"
-        part, weights = load_composed(self.model, place, name, backbone=self.config.model.name, ema=ema)
-        if part is self.model:
-            return weights
-        if self.config.eval_only:
-            raise UserError(f"{place} holds a backbone, not a segmenter: train from it, or name a segmenter's weights")
-        _, params, stats = split(self.build_model())
-        own = [{f"backbone.{name}": array for name, array in arrays.items()} for arrays in weights[:2]]
-        return weights._replace(params={**params, **own[0]}, batch_stats={**stats, **own[1]})
-
-    # The data.
-
-    @classmethod
-    def describe(cls, config: Config) -> Description:
-        """Return classes and length of the scenes."""
-        return Description((GROUND, *CLASSES), LENGTHS["train"], "scenes are made as they are read")
-
-    @classmethod
-    def open_source(cls, config: Config, split: str, work: Path | None = None) -> DigitScenes:
-        """Open a split."""
-        return DigitScenes(split, ground=True)
+    def create(self, **shared: Any) -> Any:
+        """Return the segmenter."""
+        return create_segmenter(**shared, aux_width=self.about.aux_width, dropout=self.about.dropout)
 
     def reader(self) -> SceneMaps:
         """Return what takes scenes apart."""
@@ -259,7 +188,9 @@ class Segmentation(Task):
         assert isinstance(collector, Worst)
         draw_label_maps(folder / LABEL_MAPS, [one[2:] for one in collector.kept], self.class_names)
 
-    def tables(self, folder: Path, sums: Mapping[str, Any], best: str, whose: str) -> list[str]:
+    def tables(
+        self, folder: Path, sums: Mapping[str, Any], collectors: Mapping[str, Any], best: str, whose: str
+    ) -> list[str]:
         """Write per_class.csv."""
         write_per_class(folder, {name: Counts(*total["counts"]) for name, total in sums.items()}, self.class_names)
         return [PER_CLASS]

@@ -27,13 +27,18 @@ class Evaluation(NamedTuple):
         figures: the task's metrics by name; metrics of the moving average begin with ``ema_``.
         sums: the task's sums, of ``model`` and, where there is one, ``ema``.
         best: "ema" where the moving average was found better, else "model".
-        collector: of the best; None where the task has none.
+        collectors: of ``model`` and, where there is one, ``ema``; None where the task has none.
     """
 
     figures: dict[str, float]
     sums: dict[str, dict[str, Any]]
     best: str
-    collector: Collector | None
+    collectors: dict[str, Collector | None]
+
+    @property
+    def collector(self) -> Collector | None:
+        """Of the best."""
+        return self.collectors[self.best]
 
 
 class Evaluator:
@@ -100,7 +105,7 @@ class Evaluator:
         sums = {name: jax.device_get(total) for name, total in totals.items()}
         figures, chooses = self._figures(sums, collectors), self.task.chooses
         best = "ema" if average_is_better(figures, chooses.name, chooses.higher) else "model"
-        return Evaluation(figures, sums, best, collectors[best])
+        return Evaluation(figures, sums, best, collectors)
 
     def weights(self, place: str | os.PathLike[str]) -> tuple[tuple[Any, Any], str]:
         """Return the parameters of a place and their moving average, or None, on all devices; and the place in words.

@@ -139,7 +139,8 @@ def train(
                     evaluate = functools.partial(
                         evaluator, state.model, state.ema, pictures=may_be_last, check=stopping.check
                     )
-                    figures, _, _, collector = stopping.minding(evaluate)
+                    evaluation = stopping.minding(evaluate)
+                    figures, collector = evaluation.figures, evaluation.collector
                 except Stopped as stopped:  # the next start evaluates this step
                     leave(stopped.signal, step, state)
                 evaluated = step
@@ -186,7 +187,8 @@ def train(
                 report.line(f"the run stands for step {best}, the best")
                 variables, _ = evaluator.weights(workdir)
                 evaluate = functools.partial(evaluator, *variables, pictures=True, check=stopping.check)
-                shown, _, _, collector = stopping.minding(evaluate)
+                evaluation = stopping.minding(evaluate)
+                shown, collector = evaluation.figures, evaluation.collector
             with stopping.at_once():
                 if setup.sparse.active:
                     _write_sparsity(setup, state, workdir)

@@ -217,13 +217,12 @@ def test_padding_objects_changes_nothing():
 def test_losses_of_one_anchor_by_hand():
     raw = Raw([jnp.full((1, 1, 1, 18), -50.0)], [jnp.zeros((1, 1, 1, 36))])
     raw.logits[0] = raw.logits[0].at[..., 3].set(1.0)  # anchor 1, class 1
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("evmamba_jax.detection.retinanet.ANCHORS", Anchors((8,), scales=ANCHORS.scales))
-        size = 8 * 4 * 2 ** (1 / 3) / math.sqrt(2)  # anchor 1: ratio .5, the second scale
-        box = jnp.asarray([[[-size, -size / 2, size * 1.2, size / 2]]])
-        objects, padded = Objects(box, jnp.asarray([[1]]), jnp.asarray([[True]])), jnp.asarray([[8, 8]])
-        wanted = jax.jit(targets)(raw, objects, padded)
-        found = jax.jit(losses)(raw, wanted)
+    anchors = Anchors((8,), scales=ANCHORS.scales)
+    size = 8 * 4 * 2 ** (1 / 3) / math.sqrt(2)  # anchor 1: ratio .5, the second scale
+    box = jnp.asarray([[[-size, -size / 2, size * 1.2, size / 2]]])
+    objects, padded = Objects(box, jnp.asarray([[1]]), jnp.asarray([[True]])), jnp.asarray([[8, 8]])
+    wanted = jax.jit(lambda raw: targets(raw, objects, padded, anchors))(raw)
+    found = jax.jit(losses)(raw, wanted)
     positive = np.flatnonzero(wanted.positive[0])
     assert 1 in positive
     p = 1 / (1 + math.exp(-1))

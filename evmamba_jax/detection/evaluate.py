@@ -1,0 +1,115 @@
+"""Average precision of boxes, by COCO's own code.
+
+pycocotools and not a faster copy: it is what all published figures were made with.
+"""
+
+import contextlib
+import io
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from evmamba_jax.errors import UserError
+
+# The figures of COCOeval.stats, in its order.
+FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+
+
+class Truth(NamedTuple):
+    """The objects of an image: boxes (G, 4), x0 y0 x1 y1 in pixels, and labels (G,)."""
+
+    boxes: np.ndarray
+    labels: np.ndarray
+
+
+class Found(NamedTuple):
+    """The detections of an image: boxes (D, 4), scores (D,), labels (D,)."""
+
+    boxes: np.ndarray
+    scores: np.ndarray
+    labels: np.ndarray
+
+
+class Precision(NamedTuple):
+    """What an evaluation found.
+
+    Attributes:
+        figures: by the names of ``FIGURES``, per cent; without those that nothing stands for, such as AP of large
+            objects where there are none.
+        by_class: AP of each class (K,), per cent; NaN of a class without objects.
+    """
+
+    figures: dict[str, float]
+    by_class: np.ndarray
+
+
+def average_precision(truths: Sequence[Truth], found: Sequence[Found], classes: int) -> Precision:
+    """Return COCO's figures for images with their objects and detections.
+
+    Args:
+        truths: of each image.
+        found: of each image.
+        classes: K.
+
+    Raises:
+        UserError: pycocotools is not installed.
+
+    Source: pycocotools ``COCOeval``: means over overlaps of .5 to .95, 101 recalls, at most 100 detections an image.
+    """
+    try:
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+    except ImportError as error:
+        raise UserError("average precision needs pycocotools: pip install 'evmamba-jax[detection]'") from error
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco: Any = COCO()
+        coco.dataset = {
+            "images": [{"id": i} for i in range(len(truths))],
+            "categories": [{"id": k} for k in range(classes)],
+            "annotations": [
+                {
+                    "image_id": i,
+                    "category_id": int(label),
+                    "bbox": _corner_and_size(box),
+                    "area": _area(box),
+                    "iscrowd": 0,
+                }
+                for i, truth in enumerate(truths)
+                for box, label in zip(truth.boxes, truth.labels, strict=True)
+            ],
+        }
+        for number, annotation in enumerate(coco.dataset["annotations"], 1):
+            annotation["id"] = number
+        coco.createIndex()
+        rows = [
+            [i, *_corner_and_size(box), float(score), int(label)]
+            for i, one in enumerate(found)
+            for box, score, label in zip(*one, strict=True)
+        ]
+        if not rows or not coco.dataset["annotations"]:
+            nothing = {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}
+            return Precision(nothing, np.where(_counted(truths, classes), 0.0, np.nan))
+        evaluation: Any = COCOeval(coco, coco.loadRes(np.array(rows)), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    stats = zip(FIGURES, evaluation.stats, strict=True)
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # overlaps, recalls, classes; all areas, 100 detections
+    by_class = np.array([100 * p[p > -1].mean() if (p > -1).any() else np.nan for p in precision.transpose(2, 0, 1)])
+    return Precision({name: 100 * float(value) for name, value in stats if value > -1}, by_class)
+
+
+def _counted(truths: Sequence[Truth], classes: int) -> np.ndarray:
+    return np.bincount(np.concatenate([truth.labels for truth in truths]).astype(int), minlength=classes) > 0
+
+
+def _corner_and_size(box: np.ndarray) -> list[float]:
+    x0, y0, x1, y1 = map(float, box)
+    return [x0, y0, x1 - x0, y1 - y0]
+
+
+def _area(box: np.ndarray) -> float:
+    _, _, width, height = _corner_and_size(box)
+    return width * height

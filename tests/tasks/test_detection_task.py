@@ -1,0 +1,124 @@
+"""A box for every object: figures against loops, and a run of two steps with all that it leaves."""
+
+import contextlib
+import csv
+import io
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from configs import digits_detection
+from evmamba_jax.data import scenes
+from evmamba_jax.detection.evaluate import Found, Truth, average_precision
+from evmamba_jax.errors import UserError
+from evmamba_jax.tasks import detection, task_of
+from evmamba_jax.training import mesh as meshes
+from evmamba_jax.training import run
+from evmamba_jax.training.config import Duration
+
+
+def box(x, y, side=20):
+    return [x, y, x + side, y + side]
+
+
+def truth(boxes, labels):
+    return Truth(np.array(boxes, np.float32).reshape(-1, 4), np.array(labels))
+
+
+def found(boxes, scores, labels):
+    return Found(np.array(boxes, np.float32).reshape(-1, 4), np.array(scores), np.array(labels))
+
+
+def test_average_precision_of_cases_known_by_hand():
+    exact = average_precision([truth([box(0, 0)], [1])], [found([box(0, 0)], [0.9], [1])], 3)
+    assert exact.figures["AP"] == pytest.approx(100)
+    assert exact.by_class[1] == pytest.approx(100)
+    assert np.isnan(exact.by_class[[0, 2]]).all()
+    # An overlap of 18 * 20 / (22 * 20): right up to .8, wrong from .85 on, 7 of 10 thresholds.
+    shifted = average_precision([truth([box(0, 0)], [1])], [found([box(2, 0)], [0.9], [1])], 3)
+    assert shifted.figures["AP"] == pytest.approx(70)
+    # One of two found, after a wrong one: precision .5 at the recalls up to a half, which are 51 of 101.
+    half = average_precision(
+        [truth([box(0, 0), box(40, 40)], [0, 0])], [found([box(80, 0), box(0, 0)], [0.9, 0.8], [0, 0])], 1
+    )
+    assert half.figures["AP50"] == pytest.approx(100 * 0.5 * 51 / 101)
+    nothing = average_precision([truth([box(0, 0)], [1])], [found([], [], [])], 3)
+    assert nothing.figures["AP"] == 0
+    assert nothing.by_class[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "wrong"),
+    [
+        (found([box(1, 0), box(40, 41)], [0.9, 0.5], [3, 4]), 0),
+        (found([box(1, 0)], [0.9], [3]), 1),  # one is missed
+        (found([box(1, 0), box(0, 0)], [0.9, 0.8], [3, 3]), 2),  # found twice, and one missed
+        (found([box(1, 0), box(40, 41)], [0.9, 0.5], [4, 3]), 4),  # of the other's class
+        (found([box(1, 0), box(40, 41), box(9, 9)], [0.9, 0.5, 0.1], [3, 4, 4]), 0),  # too unsure to be shown
+    ],
+)
+def test_mistakes_of_an_image(answer, wrong):
+    assert detection.mistakes(truth([box(0, 0), box(40, 40)], [3, 4]), answer) == wrong
+
+
+def small():
+    config = digits_detection.get_config()
+    config.model.options = {"width": 8, "depths": (0, 0, 1, 0), "d_state": 2}
+    config.detector.width, config.detector.detections = 8, 5
+    config.batch_size, config.data.num_threads = 4, 2
+    config.duration, config.optim.warmup = Duration(steps=2), Duration(steps=1)
+    config.log_every = config.eval_every = config.save_every = Duration(steps=2)
+    return config
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    workdir, one_device = tmp_path_factory.mktemp("run") / "scenes", meshes.make_mesh
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as told:
+        patch.setattr(scenes, "LENGTHS", {"train": 8, "test": 6})
+        patch.setattr(meshes, "make_mesh", lambda config: one_device(config, jax.devices()[:1]))
+        figures = run(small(), workdir)
+        again = small()
+        again.eval_only, again.init_from = True, str(workdir)
+        evaluated = run(again, workdir.with_name("evaluated"))
+    return workdir, figures, evaluated, told.getvalue()
+
+
+def test_a_run_leaves_boxes_and_figures(trained):
+    workdir, figures, evaluated, told = trained
+    assert figures == evaluated
+    assert figures["examples"] == 6
+    assert f"AP {figures['AP']:.2f} %" in told
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["loss"] == pytest.approx(rows[0]["class_loss"] + rows[0]["box_loss"], rel=1e-5)
+    assert (workdir / "detections.png").is_file()
+    with (workdir.with_name("evaluated") / "per_class.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [row["name"] for row in table] == [*"0123456789"]
+
+
+def test_examples_hold_all_objects():
+    reader = detection.SceneBoxes(small().data)
+    scene = scenes.scene("test", 3)
+    example = reader.evaluate(scene)
+    count = len(scene.labels)
+    assert example["valid"].tolist() == [True] * count + [False] * (8 - count)
+    np.testing.assert_array_equal(example["boxes"][:count], scene.boxes)
+    np.testing.assert_array_equal(example["labels"][:count], scene.labels)
+    blank = reader.blank(training=True)
+    assert {name: (a.shape, a.dtype) for name, a in blank.items()} == {
+        name: (np.asarray(a).shape, np.asarray(a).dtype) for name, a in example.items()
+    }
+
+
+def test_mistakes_get_one_line():
+    config = small()
+    config.detector.octave_base_scale = 0.0
+    with pytest.raises(UserError, match="octave_base_scale=0.0 is not allowed"):
+        task_of(config)
+    config = small()
+    config.data.name = "digits"
+    with pytest.raises(UserError, match="name='digits' has no boxes; there is digit_scenes"):
+        task_of(config)
