@@ -34,7 +34,9 @@ def get_config() -> SegmentationConfig:
             cutmix=0.0,
             label_smoothing=0.0,
         ),
-        optim=OptimConfig(lr=4e-3, min_lr=0.0, warmup=Duration(steps=40), weight_decay=0.01, ema_decay=0.0),
+        optim=OptimConfig(
+            lr=4e-3, min_lr=0.0, warmup=Duration(steps=40), lr_changes="step", weight_decay=0.01, ema_decay=0.0
+        ),
         batch_size=16,
         duration=Duration(epochs=3),
         log_every=Duration(steps=25),
