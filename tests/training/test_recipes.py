@@ -22,6 +22,7 @@ EXAMPLES = {
     "digits": 1437,
     "fashion_mnist_debian": 60_000,
     "stamps": 5122,
+    "digit_scenes": 4000,
 }
 
 
