@@ -47,7 +47,7 @@ def test_files_are_taken_as_they_are(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ("digit", "no packaged config is called so, did you mean 'digits'?; allowed: digits, evmamba_b, "),
+        ("digit", "no packaged config is called so, did you mean 'digits'?; allowed: digits, digits_detection, "),
         ("evmamba_x:paper", "did you mean 'evmamba_"),
         ("configs/digitss.py", "there is no file configs/digitss.py, did you mean 'digits'?"),
         ("", "no packaged config is called so; allowed: digits"),

@@ -106,8 +106,10 @@ def _check_names(argv: list[str], kind: type[Config]) -> None:
         if _is_override(argument):
             name = argument.lstrip("-").split("=", 1)[0].removeprefix("config.")
             if name not in known:
+                part = name.rpartition(".")[0]
+                beside = [key for key in known if part and key.startswith(f"{part}.")] or known
                 raise UserError(
-                    f"unknown config key {name!r}{nearest(name, known)}; --help says where the names are listed"
+                    f"unknown config key {name!r}{nearest(name, beside)}; --help says where the names are listed"
                 )
             if _has_parts(known[name]):
                 inner = [key for key in known if key.startswith(name + ".")]

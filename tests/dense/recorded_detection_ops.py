@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from official_weights import image
-from recorded import Compared, difference, discrete
+from recorded_cases import Compared, difference, discrete
 from recorded_retinanet import Recorded
 
 from evmamba_jax.detection.anchors import Anchors

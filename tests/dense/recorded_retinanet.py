@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from official_weights import digest, image, tensor
-from recorded import Compared, difference, discrete
+from recorded_cases import Compared, difference, discrete
 
 from evmamba_jax.arrays import merge, split
 from evmamba_jax.detection import retinanet

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from official_weights import image
-from recorded import Compared, difference
+from recorded_cases import Compared, difference
 
 from evmamba_jax.data import opencv
 from evmamba_jax.heads.resize import adaptive_average_pool, bilinear

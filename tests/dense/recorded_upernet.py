@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from official_weights import digest, image, tensor
-from recorded import Compared, difference
+from recorded_cases import Compared, difference
 
 from evmamba_jax.arrays import Arrays, fill, merge, split
 from evmamba_jax.layers.projections import conv

@@ -2,45 +2,27 @@
 
 Prints a line a case, and at last how many are within their limits. ``JAX_ENABLE_X64=1`` compares in float64. The cases
 of ``KIND.json`` and ``KIND.npz`` are those of the module ``recorded_KIND``, whose ``compare(folder, x64)`` yields
-:class:`Compared`.
+``Compared``.
 """
 
 import importlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+from recorded_cases import Compared  # noqa: E402
+
 SHARED = HERE.parents[2] / "shared" / "experiments"
 KINDS = ("course_vim", "ops", "s5", "pruning")
 
 
-class Compared(NamedTuple):
-    """A comparison: of which case, of what, the largest difference over the rms, and what is allowed."""
-
-    case: str
-    what: str
-    difference: float
-    limit: float
-
-
-def difference(ours: Any, wanted: np.ndarray, *, relative: bool = True) -> float:
-    """Return the largest difference of two arrays over the rms of the second; infinite if the shapes differ."""
-    ours = np.asarray(ours, np.float64)
-    if ours.shape != wanted.shape:
-        return np.inf
-    largest = np.abs(ours - wanted).max(initial=0)
-    rms = np.sqrt(np.square(wanted).mean()) if relative else 1
-    return float(largest / rms if rms > 1e-12 else largest)  # zero in theory too
-
-
 def compared(folder: Path) -> Iterator[Compared]:
     """Yield the comparison of each case of a folder that is nearest to its limit, or furthest beyond."""
-    sys.path[:0] = [str(HERE), str(HERE.parent)]
     for kind in KINDS:
         worst: dict[str, Compared] = {}
         if not (folder / f"{kind}.json").exists():

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from official_weights import digest, image, manifest, weights
-from recorded import Compared
+from recorded_cases import Compared
 
 from evmamba_jax.analysis import count_parameters
 from evmamba_jax.arrays import merge, split

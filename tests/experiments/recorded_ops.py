@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from recorded import Compared, difference
+from recorded_cases import Compared, difference
 
 from evmamba_jax.arrays import Arrays, merge, split
 from evmamba_jax.layers.attention_pool import AttentionPool

@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import optax
-from recorded import Compared, difference
+from recorded_cases import Compared, difference
 
 from evmamba_jax import pruning
 from evmamba_jax.pruning.schedules import SCHEDULES

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from flax import nnx
-from recorded import Compared, difference
+from recorded_cases import Compared, difference
 from recorded_ops import compare_case, filled, limits, of_kind
 
 from evmamba_jax.layers.initializers import hippo_legs

@@ -55,8 +55,7 @@ def prepared(tmp_path_factory):
 def test_prepare_train_kill_resume(prepared, tmp_path):
     folder, env = prepared
     config = str(folder / "config.py")
-    data = f"--config.data.data_dir={env['TFDS_DATA_DIR']}"
-    code, out, err = run_here(data, "--workdir", tmp_path / "whole", config=config)
+    code, out, err = run("--workdir", tmp_path / "whole", config=config, env=env)
     assert code == 0, out + err
     assert "on imagenet2012, step 16" in out
     rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,39 @@
+"""What recorded numbers and ours are compared by, in ``experiments/recorded.py`` and ``dense/recorded.py``."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Compared(NamedTuple):
+    """A comparison: of which case, of what, the largest difference over the rms, and what is allowed."""
+
+    case: str
+    what: str
+    difference: float
+    limit: float
+
+
+def difference(ours: Any, wanted: np.ndarray, *, relative: bool = True, rms: float | None = None) -> float:
+    """Return the largest difference of two arrays over the rms of the second; infinite if the shapes differ.
+
+    Args:
+        ours: an array.
+        wanted: the recorded one.
+        relative: False returns the difference itself.
+        rms: of the array that ``wanted`` is a part of; None for its own.
+    """
+    ours = np.asarray(ours, np.float64)
+    if ours.shape != wanted.shape:
+        return np.inf
+    largest = np.abs(ours - wanted).max(initial=0)
+    if rms is None:
+        rms = np.sqrt(np.square(wanted).mean()) if relative and wanted.size else 1
+    return float(largest / rms if rms > 1e-12 else largest)  # zero in theory too
+
+
+def discrete(case: str, what: str, ours: Any, wanted: np.ndarray) -> Compared:
+    """Return the comparison of two arrays of integers or booleans: how many entries differ, of which none may."""
+    ours = np.asarray(ours)
+    differing = float((ours != wanted).sum()) if ours.shape == wanted.shape else np.inf
+    return Compared(case, what, differing, 0.5)
