@@ -81,7 +81,7 @@ def to_original(
         flipped: the input was mirrored, left to right.
 
     Returns:
-        (B, *size, K).
+        (B, height, width, K).
     """
     height, width = unpadded or logits.shape[1:3]
     logits = logits[:, :height, :width]
@@ -91,7 +91,7 @@ def to_original(
 def multi_scale(
     logits_of: Segmenter, images: Sequence[jax.Array], size: tuple[int, int], *, flip: bool = True
 ) -> jax.Array:
-    """Return the mean probabilities (B, *size, K) over scales, and over the mirrored images too.
+    """Return the mean probabilities (B, height, width, K) over scales, and over the mirrored images too.
 
     Args:
         logits_of: from images (B, H, W, C) to logits (B, H, W, K) of their size, e.g. ``partial(whole, model)`` or
