@@ -1,7 +1,6 @@
-"""Boxes on images: the truth beside what was found, and what an evaluation found of each class."""
+"""Boxes on images: the truth beside what was found."""
 
-import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,9 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from evmamba_jax.reports.drawing import BLUE, ORANGE, draws_names, save, short
-from evmamba_jax.storage import written_whole
 
-DETECTIONS, PER_CLASS = "detections.png", "per_class.csv"
+DETECTIONS = "detections.png"
 _COLUMNS = 4
 
 
@@ -57,27 +55,3 @@ def draw_boxes(axes: Axes, boxes: Boxes, colour: str, class_names: Sequence[str]
         words = short(class_names[int(label)]) + ("" if score is None else f" {score:.0%}")
         box = {"facecolor": colour, "edgecolor": "none", "pad": 0.8, "alpha": 0.8}
         axes.text(x0, y0, words, fontsize=7, color="white", va="bottom", bbox=box, clip_on=True)
-
-
-def write_per_class(folder: Path, by_class: Mapping[str, np.ndarray], class_names: Sequence[str]) -> None:
-    """Write per_class.csv: a line a class with its AP in per cent; empty for a class without objects.
-
-    Args:
-        folder: for the file.
-        by_class: AP (K,) of each variant.
-        class_names: K.
-
-    Raises:
-        UserError: the folder is full or not writable.
-    """
-    columns: dict[str, list] = {"class": [*range(len(class_names))], "name": [*class_names]}
-    for variant, values in by_class.items():
-        name = "AP" if variant == "model" else f"{variant}_AP"
-        columns[name] = ["" if np.isnan(value) else f"{value:.2f}" for value in values]
-    with (
-        written_whole(folder / PER_CLASS) as beside,
-        beside.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
-    ):
-        table = csv.writer(file)
-        table.writerow(columns)
-        table.writerows(zip(*columns.values(), strict=True))

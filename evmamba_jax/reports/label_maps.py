@@ -1,9 +1,7 @@
-"""Label maps beside the truth, and what an evaluation found of each class."""
+"""Label maps beside the truth."""
 
-import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -11,9 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from evmamba_jax.reports.drawing import draws_names, save, short
-from evmamba_jax.storage import written_whole
 
-LABEL_MAPS, PER_CLASS = "label_maps.png", "per_class.csv"
+LABEL_MAPS = "label_maps.png"
 _IGNORED = 255
 _LEGEND = 24  # classes that a legend names
 
@@ -62,29 +59,3 @@ def draw_label_maps(
     patches = [Patch(color=palette[k] / 255, label=short(class_names[k])) for k in seen[:_LEGEND]]
     figure.legend(handles=patches, loc="outside lower center", ncols=12, fontsize=9, frameon=False)
     save(figure, path)
-
-
-def write_per_class(folder: Path, counts: Mapping[str, Any], class_names: Sequence[str]) -> None:
-    """Write per_class.csv: a line a class with its pixels, IoU and accuracy in per cent; empty for a class nowhere.
-
-    Args:
-        folder: for the file.
-        counts: of each variant; ``counts.figures()`` gives IoU and accuracy (K,), ``counts.labelled`` the pixels.
-        class_names: K.
-
-    Raises:
-        UserError: the folder is full or not writable.
-    """
-    columns: dict[str, list[Any]] = {"class": [*range(len(class_names))], "name": [*class_names]}
-    for variant, count in counts.items():
-        prefix = "" if variant == "model" else f"{variant}_"
-        columns["pixels"] = [int(n) for n in count.labelled]  # the same for every variant
-        for name, values in zip(("IoU", "accuracy"), count.figures(), strict=True):
-            columns[prefix + name] = ["" if np.isnan(value) else f"{value:.2f}" for value in values]
-    with (
-        written_whole(folder / PER_CLASS) as beside,
-        beside.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
-    ):
-        table = csv.writer(file)
-        table.writerow(columns)
-        table.writerows(zip(*columns.values(), strict=True))

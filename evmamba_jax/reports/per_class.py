@@ -48,6 +48,28 @@ def write_per_class(folder: Path, counts: Mapping[str, Counts], class_names: Seq
         writer.writerows(rows)
 
 
+def write_columns(folder: Path, class_names: Sequence[str], columns: Mapping[str, Sequence[object]]) -> None:
+    """Write per_class.csv for any task: ``class``, ``name``, then these columns, a value a class.
+
+    Args:
+        folder: for the file.
+        class_names: one a class.
+        columns: by their names.
+
+    Raises:
+        UserError: the folder is full or not writable.
+    """
+    with written_whole(folder / PER_CLASS) as beside, _open(beside) as file:
+        table = csv.writer(file)
+        table.writerow(["class", "name", *columns])
+        table.writerows(zip(range(len(class_names)), class_names, *columns.values(), strict=True))
+
+
+def per_cent(values: Sequence[float] | np.ndarray) -> list[str]:
+    """Return figures as a column has them; empty where there is none."""
+    return ["" if np.isnan(value) else f"{value:.2f}" for value in values]
+
+
 def _open(path: Path) -> TextIO:
     # File names that are no UTF-8 give names with lone surrogates, which are written as escapes.
     return path.open("w", encoding="utf-8", errors="backslashreplace", newline="")

@@ -19,7 +19,8 @@ from evmamba_jax.data.scenes import COUNTS, SIDE
 from evmamba_jax.detection import Objects, create_detector
 from evmamba_jax.detection.evaluate import Found, Precision, Truth, average_precision
 from evmamba_jax.ranges import chosen, free, ranged
-from evmamba_jax.reports.detections import DETECTIONS, PER_CLASS, Boxes, draw_detections, write_per_class
+from evmamba_jax.reports.detections import DETECTIONS, Boxes, draw_detections
+from evmamba_jax.reports.per_class import PER_CLASS, per_cent, write_columns
 from evmamba_jax.tasks.base import Batch, Collector, Figure, Moment
 from evmamba_jax.tasks.composed import Composed
 from evmamba_jax.tasks.registry import register
@@ -221,8 +222,9 @@ class Detection(Composed):
     def tables(
         self, folder: Path, sums: Mapping[str, Any], collectors: Mapping[str, Any], best: str, whose: str
     ) -> list[str]:
-        """Write per_class.csv."""
+        """Write per_class.csv: AP of each class; empty for one without objects."""
         classes = len(self.class_names)
-        by_class = {variant: collector.precision(classes).by_class for variant, collector in collectors.items()}
-        write_per_class(folder, by_class, self.class_names)
+        names = {variant: "AP" if variant == "model" else f"{variant}_AP" for variant in collectors}
+        columns = {names[v]: per_cent(collector.precision(classes).by_class) for v, collector in collectors.items()}
+        write_columns(folder, self.class_names, columns)
         return [PER_CLASS]

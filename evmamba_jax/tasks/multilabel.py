@@ -3,7 +3,6 @@
 A table of pictures (``data.name=table``) gives the labels, several joined by ``;``.
 """
 
-import csv
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,7 @@ from evmamba_jax.data.readers import MultiLabelImages, Reader
 from evmamba_jax.errors import UserError
 from evmamba_jax.reports import page
 from evmamba_jax.reports.page import Section
-from evmamba_jax.reports.per_class import PER_CLASS
-from evmamba_jax.storage import written_whole
+from evmamba_jax.reports.per_class import PER_CLASS, write_columns
 from evmamba_jax.tasks.base import Batch, Collector, Figure
 from evmamba_jax.tasks.classification import Classification, binary_cross_entropy
 from evmamba_jax.tasks.registry import register
@@ -150,14 +148,12 @@ class Multilabel(Classification):
         """Write per_class.csv: images, precision, recall and F1 at 0.5 of each class, in per cent."""
         share = lambda part, whole: f"{100 * part / whole:.2f}" if whole else ""  # noqa: E731
         of = sums[best]
-        counts = zip(self.class_names, of["true"], of["found"], of["right"], strict=True)
-        with (
-            written_whole(folder / PER_CLASS) as beside,
-            beside.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
-        ):
-            table = csv.writer(file)
-            table.writerow(["class", "name", "images", "precision", "recall", "f1"])
-            for k, (name, true, found, right) in enumerate(counts):
-                figures = share(right, found), share(right, true), share(2 * right, true + found)
-                table.writerow([k, name, int(true), *figures])
+        true, found, right = (list(map(int, of[name])) for name in ("true", "found", "right"))
+        columns = {
+            "images": true,
+            "precision": [share(*pair) for pair in zip(right, found, strict=True)],
+            "recall": [share(*pair) for pair in zip(right, true, strict=True)],
+            "f1": [share(2 * r, t + f) for r, t, f in zip(right, true, found, strict=True)],
+        }
+        write_columns(folder, self.class_names, columns)
         return [PER_CLASS]

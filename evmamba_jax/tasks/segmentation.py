@@ -19,7 +19,8 @@ from evmamba_jax.data.readers import Example
 from evmamba_jax.data.scenes import SIDE
 from evmamba_jax.heads.resize import bilinear
 from evmamba_jax.ranges import chosen, free, ranged
-from evmamba_jax.reports.label_maps import LABEL_MAPS, PER_CLASS, draw_label_maps, write_per_class
+from evmamba_jax.reports.label_maps import LABEL_MAPS, draw_label_maps
+from evmamba_jax.reports.per_class import PER_CLASS, per_cent, write_columns
 from evmamba_jax.segmentation import create_segmenter
 from evmamba_jax.segmentation.losses import IGNORED, cross_entropy
 from evmamba_jax.tasks.base import Batch, Collector, Figure, Moment
@@ -191,6 +192,12 @@ class Segmentation(Composed):
     def tables(
         self, folder: Path, sums: Mapping[str, Any], collectors: Mapping[str, Any], best: str, whose: str
     ) -> list[str]:
-        """Write per_class.csv."""
-        write_per_class(folder, {name: Counts(*total["counts"]) for name, total in sums.items()}, self.class_names)
+        """Write per_class.csv: pixels, IoU and accuracy of each class; empty for one that is nowhere."""
+        columns: dict[str, list] = {}
+        for variant, total in sums.items():
+            counts, prefix = Counts(*total["counts"]), "" if variant == "model" else f"{variant}_"
+            overlaps, accuracies = counts.figures()
+            columns["pixels"] = [int(n) for n in counts.labelled]  # the same for every variant
+            columns |= {f"{prefix}IoU": per_cent(overlaps), f"{prefix}accuracy": per_cent(accuracies)}
+        write_columns(folder, self.class_names, columns)
         return [PER_CLASS]
