@@ -194,8 +194,8 @@ def write(found: dict[str, list[Found]], tickets: list[Any], out: Path) -> None:
     report.heading("Experiment 4: iterative pruning of Vim")
     report.text(
         f"Levels of {100 * RATE:.0f} % of the weights that are left, all arrays together, rewound to the dense run's "
-        "state after 2 % of it; beside each as many weights of every array chosen by chance. The barrier is that of "
-        "the test loss on the line from the level before."
+        "state after 2 % of it; beside each as many weights of every array chosen by chance. The barrier is how far "
+        "the test loss rises on the line from the level before."
     )
     report.table(
         ("level", "{:d}"),
@@ -233,7 +233,7 @@ def draw(found: dict[str, list[Found]], tickets: list[Any], path: Path) -> None:
     differences.axvline(0, color=GREY, linewidth=0.8)
     differences.set_yticks(range(len(names)), [f"{ROWS[name].words} ({ROWS[name].model})" for name in names])
     differences.invert_yaxis()
-    differences.set_title("top-1 less that of the baseline: seeds and mean", loc="left", fontsize=11)
+    differences.set_title("top-1 minus the baseline's top-1: seeds and mean", loc="left", fontsize=11)
     for control, words, colour in (("", "by magnitude", COLOURS[0]), ("random", "by chance", COLOURS[1])):
         chosen = [[t for t in own if t.level == 0 or t.control == control] for own in tickets]
         shares = [100 * t.density for t in chosen[0]]

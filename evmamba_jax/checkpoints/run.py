@@ -200,7 +200,7 @@ class Checkpoints:
         return healthy, items, read_description(folder)["meta"]
 
     def restore_step(self, step: int, abstract_items: Mapping[str, Any]) -> dict[str, Any]:
-        """Read the items of one step, as :meth:`restore` does those of the newest.
+        """Read the items of one step into the given shardings; nothing is moved aside.
 
         Raises:
             UserError: there is no such step, it is damaged, or it has other names, shapes or dtypes.

@@ -1,7 +1,7 @@
 """Scenes of handwritten digits on textured ground, with every digit's mask known: dense prediction without a network.
 
-Nothing is stored: a scene is a function of its split and index. The digits are scikit-learn's; those of the test scenes
-are in no training scene.
+Nothing is stored: a scene is a function of its split and index. The digits are scikit-learn's. No digit is in both
+training and test scenes.
 """
 
 import functools

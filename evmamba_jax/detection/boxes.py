@@ -21,7 +21,7 @@ def overlaps(a: jax.Array, b: jax.Array, mode: Literal["iou", "iof"] = "iou") ->
     Args:
         a: (..., N, 4), float32 or float64.
         b: (..., M, 4) of the same type.
-        mode: "iou" divides the common area by that of the union, "iof" by that of the box of ``a``.
+        mode: "iou" divides the common area by the area of the union, "iof" by the area of the box of ``a``.
 
     Returns:
         (..., N, M) of the same type.

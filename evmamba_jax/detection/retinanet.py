@@ -194,8 +194,8 @@ class RetinaNet(nnx.Module):
             images: as for a call.
             sizes: (B, 2) height and width of every image before padding, to which boxes are limited; None: the whole of
                 ``images``.
-            scales: (B, 2) width and height of every image over those of the picture it was resized from; boxes are
-                then in that picture's pixels. None: in those of ``images``.
+            scales: (B, 2) factors of width and height by which every picture was resized; boxes are then in
+                the picture's pixels. None: in pixels of ``images``.
             candidates: pairs of an anchor and a class that a level contributes, at most.
             limit: D, detections of an image at most.
         """
