@@ -1,0 +1,39 @@
+"""The recipe of small models on scenes of digits, for whatever stands on their backbone."""
+
+from typing import Any
+
+from evmamba_jax.data.config import DataConfig
+from evmamba_jax.training.config import Duration, ModelConfig, OptimConfig
+
+
+def recipe() -> dict[str, Any]:
+    """Return the fields that such configurations share."""
+    return dict(  # noqa: C408
+        model=ModelConfig(
+            name="evmamba_t",
+            drop_path_rate=0.0,
+            dtype="float32",
+            options={"width": 16, "depths": (1, 1, 1, 1), "d_state": 4},
+        ),
+        data=DataConfig(
+            name="digit_scenes",
+            eval_split="test",
+            image_size=128,
+            crop_pct=1.0,
+            mean=(0.5,) * 3,
+            std=(0.25,) * 3,
+            hflip=0.0,
+            random_erasing=0.0,
+            mixup=0.0,
+            cutmix=0.0,
+            label_smoothing=0.0,
+        ),
+        optim=OptimConfig(
+            lr=4e-3, min_lr=0.0, warmup=Duration(steps=40), lr_changes="step", weight_decay=0.01, ema_decay=0.0
+        ),
+        batch_size=16,
+        duration=Duration(epochs=3),
+        log_every=Duration(steps=25),
+        eval_every=Duration(epochs=1),
+        save_every=Duration(epochs=1),
+    )
