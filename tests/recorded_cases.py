@@ -1,7 +1,11 @@
 """What recorded numbers and ours are compared by, in ``experiments/recorded.py`` and ``dense/recorded.py``."""
 
+import importlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 
@@ -37,3 +41,22 @@ def discrete(case: str, what: str, ours: Any, wanted: np.ndarray) -> Compared:
     ours = np.asarray(ours)
     differing = float((ours != wanted).sum()) if ours.shape == wanted.shape else np.inf
     return Compared(case, what, differing, 0.5)
+
+
+def worst_of(folder: Path, kinds: Mapping[str, str]) -> Iterator[Compared]:
+    """Yield the comparison of each case of a folder that is nearest to its limit, or furthest beyond.
+
+    Args:
+        folder: of recorded files.
+        kinds: the kinds, whose modules ``recorded_KIND`` compare, with the file that has each one's cases.
+    """
+    for kind, file in kinds.items():
+        worst: dict[str, Compared] = {}
+        if not (folder / f"{file}.json").exists():
+            continue
+        module = importlib.import_module(f"recorded_{kind}")
+        for one in module.compare(folder, bool(jax.config.jax_enable_x64)):
+            known = worst.get(one.case)
+            if known is None or not one.difference / one.limit <= known.difference / known.limit:
+                worst[one.case] = one
+        yield from worst.values()

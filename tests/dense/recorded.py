@@ -5,36 +5,18 @@ Prints a line a case, then what there is no model for yet, and at last how many 
 recorded in the files of that kind; its ``compare(folder, x64)`` yields ``Compared``.
 """
 
-import importlib
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-
-import jax
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-from recorded_cases import Compared  # noqa: E402
+from recorded_cases import worst_of  # noqa: E402
 
 SHARED = HERE.parents[2] / "shared" / "dense"
 # With the file that has the kind's cases.
 KINDS = {"retinanet": "retinanet", "upernet": "upernet", "detection_ops": "ops", "segmentation_ops": "ops"}
-
-
-def compared(folder: Path) -> Iterator[Compared]:
-    """Yield the comparison of each case of a folder that is nearest to its limit, or furthest beyond."""
-    for kind, file in KINDS.items():
-        worst: dict[str, Compared] = {}
-        if not (folder / f"{file}.json").exists():
-            continue
-        module = importlib.import_module(f"recorded_{kind}")
-        for one in module.compare(folder, bool(jax.config.jax_enable_x64)):
-            known = worst.get(one.case)
-            if known is None or not one.difference / one.limit <= known.difference / known.limit:
-                worst[one.case] = one
-        yield from worst.values()
 
 
 def left_out(folder: Path, cases: set[str]) -> list[str]:
@@ -48,7 +30,7 @@ def left_out(folder: Path, cases: set[str]) -> list[str]:
 
 def main() -> int:
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else SHARED
-    cases = list(compared(folder))
+    cases = list(worst_of(folder, KINDS))
     for case, what, difference, limit in cases:
         print(f"{'ok  ' if difference <= limit else 'WRONG'} {case}: {what} {difference:.1e}, limit {limit:.0e}")
     missing = left_out(folder, {one.case for one in cases})
