@@ -6,10 +6,13 @@ The first boxes of a newcomer: it needs no download. The scenes are made as they
 digits that hide up to 30 % of one another; 4,000 to train, 200 of other digits to test.
 """
 
+from evmamba_jax.data.dense_config import DetectionData
 from evmamba_jax.recipes.digit_scenes import recipe
 from evmamba_jax.tasks.detection import DetectionConfig, DetectorConfig
 
 
 def get_config() -> DetectionConfig:
     """Return the configuration."""
-    return DetectionConfig(detector=DetectorConfig(width=48, octave_base_scale=2.0, detections=20), **recipe())
+    return DetectionConfig(
+        detector=DetectorConfig(width=48, octave_base_scale=2.0, detections=20), **recipe(DetectionData)
+    )

@@ -6,10 +6,13 @@ The first label map of a newcomer: it needs no download. The scenes are made as 
 digits that hide up to 30 % of one another; 4,000 to train, 200 of other digits to test.
 """
 
+from evmamba_jax.data.dense_config import SegmentationData
 from evmamba_jax.recipes.digit_scenes import recipe
 from evmamba_jax.tasks.segmentation import SegmentationConfig, SegmenterConfig
 
 
 def get_config() -> SegmentationConfig:
     """Return the configuration."""
-    return SegmentationConfig(segmenter=SegmenterConfig(width=32, aux_width=16, dropout=0.0), **recipe())
+    return SegmentationConfig(
+        segmenter=SegmenterConfig(width=32, aux_width=16, dropout=0.0), **recipe(SegmentationData)
+    )

@@ -19,6 +19,7 @@ HEIGHTS = 16, 56  # of a digit, pixels, both included
 _EDGE = 3  # pixels of height that a soft edge takes, at most
 COUNTS = 3, 8  # of digits in a scene, both included
 COVERED = 0.3  # of a digit's own pixels, that others may hide
+SHADES, INK = (20, 110), (150, 255)  # range of each channel: ground, and digits written with chalk on it
 _TRIES = 60  # places for a digit, after which it shrinks
 
 
@@ -97,7 +98,7 @@ def scene(split: str, index: int) -> Scene:
         chosen.append(labels[pick])
     image = ground
     for ink in inks:
-        image = image + ink[..., None] * (_contrasting(rng, ground) - image)
+        image = image + ink[..., None] * (rng.uniform(*INK, 3).astype(np.float32) - image)
     noisy = image + rng.normal(0, 4, image.shape)
     return Scene(
         np.clip(np.round(noisy), 0, 255).astype(np.uint8), np.array(chosen, np.int32), np.array(masks), np.array(whole)
@@ -148,20 +149,13 @@ def _sharpened(ink: np.ndarray) -> np.ndarray:
 
 def _texture(rng: np.random.Generator) -> np.ndarray:
     """Return ground of a colour with coarse and fine changes, float32 (H, W, 3)."""
-    colour = rng.uniform(40, 215, 3)
+    colour = rng.uniform(*SHADES, 3)
     ground = np.broadcast_to(colour, (SIDE, SIDE, 3)).astype(np.float32)
     for cells, strength in ((4, 22), (16, 12), (64, 7)):
         changes = rng.normal(0, strength, (cells, cells, 3)).astype(np.float32)
         channels = [Image.fromarray(changes[..., k]).resize((SIDE, SIDE), Image.Resampling.BICUBIC) for k in range(3)]
         ground = ground + np.stack([np.asarray(channel) for channel in channels], -1)
     return ground
-
-
-def _contrasting(rng: np.random.Generator, ground: np.ndarray) -> np.ndarray:
-    """Return a colour that differs clearly from the ground's mean."""
-    mean = ground.mean((0, 1))
-    colours = rng.uniform(0, 255, (16, 3))
-    return colours[np.abs(colours - mean).sum(1).argsort()[-6:][rng.integers(6)]].astype(np.float32)
 
 
 def _box(mask: np.ndarray) -> tuple[int, int, int, int]:

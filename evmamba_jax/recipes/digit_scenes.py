@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from evmamba_jax.data.config import DataConfig
+from evmamba_jax.data.dense_config import DenseData
 from evmamba_jax.training.config import Duration, ModelConfig, OptimConfig
 
 
-def recipe() -> dict[str, Any]:
-    """Return the fields that such configurations share."""
+def recipe(data: type[DenseData]) -> dict[str, Any]:
+    """Return the fields that such configurations share; ``data`` is the class of what they read."""
     return dict(  # noqa: C408
         model=ModelConfig(
             name="evmamba_t",
@@ -15,18 +15,14 @@ def recipe() -> dict[str, Any]:
             dtype="float32",
             options={"width": 16, "depths": (1, 1, 1, 1), "d_state": 4},
         ),
-        data=DataConfig(
+        data=data(
             name="digit_scenes",
             eval_split="test",
             image_size=128,
-            crop_pct=1.0,
+            scale=(128, 128),
             mean=(0.5,) * 3,
             std=(0.25,) * 3,
             hflip=0.0,
-            random_erasing=0.0,
-            mixup=0.0,
-            cutmix=0.0,
-            label_smoothing=0.0,
         ),
         optim=OptimConfig(
             lr=4e-3, min_lr=0.0, warmup=Duration(steps=40), lr_changes="step", weight_decay=0.01, ema_decay=0.0

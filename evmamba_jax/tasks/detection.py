@@ -13,6 +13,7 @@ import numpy as np
 
 from evmamba_jax.config import Config
 from evmamba_jax.data.config import DataConfig
+from evmamba_jax.data.dense_config import DetectionData
 from evmamba_jax.data.device import normalize
 from evmamba_jax.data.readers import Example
 from evmamba_jax.data.scenes import COUNTS, SIDE
@@ -44,6 +45,7 @@ class DetectionConfig(Config):
     """A run that detects."""
 
     task: str = free("detection")
+    data: DetectionData = dataclasses.field(default_factory=DetectionData)
     detector: DetectorConfig = dataclasses.field(default_factory=DetectorConfig)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from evmamba_jax.config import Config
 from evmamba_jax.data.config import DataConfig
+from evmamba_jax.data.dense_config import SegmentationData
 from evmamba_jax.data.device import normalize
 from evmamba_jax.data.readers import Example
 from evmamba_jax.data.scenes import SIDE
@@ -45,6 +46,7 @@ class SegmentationConfig(Config):
     """A run that segments."""
 
     task: str = free("segmentation")
+    data: SegmentationData = dataclasses.field(default_factory=SegmentationData)
     segmenter: SegmenterConfig = dataclasses.field(default_factory=SegmenterConfig)
 
 

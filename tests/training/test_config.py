@@ -11,12 +11,18 @@ from tiny import get_config
 
 from evmamba_jax import ranges
 from evmamba_jax.data.config import DataConfig
+from evmamba_jax.data.dense_config import DetectionData, SegmentationData
 from evmamba_jax.errors import UserError
 from evmamba_jax.models.registry import VARIANTS
 from evmamba_jax.tasks import task_of
+from evmamba_jax.tasks.detection import DetectorConfig
+from evmamba_jax.tasks.segmentation import SegmenterConfig
 from evmamba_jax.training.config import Config, DistributedConfig, Duration, MeshConfig, ModelConfig, OptimConfig
 
-KINDS = (Config, ModelConfig, OptimConfig, MeshConfig, DistributedConfig, Duration, DataConfig)
+KINDS = (
+    *(Config, ModelConfig, OptimConfig, MeshConfig, DistributedConfig, Duration, DataConfig),
+    *(SegmentationData, DetectionData, SegmenterConfig, DetectorConfig),
+)
 FAMILIES = sorted({type(variant.config) for variant in VARIANTS.values()}, key=lambda kind: kind.__name__)
 
 
