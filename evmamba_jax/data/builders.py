@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import io
 import os
+import shutil
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,28 @@ def writing(name: str, data_dir: Path) -> Iterator[None]:
     except (OSError, RuntimeError) as error:  # array_record raises RuntimeError, on a full disk for instance
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(f"{name} cannot be written to {data_dir}: {reason}") from error
+
+
+def check_space(name: str, data_dir: Path, size: int) -> None:
+    """Check that the disk has room for a data set.
+
+    Args:
+        name: of the data set.
+        data_dir: where it is written; it need not exist.
+        size: of its images and labels, bytes.
+
+    Raises:
+        UserError: there is too little.
+    """
+    existing = data_dir
+    while not existing.exists():
+        existing = existing.parent
+    needed, free = int(1.02 * size), shutil.disk_usage(existing).free  # names, labels and the record files' own
+    if free < needed:
+        raise UserError(
+            f"{name} needs {needed / 1e9:.3g} GB in {data_dir} and {free / 1e9:.3g} GB are free;"
+            " free some space or choose another folder with --data-dir"
+        )
 
 
 def _png(pixels: np.ndarray) -> bytes:

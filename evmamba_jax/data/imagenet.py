@@ -9,7 +9,6 @@ temporary files. The tars are therefore read in random order and should lie on a
 import dataclasses
 import io
 import os
-import shutil
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -22,7 +21,7 @@ from tensorflow_datasets.core.hashing import Hasher
 from tensorflow_datasets.core.utils.shard_utils import ShardConfig, get_shard_boundaries
 from tqdm import tqdm
 
-from evmamba_jax.data.builders import writing
+from evmamba_jax.data.builders import check_space, writing
 from evmamba_jax.errors import UserError
 
 TRAIN_IMAGES, VALIDATION_IMAGES = 1_281_167, 50_000
@@ -157,7 +156,7 @@ def prepare_imagenet(
             )
     validation = index_validation_tar(validation_tar, validation_images)
     train = index_train_tar(train_tar, train_images)
-    _check_space(data_dir, sum(image.size for image in [*train, *validation]))
+    check_space("imagenet2012", data_dir, sum(image.size for image in [*train, *validation]))
     with (
         writing("imagenet2012", data_dir),
         tqdm(total=len(train) + len(validation), desc="writing", unit=" images", mininterval=1.0) as progress,
@@ -242,15 +241,3 @@ def _members(tar: Path, inner: tarfile.TarInfo | None = None) -> list[tarfile.Ta
     if any(member.offset_data + member.size > end for member in members):
         raise UserError(f"{label} is truncated; download it again")
     return members
-
-
-def _check_space(data_dir: Path, image_bytes: int) -> None:
-    existing = data_dir
-    while not existing.exists():
-        existing = existing.parent
-    needed, free = int(1.02 * image_bytes), shutil.disk_usage(existing).free  # names, labels and the record files' own
-    if free < needed:
-        raise UserError(
-            f"imagenet2012 needs {needed / 1e9:.3g} GB in {data_dir} and {free / 1e9:.3g} GB are free;"
-            " free some space or choose another folder with --data-dir"
-        )

@@ -8,7 +8,7 @@ import socket
 import sys
 import urllib.parse
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypedDict
@@ -101,16 +101,29 @@ class Source:
         Raises:
             UserError: the file that holds the record is damaged.
         """
-        try:
-            example = tf_example_pb2.Example.FromString(self.records[index])  # pyrefly: ignore[missing-attribute]
-            feature = example.features.feature
+        with reading(self.name, f"{self.split}[{index}]"):
+            feature = features_of(self.records[index])
             image, label = feature["image"].bytes_list.value[0], feature["label"].int64_list.value[0]
-        except Exception as error:  # array_record and protobuf raise bare RuntimeErrors and their own kinds
-            raise UserError(
-                f"record {self.split}[{index}] of {self.name} cannot be read ({_first_line(error)}): prepare it again"
-            ) from error
         file_name = feature["file_name"].bytes_list.value if "file_name" in feature else ()
         return {"image": image, "label": label, "id": file_name[0].decode() if file_name else f"{self.split}[{index}]"}
+
+
+def features_of(record: bytes) -> Any:
+    """Return the features of a serialised ``tf.train.Example``, by name."""
+    return tf_example_pb2.Example.FromString(record).features.feature  # pyrefly: ignore[missing-attribute]
+
+
+@contextlib.contextmanager
+def reading(name: str, record: str) -> Iterator[None]:
+    """Tell in one line that a record of a data set cannot be read, whatever is raised.
+
+    Raises:
+        UserError: naming the data set and the record.
+    """
+    try:
+        yield
+    except Exception as error:  # array_record and protobuf raise bare RuntimeErrors and their own kinds
+        raise UserError(f"record {record} of {name} cannot be read ({_first_line(error)}): prepare it again") from error
 
 
 def open_source(
@@ -200,7 +213,7 @@ def describe(config: DataConfig) -> Description:
     folder = find_folder(data_dir, config.name)
     if folder is not None:
         info = tfds.builder_from_directory(folder).info
-        if config.train_split in info.splits or re.split(r"[\[+]", config.train_split)[0] in info.splits:
+        if config.train_split in info.splits or base_of(config.train_split) in info.splits:
             classes = _class_names(config.name, info.features)
             return Description(classes, info.splits[config.train_split].num_examples, str(folder))
     stem = re.split("[/:]", config.name)[0]
@@ -341,47 +354,87 @@ def _open_folder(folder: Path, split: str) -> Source:
     builder = tfds.builder_from_directory(folder)
     name, info = f"{builder.info.name}:{builder.info.version}", builder.info
     class_names = _class_names(name, info.features)
-    base = re.split(r"[\[+]", split)[0]
-    if base not in info.splits:
-        raise UserError(f"{name} has no split {split!r}{nearest(base, info.splits)}; there are {sorted(info.splits)}")
-    if not info.splits[base].num_examples:
+    records, _ = open_records(name, folder, info.splits, split, info.file_format.file_suffix)
+    whole = info.splits[base_of(split)]  # the same in whatever format the records are kept
+    fingerprint = f"{name} {split} {list(whole.shard_lengths)} {whole.num_bytes}"
+    return Source(name=name, split=split, class_names=class_names, records=records, fingerprint=fingerprint)
+
+
+def base_of(split: str) -> str:
+    """Return the split that a TFDS slice such as ``"train[:90%]"`` is cut from."""
+    return re.split(r"[\[+]", split)[0]
+
+
+def open_records(
+    name: str,
+    folder: Path,
+    splits: tfds.core.splits.SplitDict,
+    split: str,
+    suffix: str,
+    promise: str = "dataset_info.json",
+) -> tuple[Records, list[tuple[str, np.ndarray]]]:
+    """Open the records of a split after checking that all of it is there.
+
+    Args:
+        name: of the data set, for messages.
+        folder: holds the files.
+        splits: all that there are.
+        split: as asked for, slices included.
+        suffix: of the files: "array_record" or "tfrecord".
+        promise: the file that says how many records there are.
+
+    Returns:
+        The records; and where they come from, in parts: a split's name and the numbers of the records in it, int64.
+
+    Raises:
+        UserError: no such split, or an empty one; files that are missing, incomplete or of another kind.
+    """
+    base = base_of(split)
+    if base not in splits:
+        raise UserError(f"{name} has no split {split!r}{nearest(base, splits)}; there are {sorted(splits)}")
+    if not splits[base].num_examples:
         raise UserError(f"split {base!r} of {name} in {folder} is empty")
     try:
-        instructions = info.splits[split].file_instructions
+        instructions = splits[split].file_instructions
     except (ValueError, KeyError) as error:
         raise UserError(f"split {split!r} of {name} cannot be read: {_first_line(error)}") from error
     if not instructions:
         raise UserError(f"split {split!r} of {name} in {folder} is empty")
 
-    shards = [Path(path) for path in info.splits[base].filepaths]
+    shards = [Path(path) for path in splits[base].filepaths]
     present = {path.name for path in folder.iterdir()}
     missing = [shard.name for shard in shards if shard.name not in present]
     if missing:
         raise UserError(
             f"{folder} is incomplete: {len(missing)} of the {len(shards)} files of split {base!r} are missing,"
-            f" the first is {missing[0]}; copy them or prepare {info.name} again"
+            f" the first is {missing[0]}; copy them or prepare {name.partition(':')[0]} again"
         )
-    expected = info.splits[base].shard_lengths
-    suffix = info.file_format.file_suffix
+    expected = splits[base].shard_lengths
     if suffix == "array_record":
         # Not at the top: there is none for Windows, where pictures in folders are read all the same.
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-        _check_counts(shards, _count_array_records(shards), expected)
+        _check_counts(shards, _count_array_records(shards), expected, promise)
         _allow_open_files(len(shards))
         records: Records = ArrayRecordDataSource(instructions)
     elif suffix == "tfrecord":
         offsets = record_offsets(shards)
-        _check_counts(shards, [len(starts) for starts in offsets], expected)
+        _check_counts(shards, [len(starts) for starts in offsets], expected, promise)
         starts = dict(zip(map(str, shards), offsets, strict=True))
         records = TFRecordFiles(
             [(str(i.filename), starts[str(i.filename)][i.skip : i.skip + i.take]) for i in instructions]
         )
     else:
         raise UserError(f"{folder} is stored as {suffix}, which is not read here; prepare it as array_record")
-    whole = info.splits[base]  # the same in whatever format the records are kept
-    fingerprint = f"{name} {split} {list(whole.shard_lengths)} {whole.num_bytes}"
-    return Source(name=name, split=split, class_names=class_names, records=records, fingerprint=fingerprint)
+    starts_at = {}
+    for other, info in splits.items():  # a sum such as "train+test" reads from several
+        before = np.cumsum([0, *info.shard_lengths]).tolist()
+        starts_at |= {str(path): (other, first) for path, first in zip(info.filepaths, before, strict=False)}
+    parts = []
+    for instruction in instructions:
+        other, first = starts_at[str(instruction.filename)]
+        parts.append((other, first + instruction.skip + np.arange(instruction.take, dtype=np.int64)))
+    return records, parts
 
 
 def _class_names(name: str, features) -> tuple[str, ...]:
@@ -397,12 +450,10 @@ def _class_names(name: str, features) -> tuple[str, ...]:
     return in_words(label.names) if label.names else tuple(map(str, range(label.num_classes or 0)))
 
 
-def _check_counts(shards: Sequence[Path], counts: Sequence[int], expected: Sequence[int]) -> None:
+def _check_counts(shards: Sequence[Path], counts: Sequence[int], expected: Sequence[int], promise: str) -> None:
     for shard, count, wanted in zip(shards, counts, expected, strict=True):
         if count != wanted:
-            raise UserError(
-                f"{shard} is incomplete: {count} records where dataset_info.json promises {wanted}; copy it again"
-            )
+            raise UserError(f"{shard} is incomplete: {count} records where {promise} promises {wanted}; copy it again")
 
 
 def _count_array_records(shards: Sequence[Path]) -> list[int]:
