@@ -23,6 +23,7 @@ _TURNS = {
     7: lambda pixels: pixels.swapaxes(0, 1)[::-1, ::-1],
     8: lambda pixels: np.rot90(pixels),
 }
+_SIDEWAYS = (5, 6, 7, 8)  # orientations that swap height and width
 
 
 class CorruptImageError(Exception):
@@ -66,6 +67,27 @@ def decode(data: bytes, channels: int, *, upright: bool = False, max_pixels: int
         raise
     except Image.UnidentifiedImageError as error:
         raise CorruptImageError("not an image file") from error
+    except Exception as error:  # on damaged files Pillow's plug-ins raise errors of every kind
+        raise CorruptImageError(" ".join(str(error).split())[:200] or type(error).__name__) from error
+
+
+def image_size(data: bytes, *, upright: bool = False) -> tuple[int, int]:
+    """Read the size of an image from the head of its file; the pixels are not looked at.
+
+    Args:
+        data: a file that Pillow reads.
+        upright: of the picture as its EXIF data turn it.
+
+    Returns:
+        Height and width, pixels.
+
+    Raises:
+        CorruptImageError: the bytes are no image.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            sideways = upright and _orientation(image) in _SIDEWAYS
+            return (image.width, image.height) if sideways else (image.height, image.width)
     except Exception as error:  # on damaged files Pillow's plug-ins raise errors of every kind
         raise CorruptImageError(" ".join(str(error).split())[:200] or type(error).__name__) from error
 

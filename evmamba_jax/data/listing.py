@@ -193,7 +193,7 @@ def _parquet(path: Path, data: bytes) -> list[Mapping[str, Any]]:
         raise UserError(f"the table {path} cannot be read: {str(error).splitlines()[0]}") from error
 
 
-def counted(names: Sequence[str], one: str, many: str) -> str:
-    """Return how many there are, in words, and the first of them by name."""
-    shown = ", ".join(map(printable, names[:3])) + (", ..." if len(names) > 3 else "")
+def counted(names: Sequence[str], one: str, many: str, most: int = 3) -> str:
+    """Return how many there are, in words, and the first of them, ``most`` of them, by name."""
+    shown = ", ".join(map(printable, names[:most])) + (", ..." if len(names) > most else "")
     return f"{len(names):,} {one if len(names) == 1 else many}: {shown}"

@@ -1,7 +1,5 @@
 """Random access to TFRecord files, for the folders that people already have."""
 
-import hashlib
-import os
 import struct
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from evmamba_jax.data.kept import kept_arrays
 from evmamba_jax.errors import UserError
 
 # A record is: length (8 bytes, little endian), checksum of the length (4), the data, checksum of the data (4).
@@ -40,8 +39,8 @@ class TFRecordFiles:
 def record_offsets(shards: Sequence[Path]) -> list[np.ndarray]:
     """Find where every record starts.
 
-    Walking through ImageNet's million records takes minutes on a slow disk, so the result is kept in
-    ``$XDG_CACHE_HOME/evmamba_jax`` (``~/.cache/evmamba_jax``) and used again for unchanged files.
+    Walking through ImageNet's million records takes minutes on a slow disk, so the result is kept and used again for
+    unchanged files.
 
     Args:
         shards: the files of one split.
@@ -52,23 +51,14 @@ def record_offsets(shards: Sequence[Path]) -> list[np.ndarray]:
     Raises:
         UserError: a shard ends in the middle of a record; it is named.
     """
-    state = [(str(shard), (stat := shard.stat()).st_size, stat.st_mtime_ns) for shard in shards]
-    key = hashlib.sha256(repr(state).encode()).hexdigest()[:32]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "evmamba_jax" / f"tfrecord-{key}.npz"
-    if cache.is_file():
-        with np.load(cache) as saved:
-            return np.split(saved["offsets"], saved["splits"])
 
-    with ThreadPoolExecutor(16) as pool:  # the disk, not the processor, is waited for
-        offsets = list(pool.map(_scan, shards))
-    try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        partial = cache.with_suffix(f".{os.getpid()}.npz")
-        np.savez(partial, offsets=np.concatenate(offsets), splits=np.cumsum([len(o) for o in offsets])[:-1])
-        partial.replace(cache)
-    except OSError:
-        pass  # a home that cannot be written to only costs the walk next time
-    return offsets
+    def walk() -> dict[str, np.ndarray]:
+        with ThreadPoolExecutor(16) as pool:  # the disk, not the processor, is waited for
+            offsets = list(pool.map(_scan, shards))
+        return {"offsets": np.concatenate(offsets), "splits": np.cumsum([len(o) for o in offsets])[:-1]}
+
+    found = kept_arrays("tfrecord", shards, walk)
+    return np.split(found["offsets"], found["splits"])
 
 
 def _scan(shard: Path) -> np.ndarray:
