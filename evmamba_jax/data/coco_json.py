@@ -122,7 +122,7 @@ def outside(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
     """
     start, end = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
     inside = np.minimum(end, [width, height]) - np.maximum(start, 0)
-    return (inside <= 0).any(1)
+    return np.asarray((inside <= 0).any(1))
 
 
 def tiny(boxes: np.ndarray, slack: float = 0.0) -> np.ndarray:
@@ -132,7 +132,7 @@ def tiny(boxes: np.ndarray, slack: float = 0.0) -> np.ndarray:
         boxes: float (N, 4), x, y, width, height in pixels.
         slack: what rounding may have taken from a side, pixels.
     """
-    return (boxes[:, 2:] < 1 - slack).any(1)
+    return np.asarray((boxes[:, 2:] < 1 - slack).any(1))
 
 
 def read_boxes(images: Path, file: Path, problems: Cases, findings: Cases) -> tuple[Categories, list[BoxItem]]:

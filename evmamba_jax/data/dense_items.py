@@ -14,7 +14,8 @@ from evmamba_jax.data.cases import Kind
 from evmamba_jax.data.decoding import CorruptImageError, decode
 from evmamba_jax.errors import UserError
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 MISSING: Kind = "image file is missing", "image files are missing"
 UNREADABLE: Kind = "image cannot be read", "images cannot be read"

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
+from etils import epath
 from tensorflow_datasets.core.naming import ShardedFileTemplate
 from tensorflow_datasets.proto import tf_example_pb2
 from tqdm import tqdm
@@ -64,7 +65,7 @@ def split_info(folder: Path, split: str, lengths: Sequence[int], size: int) -> t
         lengths: number of records of each file.
         size: of all of them, bytes.
     """
-    template = ShardedFileTemplate(folder, _TEMPLATE, split=split, filetype_suffix="array_record")
+    template = ShardedFileTemplate(epath.Path(folder), _TEMPLATE, split=split, filetype_suffix="array_record")
     return tfds.core.SplitInfo(name=split, shard_lengths=list(lengths), num_bytes=size, filename_template=template)
 
 

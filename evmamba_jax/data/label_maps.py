@@ -199,7 +199,7 @@ def _look(
     wrong: list[tuple[Kind, str]] = []
     counts = np.zeros(256, np.int64)
     name = f"{labels.name}/{maps[stem]}"
-    image_file = label_file = found = upright = data = None
+    image_file = label_file = found = upright = None
     try:
         label_file, label_data = check_file(labels / maps[stem])
         found = read_labels(label_data)
@@ -215,17 +215,17 @@ def _look(
             wrong.append((_BAD_IDS, f"{name} ({some}; allowed: {allowed})"))
         else:
             counts = np.bincount(indices.ravel(), minlength=256)
-    shape = (0, 0) if found is None else found.shape
+    height, width = (0, 0) if found is None else found.shape
     try:
         image_file, data = check_file(images / pictures[stem])
-        upright = check_image(data, *shape)
+        upright = check_image(data, height, width)
         if upright is None and found is not None:
-            wrong.append((_WRONG_SIZE, f"{name} ({shape[1]} x {shape[0]})"))
+            wrong.append((_WRONG_SIZE, f"{name} ({width} x {height})"))
     except (OSError, CorruptImageError) as error:
         wrong.append((UNREADABLE, f"{images.name}/{pictures[stem]} ({why_unreadable(error)})"))
     if wrong or image_file is None or label_file is None or upright is None:
         return None, counts[:classes], wrong
-    item = LabelMapItem(pictures[stem], image_file, *shape, upright, label_file, ignore_zero)
+    item = LabelMapItem(pictures[stem], image_file, height, width, upright, label_file, ignore_zero)
     return item, counts[:classes], wrong
 
 
