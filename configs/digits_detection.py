@@ -14,5 +14,5 @@ from evmamba_jax.tasks.detection import DetectionConfig, DetectorConfig
 def get_config() -> DetectionConfig:
     """Return the configuration."""
     return DetectionConfig(
-        detector=DetectorConfig(width=48, octave_base_scale=2.0, detections=20), **recipe(DetectionData)
+        detector=DetectorConfig(width=48, octave_base_scale=2.0, detections=20), **recipe(DetectionData, max_objects=8)
     )

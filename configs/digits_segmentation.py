@@ -14,5 +14,6 @@ from evmamba_jax.tasks.segmentation import SegmentationConfig, SegmenterConfig
 def get_config() -> SegmentationConfig:
     """Return the configuration."""
     return SegmentationConfig(
-        segmenter=SegmenterConfig(width=32, aux_width=16, dropout=0.0), **recipe(SegmentationData)
+        segmenter=SegmenterConfig(width=32, aux_width=16, dropout=0.0),
+        **recipe(SegmentationData, scale_range=(1.0, 1.0), most_of_a_class=1.0, photometric=False),
     )

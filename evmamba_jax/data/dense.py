@@ -25,6 +25,7 @@ PREPARE = {
     "ade20k": "prepare ade20k --source ADEChallengeData2016",
 }
 _PREPARE_OWN = "prepare boxes --name {0} ...` or `prepare label_maps --name {0} ..."
+_SMALLEST = 32  # pixels of an image's side: mmdet trains on none that is smaller
 _ROUNDED = 1e-3  # pixels that 32-bit fractions of a side may lose
 
 
@@ -111,6 +112,14 @@ class BoxSplit(DenseSplit):
         """Whether an image has an object that is no crowd, bool (N,)."""
         return self.objects[:, 1] > 0
 
+    def with_objects(self) -> "BoxSplit":
+        """Return the images to train on: those with an object that is no crowd, and sides of 32 pixels or more."""
+        chosen = np.flatnonzero(self.has_objects & (self.sizes.min(1) >= _SMALLEST))
+        if not len(chosen):
+            raise UserError(f"no image of {self.name}, split {self.split}, has an object to train on")
+        records = _Chosen(self.records, chosen)
+        return dataclasses.replace(self, records=records, sizes=self.sizes[chosen], objects=self.objects[chosen])
+
     def _record(self, features: Mapping[str, Any], index: int) -> dict[str, Any]:
         found = json.loads(_bytes(features, "objects"))
         corners = np.array(found["boxes"], np.float64).reshape(-1, 4)
@@ -125,6 +134,20 @@ class BoxSplit(DenseSplit):
             "segmentations": found["segmentations"],
             "annotation_ids": np.array(found["ids"], np.int64),
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chosen:
+    """Some of the records."""
+
+    records: Records
+    indices: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> bytes:
+        return self.records[int(self.indices[index])]
 
 
 class TfdsCocoSplit(BoxSplit):

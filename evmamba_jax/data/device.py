@@ -9,6 +9,12 @@ from einops import rearrange
 from evmamba_jax.data.config import DataConfig
 
 
+def without_padding(images: jax.Array, sizes: jax.Array) -> jax.Array:
+    """Return normalised images (B, H, W, C) with zeros beyond ``sizes`` (B, 2), their heights and widths."""
+    rows, columns = (jnp.arange(length) < sizes[:, axis, None] for axis, length in enumerate(images.shape[1:3]))
+    return jnp.where((rows[:, :, None] & columns[:, None])[..., None], images, 0)
+
+
 def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float], dtype=jnp.float32) -> jax.Array:
     """Scale bytes to [0, 1] and standardise each channel.
 

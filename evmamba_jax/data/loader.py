@@ -6,11 +6,12 @@ whatever the number of hosts, threads and worker processes, so resuming needs no
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 import threading
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -18,7 +19,7 @@ from absl import flags
 
 from evmamba_jax.data.config import DataConfig
 from evmamba_jax.data.decoding import CorruptImageError
-from evmamba_jax.data.readers import Example, LabelledImages, Reader
+from evmamba_jax.data.readers import Example, LabelledImages, Reader, Shape
 from evmamba_jax.data.sources import Split, labels_of
 from evmamba_jax.data.workers import Ledger, begin
 from evmamba_jax.errors import UserError, printable
@@ -117,13 +118,16 @@ def train_batches(
     rows = _rows(source, global_batch, process_index, process_count)
     if not 0 <= seed < 2**32:
         raise UserError(f"seed={seed} is not allowed: it must be 0 to {2**32 - 1}")
+    reader = reader or LabelledImages(config)
     order: grain.MapDataset = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
     if config.balanced:
         order = _Balanced(order, labels_of(source), seed)
     if config.repeated_aug > 1:
         order = _Views(order, len(source), config.repeated_aug)
     ledger = Ledger(config, source)
-    examples = order.random_map(_TrainExample(config, source, ledger, reader or LabelledImages(config)))
+    if hasattr(reader, "train_shape"):
+        order = ByShape(order, source, reader, seed=seed, global_batch=global_batch)
+    examples = order.random_map(_TrainExample(config, source, ledger, reader))
     return _read_ahead(_Parts(examples, rows, global_batch, start_step), config, ledger)
 
 
@@ -157,9 +161,13 @@ def eval_batches(
     """
     rows = _rows(source, global_batch, process_index, process_count)
     ledger = Ledger(config, source)
-    padded = math.ceil(len(source) / global_batch) * global_batch
-    example = _EvalExample(config, source, ledger, reader or LabelledImages(config))
-    examples = grain.MapDataset.range(padded).map(example)
+    reader = reader or LabelledImages(config)
+    if hasattr(reader, "eval_shape"):
+        order = eval_order(source, reader, global_batch)
+    else:
+        order = [(index, None) for index in range(len(source))]
+        order += [(-1, None)] * (-len(source) % global_batch)
+    examples = grain.MapDataset.source(order).map(_EvalExample(config, source, ledger, reader))
     return _read_ahead(_Parts(examples, rows, global_batch), config, ledger)
 
 
@@ -205,6 +213,94 @@ class _Views(grain.MapDataset[int]):
         return self._order[epoch * self._epoch + position // self._views]
 
 
+class Drawn(NamedTuple):
+    """An image of an order, with the seed of its own draws and the shape that follows from them."""
+
+    index: int
+    seed: tuple[int, int]
+    shape: Shape
+
+
+class ByShape(grain.MapDataset[Drawn]):
+    """An order in which each batch has examples of one shape: an epoch holds the same images, in other batches.
+
+    The images of each shape keep their order, and a batch comes when the last of its images would have come. Images
+    that are left over at the end of an epoch fill one batch more where they are enough for one: of the shape that most
+    of them have, and again with the first of that shape.
+
+    Args:
+        order: places in the source, without end.
+        source: has ``sizes``.
+        reader: a :class:`~evmamba_jax.data.readers.ShapedReader`.
+        seed: of the draws that shapes depend on.
+        global_batch: examples of a batch.
+
+    Source: mmdet's ``AspectRatioBatchSampler``, which pads the last batch of all shapes to the largest of them.
+    """
+
+    def __init__(self, order: grain.MapDataset, source: Any, reader: Any, *, seed: int, global_batch: int):
+        super().__init__(order)
+        self._order, self._sizes, self._reader, self._seed = order, source.sizes, reader, seed
+        self._batch, self._epoch = global_batch, max(1, len(source) // global_batch) * global_batch
+        self._known = _Epochs()
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, index: int):  # pyrefly: ignore[bad-override]
+        epoch, place = divmod(index, self._epoch)
+        with self._known.lock:
+            if epoch not in self._known.places:
+                while len(self._known.places) > 2:
+                    del self._known.places[min(self._known.places)]
+                self._known.places[epoch] = self._composed(epoch)
+            position, shape = self._known.places[epoch][place]
+        return Drawn(self._order[position], (self._seed, position), shape)
+
+    def _composed(self, epoch: int) -> list[tuple[int, Shape]]:
+        """Return positions of the order, as they come in the batches of an epoch, and their shapes."""
+        first, batch = epoch * len(self._sizes), self._batch
+        members: dict[Shape, list[int]] = {}
+        batches: list[tuple[list[int], Shape]] = []
+        taken: dict[Shape, int] = {}
+        for position in range(first, first + len(self._sizes)):
+            rng = np.random.default_rng((self._seed, position))
+            height, width = self._sizes[self._order[position]].tolist()
+            shape = self._reader.train_shape((height, width), rng)
+            members.setdefault(shape, []).append(position)
+            if len(members[shape]) - taken.get(shape, 0) == batch:
+                batches.append((members[shape][-batch:], shape))
+                taken[shape] = len(members[shape])
+        while len(batches) * batch < self._epoch:
+            left = {shape: those[taken.get(shape, 0) :] for shape, those in members.items()}
+            shape = max(left, key=lambda shape: len(left[shape]))
+            batches.append(((left[shape] + members[shape] * batch)[:batch], shape))
+            taken[shape] = len(members[shape])
+        return [(position, shape) for positions, shape in batches[: self._epoch // batch] for position in positions]
+
+
+class _Epochs:
+    """What threads know of the epochs that are read; worker processes find it out anew."""
+
+    def __init__(self):
+        self.lock, self.places = threading.Lock(), {}
+
+    def __reduce__(self):
+        return _Epochs, ()
+
+
+def eval_order(source: Any, reader: Any, global_batch: int) -> list[tuple[int, Shape]]:
+    """Return index and shape of every image, those of one shape together; index -1 fills the last batch of a shape."""
+    members: dict[Shape, list[int]] = {}
+    for index, (height, width) in enumerate(source.sizes.tolist()):
+        members.setdefault(reader.eval_shape((height, width)), []).append(index)
+    return [
+        (index, shape)
+        for shape, indices in sorted(members.items())
+        for index in indices + [-1] * (-len(indices) % global_batch)
+    ]
+
+
 class _Parts(grain.MapDataset[Batch]):
     """The rows of one process, step after step. The rows of a step come in parts of nearly equal size."""
 
@@ -239,20 +335,27 @@ class _TrainExample(grain.transforms.RandomMap):
     """From an index to a training example."""
 
     config: DataConfig
-    source: Split
+    source: Any
     ledger: Ledger
-    reader: Reader
+    reader: Any
     last: _Last = dataclasses.field(default_factory=_Last)
 
-    def random_map(self, element: int, rng: np.random.Generator) -> Example:  # pyrefly: ignore[bad-override]
-        for passed_over in range(len(self.source)):
-            index = (element + passed_over) % len(self.source)
+    def random_map(self, element: int | Drawn, rng: np.random.Generator) -> Example:  # pyrefly: ignore[bad-override]
+        first = element.index if isinstance(element, Drawn) else element
+        passed_over = 0
+        for index in itertools.chain(range(first, len(self.source)), range(first)):
+            if isinstance(element, Drawn):  # any image in its place has its shape
+                size, rng = self.source.sizes[index].tolist(), np.random.default_rng(element.seed)
+                if self.reader.train_shape(size, rng) != element.shape:
+                    continue
+                rng = np.random.default_rng(element.seed)
             with self.ledger.in_hand(index):
                 if self.last.index != index:
                     try:
                         self.last.decoded = _decoded(self.source, index, self.reader)
                     except CorruptImageError as error:
                         _stop_unless_skipping(self.config, self.source, error)
+                        passed_over += 1
                         continue
                     self.last.index = index
                 example = self.reader.train(self.last.decoded, rng)
@@ -269,16 +372,18 @@ class _EvalExample(grain.transforms.Map):
     ledger: Ledger
     reader: Reader
 
-    def map(self, element: int) -> Example:  # pyrefly: ignore[bad-override]
-        if element >= len(self.source):
-            return self.reader.blank(training=False) | _about(index=-1)
-        with self.ledger.in_hand(element):
+    def map(self, element: tuple[int, Shape | None]) -> Example:  # pyrefly: ignore[bad-override]
+        index, shape = element
+        of_shape: dict[str, Any] = {} if shape is None else {"shape": shape}
+        if index < 0:
+            return self.reader.blank(training=False, **of_shape) | _about(index=-1)
+        with self.ledger.in_hand(index):
             try:
-                decoded = _decoded(self.source, element, self.reader)
-                return self.reader.evaluate(decoded) | _about(index=element, weight=1)
+                decoded = _decoded(self.source, index, self.reader)
+                return self.reader.evaluate(decoded) | _about(index=index, weight=1)
             except CorruptImageError as error:
                 _stop_unless_skipping(self.config, self.source, error)
-                return self.reader.blank(training=False) | _about(index=element, corrupt=1)
+                return self.reader.blank(training=False, **of_shape) | _about(index=index, corrupt=1)
 
 
 def _about(*, index: int, weight: float = 0, corrupt: int = 0) -> Example:

@@ -9,6 +9,7 @@ Source: OpenCV 4 ``imgproc/src/{resize.cpp,color_hsv.simd.hpp}``; mmcv 2.1.0 ``i
 """
 
 import functools
+from typing import NamedTuple
 
 import numpy as np
 
@@ -37,12 +38,40 @@ def scaled_size(height: int, width: int, factor: float) -> tuple[int, int]:
     return int(height * factor + 0.5), int(width * factor + 0.5)
 
 
-def resize_bilinear(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize an image (H, W, C) or (H, W) of uint8 to (height, width, ...), as OpenCV's ``INTER_LINEAR`` does."""
+def size_of(image: np.ndarray) -> tuple[int, int]:
+    """Return height and width of an image (H, W, ...)."""
+    return image.shape[0], image.shape[1]
+
+
+class Window(NamedTuple):
+    """A part of an image, pixels: rows from ``top`` to before ``bottom``, columns from ``left`` to before ``right``."""
+
+    top: int
+    left: int
+    bottom: int
+    right: int
+
+    @property
+    def slices(self) -> tuple[slice, slice]:
+        """The same as an index."""
+        return slice(self.top, self.bottom), slice(self.left, self.right)
+
+
+def resize_bilinear(image: np.ndarray, height: int, width: int, window: Window | None = None) -> np.ndarray:
+    """Resize an image (H, W, C) or (H, W) of uint8 to (height, width, ...), as OpenCV's ``INTER_LINEAR`` does.
+
+    Args:
+        image: of uint8.
+        height: of the result.
+        width: of the result.
+        window: the part of the result that is wanted; only that is computed.
+    """
+    rows, columns = (window or Window(0, 0, height, width)).slices
     if image.shape[:2] == (height, width):
-        return image.copy()
-    top, bottom, upper, lower = _places(image.shape[0], height, clamp=False)
-    left, right, before, after = _places(image.shape[1], width, clamp=True)
+        return image[rows, columns].copy()
+    top, bottom, upper, lower = (each[rows] for each in _places(image.shape[0], height, clamp=False))
+    left, right, before, after = (each[columns] for each in _places(image.shape[1], width, clamp=True))
+    height, width = len(top), len(left)
     # Rows that no output needs are left out; in a large reduction that is most of them.
     needed, row = np.unique(np.concatenate([top, bottom]), return_inverse=True)
     wide = image[needed].reshape(len(needed), -1)  # with the channels of a pixel side by side, as one axis
@@ -86,11 +115,13 @@ def _places(old: int, new: int, *, clamp: bool) -> tuple[np.ndarray, np.ndarray,
     return np.clip(first, 0, old - 1), np.clip(first + 1, 0, old - 1), of_first, of_second
 
 
-def resize_nearest(labels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize labels or masks (H, W, ...) to (height, width, ...), as OpenCV's ``INTER_NEAREST`` does."""
+def resize_nearest(labels: np.ndarray, height: int, width: int, window: Window | None = None) -> np.ndarray:
+    """Resize labels or masks (H, W, ...) to (height, width, ...), or a window of it, as ``INTER_NEAREST`` does."""
     rows, columns = (
-        np.minimum((np.arange(new) * (1 / (new / old))).astype(np.int64), old - 1)
-        for old, new in zip(labels.shape[:2], (height, width), strict=True)
+        np.minimum((np.arange(new)[part] * (1 / (new / old))).astype(np.int64), old - 1)
+        for old, new, part in zip(
+            labels.shape[:2], (height, width), (window or Window(0, 0, height, width)).slices, strict=True
+        )
     )
     return labels[rows[:, None], columns]
 

@@ -36,6 +36,29 @@ class Reader(Protocol):
         ...
 
 
+Shape = tuple[int, ...]  # whatever tells the shapes of an example's arrays
+Size = tuple[int, int]  # height and width of an image as it is stored, pixels
+
+
+class ShapedReader(Reader, Protocol):
+    """A reader whose examples have different shapes; each batch is of one.
+
+    Its source has ``sizes``, int (N, 2), the ``Size`` of each image.
+    """
+
+    def train_shape(self, size: Size, rng: np.random.Generator) -> Shape:
+        """Return the shape that ``train`` will give an image, from the same draws of an ``rng`` of the same seed."""
+        ...
+
+    def eval_shape(self, size: Size) -> Shape:
+        """Return the shape that ``evaluate`` will give an image."""
+        ...
+
+    def blank(self, *, training: bool, shape: Shape | None = None) -> Example:
+        """Return an example of zeros, of a shape; by default of the one that most examples for training have."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class LabelledImages:
     """Images with a class each: ``image`` uint8 (H, W, C) and ``label`` int32 ().

@@ -64,20 +64,45 @@ class DigitScenes:
     """
 
     name = "digit_scenes/1.0.0"
+    most_objects = COUNTS[1]
     fingerprint = None
 
     def __init__(self, split: str, *, ground: bool = False):
         self.class_names = (GROUND, *CLASSES) if ground else CLASSES
         if split not in LENGTHS:
             raise UserError(f"split {split!r} of {self.name} is not there; its splits are {', '.join(LENGTHS)}")
-        self.split = split
+        self.split, self.kind = split, "label_maps" if ground else "boxes"
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Height and width of each image, int (N, 2)."""
+        return np.full((len(self), 2), SIDE)
+
+    def with_objects(self) -> "DigitScenes":
+        """Return the images that show objects: all."""
+        return self
+
+    @property
+    def category_ids(self) -> tuple[int, ...]:
+        """Of the classes, in files of results."""
+        return tuple(range(len(self.class_names)))
 
     def __len__(self) -> int:
         return LENGTHS[self.split]
 
     def __getitem__(self, index: int) -> dict:
-        """Return ``scene`` and ``id`` of an index from 0 to len - 1."""
-        return {"scene": scene(self.split, index), "id": f"{self.split}[{index}]"}
+        """Return a scene, by an index from 0 to len - 1.
+
+        Records have ``image``, ``id`` and ``image_id``; with the ground ``label_map``; without it ``boxes``,
+        ``labels``, ``crowd`` (none is one) and ``area`` (pixels that are seen).
+        """
+        found = scene(self.split, index)
+        record = {"image": found.image, "id": f"{self.split}[{index}]", "image_id": index}
+        if self.kind == "label_maps":
+            return record | {"label_map": found.label_map}
+        area = found.masks.sum((1, 2)).astype(float)
+        crowd = np.zeros(len(area), bool)
+        return record | {"boxes": found.boxes, "labels": found.labels, "crowd": crowd, "area": area}
 
 
 def scene(split: str, index: int) -> Scene:

@@ -17,10 +17,23 @@ FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "A
 
 
 class Truth(NamedTuple):
-    """The objects of an image: boxes (G, 4), x0 y0 x1 y1 in pixels, and labels (G,)."""
+    """The objects of an image.
+
+    Attributes:
+        boxes: (G, 4), x0 y0 x1 y1 in pixels.
+        labels: (G,) integers from 0.
+        crowd: (G,) booleans: detections inside a crowd are neither right nor wrong.
+        area: (G,) pixels that the object covers, by which it counts as small, medium or large.
+    """
 
     boxes: np.ndarray
     labels: np.ndarray
+    crowd: np.ndarray
+    area: np.ndarray
+
+    def scaled(self, scale: np.ndarray) -> "Truth":
+        """Return the objects of the image with width and height times ``scale``."""
+        return self._replace(boxes=self.boxes * np.tile(scale, 2), area=self.area * np.prod(scale))
 
 
 class Found(NamedTuple):
@@ -29,6 +42,10 @@ class Found(NamedTuple):
     boxes: np.ndarray
     scores: np.ndarray
     labels: np.ndarray
+
+    def scaled(self, scale: np.ndarray) -> "Found":
+        """Return the detections of the image with width and height times ``scale``."""
+        return self._replace(boxes=self.boxes * np.tile(scale, 2))
 
 
 class Precision(NamedTuple):
@@ -73,11 +90,11 @@ def average_precision(truths: Sequence[Truth], found: Sequence[Found], classes: 
                     "image_id": i,
                     "category_id": int(label),
                     "bbox": _corner_and_size(box),
-                    "area": _area(box),
-                    "iscrowd": 0,
+                    "area": float(area),
+                    "iscrowd": int(crowd),
                 }
                 for i, truth in enumerate(truths)
-                for box, label in zip(truth.boxes, truth.labels, strict=True)
+                for box, label, crowd, area in zip(*truth, strict=True)
             ],
         }
         for number, annotation in enumerate(coco.dataset["annotations"], 1):
@@ -102,7 +119,8 @@ def average_precision(truths: Sequence[Truth], found: Sequence[Found], classes: 
 
 
 def _counted(truths: Sequence[Truth], classes: int) -> np.ndarray:
-    return np.bincount(np.concatenate([truth.labels for truth in truths]).astype(int), minlength=classes) > 0
+    labels = [truth.labels[~truth.crowd] for truth in truths]
+    return np.bincount(np.concatenate(labels).astype(int), minlength=classes) > 0
 
 
 def _corner_and_size(box: np.ndarray) -> list[float]:
@@ -110,6 +128,29 @@ def _corner_and_size(box: np.ndarray) -> list[float]:
     return [x0, y0, x1 - x0, y1 - y0]
 
 
-def _area(box: np.ndarray) -> float:
-    _, _, width, height = _corner_and_size(box)
-    return width * height
+def result_rows(images: Sequence[int], found: Sequence[Found], source: Any) -> list[dict[str, Any]]:
+    """Return detections in COCO's form, for any of its tools.
+
+    Args:
+        images: places in the split.
+        found: in each of them.
+        source: the split: its records have an ``image_id``, and it has ``category_ids``.
+    """
+    return [
+        {
+            "image_id": image_id,
+            "category_id": source.category_ids[label],
+            "bbox": [round(side, 3) for side in _corner_and_size(box)],
+            "score": float(score),
+        }
+        for image_id, one in zip((source[i]["image_id"] for i in images), found, strict=True)
+        for box, score, label in zip(*one, strict=True)
+    ]
+
+
+def pairwise_overlaps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return the intersection over union of each box of ``a`` (N, 4) with each of ``b`` (M, 4): (N, M)."""
+    a, b = a[:, None], b[None]
+    both = np.maximum(np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2]), 0).prod(-1)
+    areas = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1)
+    return both / np.maximum(areas - both, 1e-9)

@@ -30,6 +30,29 @@ def bilinear(x: jax.Array, height: int, width: int, *, align_corners: bool = Fal
     return _apply(x, *(_corners(old, new) for old, new in zip(x.shape[1:3], (height, width), strict=True)))
 
 
+def bilinear_part(x: jax.Array, size: jax.Array, wanted: jax.Array, canvas: tuple[int, int]) -> jax.Array:
+    """Resize a part of a map as :func:`bilinear` does, where only the program's shapes are known before it runs.
+
+    Args:
+        x: (H, W, C), of which the first ``size`` rows and columns count.
+        size: (2,) integers.
+        wanted: (2,) rows and columns that these become.
+        canvas: rows and columns of the result, at least ``wanted``; what lies beyond does not matter.
+
+    Returns:
+        (*canvas, C), of the type of ``x``.
+    """
+    for axis in (0, 1):
+        last, new = size[axis] - 1, jnp.arange(canvas[axis])
+        place = (new.astype(jnp.float32) + 0.5) * (size[axis] / wanted[axis]).astype(jnp.float32) - 0.5
+        place = jnp.clip(place, 0, last)
+        first = place.astype(jnp.int32)
+        share = jnp.expand_dims(place - first, 1 - axis)[..., None].astype(x.dtype)
+        before, after = (jnp.take(x, jnp.minimum(i, last), axis) for i in (first, first + 1))
+        x = before * (1 - share) + after * share
+    return x
+
+
 def adaptive_average_pool(x: jax.Array, side: int) -> jax.Array:
     """Average a map (B, H, W, C) to (B, side, side, C).
 

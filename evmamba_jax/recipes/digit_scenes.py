@@ -6,8 +6,13 @@ from evmamba_jax.data.dense_config import DenseData
 from evmamba_jax.training.config import Duration, ModelConfig, OptimConfig
 
 
-def recipe(data: type[DenseData]) -> dict[str, Any]:
-    """Return the fields that such configurations share; ``data`` is the class of what they read."""
+def recipe(data: type[DenseData], **more: Any) -> dict[str, Any]:
+    """Return the fields that such configurations share.
+
+    Args:
+        data: the class of what they read.
+        more: fields of it. Scenes come as they are: a digit mirrored or cut is none.
+    """
     return dict(  # noqa: C408
         model=ModelConfig(
             name="evmamba_t",
@@ -23,6 +28,8 @@ def recipe(data: type[DenseData]) -> dict[str, Any]:
             mean=(0.5,) * 3,
             std=(0.25,) * 3,
             hflip=0.0,
+            eval_padding="buckets",
+            **more,
         ),
         optim=OptimConfig(
             lr=4e-3, min_lr=0.0, warmup=Duration(steps=40), lr_changes="step", weight_decay=0.01, ema_decay=0.0

@@ -199,6 +199,10 @@ class Task(abc.ABC):
             of arrays whose first axis is the batch's, for collectors.
         """
 
+    def eval_batch(self, devices: int) -> int:
+        """Return how many examples are evaluated at a time, on so many devices."""
+        return self.config.batch_size
+
     def collector(self, *, pictures: bool) -> Collector | None:
         """Return what notes answers on the host, anew for each evaluation of each set of weights; None for nothing.
 
@@ -230,7 +234,7 @@ class Task(abc.ABC):
         """Draw what the last evaluation of a run collected, of the better of parameters and moving average."""
 
     def tables(
-        self, folder: Path, sums: Mapping[str, Any], collectors: Mapping[str, Any], best: str, whose: str
+        self, folder: Path, sums: Mapping[str, Any], collectors: Mapping[str, Any], best: str, whose: str, source: Any
     ) -> list[str]:
         """Write what an evaluation alone leaves in its folder.
 
@@ -240,6 +244,7 @@ class Task(abc.ABC):
             collectors: of the same.
             best: which of these was found better.
             whose: the weights in words.
+            source: the split that was evaluated.
 
         Returns:
             The names of the files.

@@ -264,7 +264,7 @@ class Classification(Task):
         predictions(folder, *collector.chosen(), self.class_names)
 
     def tables(
-        self, folder: Path, sums: Mapping[str, Any], collectors: Mapping[str, Any], best: str, whose: str
+        self, folder: Path, sums: Mapping[str, Any], collectors: Mapping[str, Any], best: str, whose: str, source: Any
     ) -> list[str]:
         """Write per_class.csv and, if asked for, confusion.png of the better of parameters and moving average."""
         counts = {variant: total["by_class"] for variant, total in sums.items()}

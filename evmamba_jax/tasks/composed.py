@@ -11,12 +11,22 @@ from flax import nnx
 
 from evmamba_jax.arrays import merge, split
 from evmamba_jax.config import Config
+from evmamba_jax.data.dense import describe_dense, open_dense
+from evmamba_jax.data.dense_config import DenseData
+from evmamba_jax.data.device import normalize, without_padding
 from evmamba_jax.data.scenes import CLASSES, GROUND, LENGTHS, SIDE, DigitScenes
 from evmamba_jax.data.sources import Description
 from evmamba_jax.errors import UserError
-from evmamba_jax.tasks.base import Task
+from evmamba_jax.tasks.base import Batch, Task
 from evmamba_jax.weights import Weights
 from evmamba_jax.weights.load import Ema, load_composed
+
+SCENES = "digit_scenes"
+# Fields of the data that do nothing here.
+_OF_ONE_CLASS = (
+    *("mixup", "cutmix", "label_smoothing", "random_erasing", "balanced", "auto_augment", "color_jitter", "pad_crop"),
+    *("repeated_aug", "classes", "held_out"),
+)
 
 
 class Composed(Task):
@@ -24,13 +34,17 @@ class Composed(Task):
 
     Attributes:
         needs: the class of its configurations.
+        reads: the class of what they say of the data.
         part: the field of these that says what stands on the backbone.
         example: a config file that shows one.
-        truth: what the data must have, in words.
+        kind: of the data, as :mod:`evmamba_jax.data.dense` has them.
+        truth: the same in words.
         ground: whether the ground is a class.
     """
 
     needs: ClassVar[type[Config]]
+    reads: ClassVar[type[DenseData]]
+    kind: ClassVar[str]
     part: ClassVar[str]
     example: ClassVar[str]
     truth: ClassVar[str]
@@ -41,18 +55,26 @@ class Composed(Task):
         """Check the data set, and what is for images of one class."""
         if not isinstance(config, cls.needs):
             raise UserError(f"config.task={config.task!r} needs a {cls.needs.__name__}: see {cls.example}")
-        if config.data.name != "digit_scenes":
-            raise UserError(f"config.data.name={config.data.name!r} has no {cls.truth}; there is digit_scenes")
-        for name in ("mixup", "cutmix", "label_smoothing", "random_erasing", "hflip"):
-            if getattr(config.data, name):
-                raise UserError(f"config.data.{name} is for images of one class: set it to 0")
-        if config.data.image_size != SIDE or config.data.in_channels != 3:
-            raise UserError(f"scenes of digits have {SIDE} pixels a side and 3 channels: set data.image_size={SIDE}")
+        for name in _OF_ONE_CLASS:
+            own = getattr(cls.reads, name)
+            if getattr(config.data, name) != own:
+                raise UserError(f"config.data.{name} is for images of one class: leave it at {own!r}")
+        if config.data.in_channels != 3:
+            raise UserError(
+                f"config.data.in_channels={config.data.in_channels}: images with {cls.truth} have 3 channels"
+            )
+        if config.data.name == SCENES and config.data.image_size != SIDE:
+            raise UserError(f"scenes of digits have {SIDE} pixels a side: set data.image_size={SIDE}")
 
     @property
     def about(self) -> Any:
         """What the configuration says of the heads."""
         return getattr(self.config, self.part)
+
+    @property
+    def data(self) -> Any:
+        """What it says of the data."""
+        return self.config.data
 
     # The model.
 
@@ -79,7 +101,7 @@ class Composed(Task):
         model = nnx.eval_shape(self.build_model)
         model.eval()
         graphdef, *arrays = split(model)
-        image = jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), jnp.float32)
+        image = jax.ShapeDtypeStruct((1, *self.reader().blank(training=True)["image"].shape), jnp.float32)
         jax.eval_shape(lambda arrays, image: merge(graphdef, *arrays)(image), arrays, image)
         return model
 
@@ -97,13 +119,28 @@ class Composed(Task):
 
     # The data.
 
-    @classmethod
-    def describe(cls, config: Config) -> Description:
-        """Return classes and length of the scenes."""
-        classes = (GROUND, *CLASSES) if cls.ground else CLASSES
-        return Description(classes, LENGTHS["train"], "scenes are made as they are read")
+    def normalized(self, batch: Batch) -> jax.Array:
+        """Return the images of a batch, normalised, with zeros for padding."""
+        return without_padding(normalize(batch["image"], self.data.mean, self.data.std), batch["size"])
 
     @classmethod
-    def open_source(cls, config: Config, split: str, work: Path | None = None) -> DigitScenes:
+    def describe(cls, config: Config) -> Description:
+        """Return classes and length of the data."""
+        if config.data.name == SCENES:
+            classes = (GROUND, *CLASSES) if cls.ground else CLASSES
+            return Description(classes, LENGTHS["train"], "scenes are made as they are read")
+        return describe_dense(config.data.name, config.data.data_dir, config.data.train_split)
+
+    @classmethod
+    def open_source(cls, config: Config, split: str, work: Path | None = None) -> Any:
         """Open a split."""
-        return DigitScenes(split, ground=cls.ground)
+        if config.data.name == SCENES:
+            return DigitScenes(split, ground=cls.ground)
+        source = open_dense(config.data.name, config.data.data_dir, split)
+        if source.kind != cls.kind:
+            raise UserError(f"config.data.name={config.data.name!r} has no {cls.truth}: config.task={config.task!r}")
+        return source
+
+    def eval_batch(self, devices: int) -> int:
+        """Return one image a device where each has the padding of the official test."""
+        return devices if self.data.eval_padding == "exact" else self.config.batch_size

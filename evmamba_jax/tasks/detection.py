@@ -4,9 +4,10 @@
 """
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -14,19 +15,27 @@ import numpy as np
 from evmamba_jax.config import Config
 from evmamba_jax.data.config import DataConfig
 from evmamba_jax.data.dense_config import DetectionData
-from evmamba_jax.data.device import normalize
-from evmamba_jax.data.readers import Example
-from evmamba_jax.data.scenes import COUNTS, SIDE
+from evmamba_jax.data.mmdet import MULTIPLE, BoxedImages
 from evmamba_jax.detection import Objects, create_detector
-from evmamba_jax.detection.evaluate import Found, Precision, Truth, average_precision
+from evmamba_jax.detection.evaluate import (
+    Found,
+    Precision,
+    Truth,
+    average_precision,
+    pairwise_overlaps,
+    result_rows,
+)
+from evmamba_jax.errors import UserError
 from evmamba_jax.ranges import chosen, free, ranged
 from evmamba_jax.reports.detections import DETECTIONS, Boxes, draw_detections
 from evmamba_jax.reports.per_class import PER_CLASS, per_cent, write_columns
+from evmamba_jax.storage import written_whole
 from evmamba_jax.tasks.base import Batch, Collector, Figure, Moment
 from evmamba_jax.tasks.composed import Composed
 from evmamba_jax.tasks.registry import register
 
 PICTURED = 12  # images in detections.png
+RESULTS = "detections.json"
 _SHOWN = 0.3  # score from which on a detection is drawn, and counts as a mistake there
 
 
@@ -45,50 +54,8 @@ class DetectionConfig(Config):
     """A run that detects."""
 
     task: str = free("detection")
-    data: DetectionData = dataclasses.field(default_factory=DetectionData)
+    data: DataConfig = dataclasses.field(default_factory=DetectionData)
     detector: DetectorConfig = dataclasses.field(default_factory=DetectorConfig)
-
-
-@dataclasses.dataclass(frozen=True)
-class SceneBoxes:
-    """Scenes as ``image`` uint8 (H, W, 3), ``boxes`` float32 (G, 4), ``labels`` int32 (G,) and ``valid`` bool (G,).
-
-    Attributes:
-        config: of the data.
-    """
-
-    config: DataConfig
-
-    def decode(self, record: Any) -> Any:
-        """Return the scene."""
-        return record["scene"]
-
-    def train(self, decoded: Any, rng: np.random.Generator) -> Example:
-        """Return it as it is: a digit mirrored or cut is none."""
-        del rng
-        return self.evaluate(decoded)
-
-    def evaluate(self, decoded: Any) -> Example:
-        """Return picture and objects, these padded."""
-        padding = COUNTS[1] - len(decoded.labels)
-        padded = lambda array: np.pad(array, [(0, padding)] + [(0, 0)] * (array.ndim - 1))  # noqa: E731
-        valid = np.arange(COUNTS[1]) < len(decoded.labels)
-        return {
-            "image": decoded.image,
-            "boxes": padded(decoded.boxes),
-            "labels": padded(decoded.labels),
-            "valid": valid,
-        }
-
-    def blank(self, *, training: bool) -> Example:
-        """Return a black image without objects."""
-        most = COUNTS[1]
-        return {
-            "image": np.zeros((SIDE, SIDE, 3), np.uint8),
-            "boxes": np.zeros((most, 4), np.float32),
-            "labels": np.zeros(most, np.int32),
-            "valid": np.zeros(most, bool),
-        }
 
 
 class Collected(Collector):
@@ -99,6 +66,7 @@ class Collected(Collector):
     """
 
     def __init__(self, *, pictures: bool):
+        self.images: list[int] = []  # places in the split
         self.truths: list[Truth] = []
         self.found: list[Found] = []
         self.kept: list[tuple[int, int, np.ndarray, Truth, Found]] = []
@@ -108,16 +76,21 @@ class Collected(Collector):
     def add(self, rows: Mapping[str, np.ndarray], answers: Any, own: slice) -> None:
         """Note a batch."""
         first = len(self.truths)
-        images = dict(zip(range(len(answers["weight"]))[own], rows["image"], strict=True))
+        shown = dict(
+            zip(range(len(answers["weight"]))[own], zip(rows["image"], rows["size"], strict=True), strict=True)
+        )
         for i in np.flatnonzero(answers["weight"]):
             there, count = answers["valid"][i], answers["count"][i]
-            truth = Truth(answers["boxes"][i][there], answers["labels"][i][there])
-            parts = (answers["found"][name][i][:count] for name in ("boxes", "scores", "labels"))
+            truth = Truth(*(answers[name][i][there] for name in ("boxes", "labels", "crowd", "area")))
+            found = Found(*(answers["found"][name][i][:count] for name in ("boxes", "scores", "labels")))
+            self.images.append(int(answers["index"][i]))
             self.truths.append(truth)
-            self.found.append(Found(*parts))
-            if self._pictures and i in images:
-                wrong = mistakes(truth, self.found[-1])
-                self.kept.append((wrong, first + int(i), images[i], truth, self.found[-1]))
+            self.found.append(found)
+            if self._pictures and i in shown:
+                image, (height, width) = shown[i]
+                scale = answers["scale"][i]
+                picture = image[:height, :width], truth.scaled(scale), found.scaled(scale)
+                self.kept.append((mistakes(truth, found), first + int(i), *picture))
         self.kept.sort(key=lambda one: (-one[0], one[1]))
         del self.kept[PICTURED:]
 
@@ -131,24 +104,20 @@ class Collected(Collector):
 def mistakes(truth: Truth, found: Found) -> int:
     """Return how many objects of an image are missed, and how many shown detections are none of them.
 
-    A detection is right where an object of its class that no better one has taken overlaps it by half.
+    A detection is right where an object of its class that no better one has taken overlaps it by half. Crowds are
+    neither missed nor found.
     """
-    free_ones, wrong = list(range(len(truth.labels))), 0
-    for box, score, label in zip(*found, strict=True):  # in order of falling scores
-        if score < _SHOWN:
-            continue
-        shares = [_overlap(box, truth.boxes[g]) if truth.labels[g] == label else 0.0 for g in free_ones]
-        if shares and max(shares) >= 0.5:
-            del free_ones[int(np.argmax(shares))]
+    objects = np.flatnonzero(~truth.crowd)
+    free_ones, wrong = list(range(len(objects))), 0
+    shown = found.scores >= _SHOWN  # in order of falling scores
+    shares = pairwise_overlaps(found.boxes[shown], truth.boxes[objects])
+    same = found.labels[shown][:, None] == truth.labels[objects]
+    for overlaps in np.where(same, shares, 0.0):
+        if free_ones and overlaps[free_ones].max() >= 0.5:
+            del free_ones[int(np.argmax(overlaps[free_ones]))]
         else:
             wrong += 1
     return wrong + len(free_ones)
-
-
-def _overlap(a: np.ndarray, b: np.ndarray) -> float:
-    sides = np.maximum(np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]), 0)
-    both = float(sides.prod())
-    return both / float((a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod() - both)
 
 
 @register("detection")
@@ -157,40 +126,53 @@ class Detection(Composed):
 
     chooses = Figure("AP", higher=True, title="AP on the test images (%)")
     parts = ("class_loss", "box_loss")
-    needs, part, example = DetectionConfig, "detector", "configs/digits_detection.py"
-    truth = "boxes"
+    needs, reads, part = DetectionConfig, DetectionData, "detector"
+    example = "configs/digits_detection.py"
+    kind, truth = "boxes", "boxes"
 
     def create(self, **shared: Any) -> Any:
         """Return the detector."""
         return create_detector(**shared, octave_base_scale=self.about.octave_base_scale)
 
-    def reader(self) -> SceneBoxes:
-        """Return what takes scenes apart."""
-        return SceneBoxes(self.config.data)
+    @classmethod
+    def open_source(cls, config: Config, split: str, work: Path | None = None) -> Any:
+        """Open a split: to train, of its images that show objects."""
+        source, data = super().open_source(config, split, work), cast(DetectionData, config.data)
+        most = source.most_objects
+        if most > data.max_objects:
+            raise UserError(
+                f"config.data.max_objects is {data.max_objects}, and an image of {source.name}, split {source.split}, "
+                f"has {most} objects: set it to {most} or more"
+            )
+        return source.with_objects() if split == data.train_split else source
+
+    def reader(self) -> BoxedImages:
+        """Return what prepares images and boxes."""
+        return BoxedImages(self.data)
 
     # Training.
 
     def inputs(self, key: jax.Array, batch: Batch) -> dict[str, Any]:
         """Return normalised images and objects."""
-        data = self.config.data
         objects = Objects(batch["boxes"], batch["labels"], batch["valid"])
-        return {"image": normalize(batch["image"], data.mean, data.std), "objects": objects}
+        own = -(-batch["size"] // MULTIPLE) * MULTIPLE
+        return {"image": self.normalized(batch), "objects": objects, "padded": own}
 
     def loss(
         self, model: Any, inputs: dict[str, Any], key: jax.Array, moment: Moment
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Return the loss, and its two parts."""
-        losses = model.loss(inputs["image"], inputs["objects"], key=key)
+        losses = model.loss(inputs["image"], inputs["objects"], inputs["padded"], key=key)
         return losses.total, {"class_loss": losses.classes.sum(), "box_loss": losses.boxes.sum()}
 
     # Evaluation.
 
     def evaluate(self, model: Any, batch: Batch, *, detailed: bool) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return no sums, and the objects and detections of each image."""
-        data = self.config.data
-        found = model.detect(normalize(batch["image"], data.mean, data.std), limit=self.about.detections)
-        answers = {name: batch[name] for name in ("boxes", "labels", "valid", "weight")}
-        return {}, answers | {"found": found._asdict(), "count": found.count}
+        limit = self.about.detections
+        found = model.detect(self.normalized(batch), batch["size"], batch["scale"], limit=limit)
+        kept = ("boxes", "labels", "valid", "crowd", "area", "scale", "weight", "index")
+        return {}, {name: batch[name] for name in kept} | {"found": found._asdict(), "count": found.count}
 
     def collector(self, *, pictures: bool) -> Collected:
         """Return what keeps all detections."""
@@ -222,11 +204,15 @@ class Detection(Composed):
         draw_detections(folder / DETECTIONS, examples, self.class_names)
 
     def tables(
-        self, folder: Path, sums: Mapping[str, Any], collectors: Mapping[str, Any], best: str, whose: str
+        self, folder: Path, sums: Mapping[str, Any], collectors: Mapping[str, Any], best: str, whose: str, source: Any
     ) -> list[str]:
-        """Write per_class.csv: AP of each class; empty for one without objects."""
+        """Write per_class.csv, AP of each class, empty for one without objects; and results in COCO's form."""
         classes = len(self.class_names)
         names = {variant: "AP" if variant == "model" else f"{variant}_AP" for variant in collectors}
         columns = {names[v]: per_cent(collector.precision(classes).by_class) for v, collector in collectors.items()}
         write_columns(folder, self.class_names, columns)
-        return [PER_CLASS]
+        collected = collectors[best]
+        rows = result_rows(collected.images, collected.found, source)
+        with written_whole(folder / RESULTS) as file:
+            file.write_text(json.dumps(rows))
+        return [PER_CLASS, RESULTS]

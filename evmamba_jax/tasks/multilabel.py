@@ -143,7 +143,7 @@ class Multilabel(Classification):
         """Draw nothing."""
 
     def tables(
-        self, folder: Path, sums: Mapping[str, Any], collectors: Mapping[str, Any], best: str, whose: str
+        self, folder: Path, sums: Mapping[str, Any], collectors: Mapping[str, Any], best: str, whose: str, source: Any
     ) -> list[str]:
         """Write per_class.csv: images, precision, recall and F1 at 0.5 of each class, in per cent."""
         share = lambda part, whole: f"{100 * part / whole:.2f}" if whole else ""  # noqa: E731

@@ -15,14 +15,12 @@ import numpy as np
 from evmamba_jax.config import Config
 from evmamba_jax.data.config import DataConfig
 from evmamba_jax.data.dense_config import SegmentationData
-from evmamba_jax.data.device import normalize
-from evmamba_jax.data.readers import Example
-from evmamba_jax.data.scenes import SIDE
-from evmamba_jax.heads.resize import bilinear
+from evmamba_jax.data.mmseg import LabelMaps
+from evmamba_jax.heads.resize import bilinear_part
 from evmamba_jax.ranges import chosen, free, ranged
 from evmamba_jax.reports.label_maps import LABEL_MAPS, draw_label_maps
 from evmamba_jax.reports.per_class import PER_CLASS, per_cent, write_columns
-from evmamba_jax.segmentation import create_segmenter
+from evmamba_jax.segmentation import create_segmenter, slide, whole
 from evmamba_jax.segmentation.losses import IGNORED, cross_entropy
 from evmamba_jax.tasks.base import Batch, Collector, Figure, Moment
 from evmamba_jax.tasks.composed import Composed
@@ -46,37 +44,8 @@ class SegmentationConfig(Config):
     """A run that segments."""
 
     task: str = free("segmentation")
-    data: SegmentationData = dataclasses.field(default_factory=SegmentationData)
+    data: DataConfig = dataclasses.field(default_factory=SegmentationData)
     segmenter: SegmenterConfig = dataclasses.field(default_factory=SegmenterConfig)
-
-
-@dataclasses.dataclass(frozen=True)
-class SceneMaps:
-    """Scenes as ``image`` uint8 (H, W, 3) and ``label_map`` uint8 (H, W); 255 is ignored.
-
-    Attributes:
-        config: of the data.
-    """
-
-    config: DataConfig
-
-    def decode(self, record: Any) -> Any:
-        """Return picture and label map."""
-        return record["scene"].image, record["scene"].label_map
-
-    def train(self, decoded: Any, rng: np.random.Generator) -> Example:
-        """Return both as they are: a digit mirrored or cut is none."""
-        del rng
-        return self.evaluate(decoded)
-
-    def evaluate(self, decoded: Any) -> Example:
-        """Return both."""
-        image, label_map = decoded
-        return {"image": image, "label_map": label_map}
-
-    def blank(self, *, training: bool) -> Example:
-        """Return a black image of ignored pixels."""
-        return {"image": np.zeros((SIDE, SIDE, 3), np.uint8), "label_map": np.full((SIDE, SIDE), IGNORED, np.uint8)}
 
 
 class Counts(NamedTuple):
@@ -102,10 +71,11 @@ class Worst(Collector):
 
     def add(self, rows: Mapping[str, np.ndarray], answers: Any, own: slice) -> None:
         """Keep the worst of a batch and of those before."""
-        for image, truth, found, weight in zip(
-            rows["image"], rows["label_map"], answers[own], rows["weight"], strict=True
-        ):
+        columns = (rows[name] for name in ("image", "size", "label_map", "original", "weight"))
+        for image, size, truth, original, weight, found in zip(*columns, answers[own], strict=True):
             if weight:
+                (height, width), (rows_of, columns_of) = size, original
+                image, truth, found = image[:height, :width], truth[:rows_of, :columns_of], found[:rows_of, :columns_of]
                 counted = truth != IGNORED
                 share = float((found == truth)[counted].mean()) if counted.any() else 1.0
                 self.kept.append((share, self._seen, image, truth, found))
@@ -121,23 +91,23 @@ class Segmentation(Composed):
     chooses = Figure("mIoU", higher=True, title="mean IoU on the test images (%)")
     parts = ("aux_loss", "accuracy")
     head = "*_head.*"
-    needs, part, example = SegmentationConfig, "segmenter", "configs/digits_segmentation.py"
-    truth, ground = "label maps", True
+    needs, reads, part = SegmentationConfig, SegmentationData, "segmenter"
+    example = "configs/digits_segmentation.py"
+    kind, truth, ground = "label_maps", "label maps", True
 
     def create(self, **shared: Any) -> Any:
         """Return the segmenter."""
         return create_segmenter(**shared, aux_width=self.about.aux_width, dropout=self.about.dropout)
 
-    def reader(self) -> SceneMaps:
-        """Return what takes scenes apart."""
-        return SceneMaps(self.config.data)
+    def reader(self) -> LabelMaps:
+        """Return what prepares images and label maps."""
+        return LabelMaps(self.data)
 
     # Training.
 
     def inputs(self, key: jax.Array, batch: Batch) -> dict[str, jax.Array]:
         """Return normalised images and label maps."""
-        data = self.config.data
-        return {"image": normalize(batch["image"], data.mean, data.std), "label_map": batch["label_map"]}
+        return {"image": self.normalized(batch), "label_map": batch["label_map"]}
 
     def loss(
         self, model: Any, inputs: dict[str, jax.Array], key: jax.Array, moment: Moment
@@ -150,15 +120,29 @@ class Segmentation(Composed):
 
     def evaluate(self, model: Any, batch: Batch, *, detailed: bool) -> tuple[dict[str, Any], jax.Array]:
         """Return the sums of loss and of pixels by class, and the label maps found (B, H, W)."""
-        data, labels = self.config.data, batch["label_map"]
-        logits = bilinear(model(normalize(batch["image"], data.mean, data.std)), *labels.shape[1:])
-        found = logits.argmax(-1).astype(jnp.uint8)
-        losses = jax.vmap(lambda logits, labels: cross_entropy(logits, labels, over_counted=True))(logits, labels)
-        counted = (labels != IGNORED) & (batch["weight"] > 0)[:, None, None]
-        own = jnp.arange(logits.shape[-1])
-        count = lambda maps, where: ((maps[..., None] == own) & where[..., None]).sum((0, 1, 2), dtype=jnp.int32)  # noqa: E731
-        counts = Counts(count(labels, counted & (found == labels)), count(labels, counted), count(found, counted))
-        return {"loss": losses @ batch["weight"], "counts": counts}, found
+        logits = self.logits(model, self.normalized(batch))
+        classes = jnp.arange(logits.shape[-1])
+
+        def of_image(one: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array, Counts]:
+            logits, size, labels, original = one
+            logits = bilinear_part(logits, size, original, (labels.shape[0], labels.shape[1]))
+            found = logits.argmax(-1).astype(jnp.uint8)
+            counted = labels != IGNORED
+            count = lambda maps, where: ((maps[..., None] == classes) & where[..., None]).sum((0, 1), dtype=jnp.int32)  # noqa: E731
+            counts = Counts(count(labels, counted & (found == labels)), count(labels, counted), count(found, counted))
+            return found, cross_entropy(logits, labels, over_counted=True), counts
+
+        # One after another: the logits of a photograph as it is stored are large.
+        each = logits, batch["size"], batch["label_map"], batch["original"]
+        found, losses, counts = jax.lax.map(of_image, each)
+        own = (batch["weight"] > 0).astype(jnp.int32)
+        return {"loss": losses @ batch["weight"], "counts": jax.tree.map(lambda count: own @ count, counts)}, found
+
+    def logits(self, model: Any, images: jax.Array) -> jax.Array:
+        """Return the logits (B, H, W, K) of normalised images (B, H, W, 3), by the test that the data ask for."""
+        if self.data.test == "whole":
+            return whole(model, images)
+        return slide(model, images, window=(self.data.image_size,) * 2, stride=(self.data.test_stride,) * 2)
 
     def collector(self, *, pictures: bool) -> Collector | None:
         """Return what keeps the worst images."""
@@ -192,7 +176,7 @@ class Segmentation(Composed):
         draw_label_maps(folder / LABEL_MAPS, [one[2:] for one in collector.kept], self.class_names)
 
     def tables(
-        self, folder: Path, sums: Mapping[str, Any], collectors: Mapping[str, Any], best: str, whose: str
+        self, folder: Path, sums: Mapping[str, Any], collectors: Mapping[str, Any], best: str, whose: str, source: Any
     ) -> list[str]:
         """Write per_class.csv: pixels, IoU and accuracy of each class; empty for one that is nowhere."""
         columns: dict[str, list] = {}

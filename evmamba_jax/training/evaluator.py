@@ -93,7 +93,7 @@ class Evaluator:
         with self._batches() as batches:
             for rows in batches:
                 check()
-                batch = global_batch(self.mesh, {name: rows[name] for name in rows if name != "index"})
+                batch = global_batch(self.mesh, rows)
                 for name, variables in variants.items():
                     with jax.set_mesh(self.mesh):  # kernels find their shards by it
                         sums, answers = self._step(variables, batch, detailed=detailed)
@@ -124,7 +124,7 @@ class Evaluator:
         return loader.eval_batches(
             self.task.config.data,
             self.source,
-            global_batch=self.task.config.batch_size,
+            global_batch=self.task.eval_batch(self.mesh.size),
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             reader=self._reader,

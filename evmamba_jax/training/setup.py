@@ -1,7 +1,7 @@
 """A training run settled from shapes alone: where every array of its state lies, and the exact step, lowered."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -60,6 +60,7 @@ class Setup:
         )
         scaled = any(scale != 1 for scale in self.tuning.scales.values())
         self.tx = optimizer.make_optimizer(config.optim, self.schedule, self.tuning.scales if scaled else None)
+        self._programs: dict[Any, jax.stages.Compiled] = {}
         shapes = jax.eval_shape(self._first, model)
         self.shardings: TrainState = meshes.state_shardings(mesh, shapes)
         self.abstract_state: TrainState = jax.tree.map(
@@ -98,8 +99,14 @@ class Setup:
         drawn = jax.device_get(Variables(*split(self.task.build_model())[1:]))
         return jax.jit(self._first, out_shardings=self.shardings)(self._prepared(drawn))
 
-    def step(self) -> tuple[Callable[[TrainState, Batch], TrainState], tuple[TrainState, Any]]:
-        """Return the train step and its abstract arguments, each with its place on the mesh."""
+    def step(
+        self, example: Mapping[str, Any] | None = None
+    ) -> tuple[Callable[[TrainState, Batch], TrainState], tuple[Any, Any]]:
+        """Return the train step and its abstract arguments, each with its place on the mesh.
+
+        Args:
+            example: of the shapes of a batch's rows; None for those that most batches have.
+        """
         step = make_train_step(
             self.task,
             self.tx,
@@ -110,10 +117,10 @@ class Setup:
         )
         size, sharding = self.task.config.batch_size, meshes.batch_sharding(self.mesh)
         # The loader adds to each example how many unreadable records it passed over.
-        example = self.task.reader().blank(training=True) | {"corrupt": np.int32(0)}
+        rows = example or (self.task.reader().blank(training=True) | {"corrupt": np.int32(0)})
         batch = {
             name: jax.ShapeDtypeStruct((size, *array.shape), array.dtype, sharding=sharding)
-            for name, array in example.items()
+            for name, array in rows.items()
         }
         return step, (self.abstract_state, batch)
 
@@ -137,12 +144,21 @@ class Setup:
 
     @functools.cached_property
     def compiled(self) -> jax.stages.Compiled:
-        """The step, compiled once for all runs that take it."""
+        """The step, compiled once for all runs that take it; for batches of the shapes that most have."""
         return self.lower().compile()
 
-    def lower(self) -> jax.stages.Lowered:
-        """Return the step, traced and lowered for the mesh."""
-        step, arguments = self.step()
+    def program(self, batch: Batch) -> jax.stages.Compiled:
+        """Return the step for a batch, compiled where its shapes are new."""
+        rows = {name: jax.ShapeDtypeStruct(array.shape[1:], array.dtype) for name, array in batch.items()}
+        shapes = tuple(sorted((name, row.shape) for name, row in rows.items()))
+        if shapes not in self._programs:
+            usual = {name: array.shape[1:] for name, array in self.compiled.in_avals[0][1].items()}
+            self._programs[shapes] = self.compiled if dict(shapes) == usual else self.lower(rows).compile()
+        return self._programs[shapes]
+
+    def lower(self, example: Mapping[str, Any] | None = None) -> jax.stages.Lowered:
+        """Return the step, traced and lowered for the mesh; the argument is that of :meth:`step`."""
+        step, arguments = self.step(example)
         # The ambient mesh tells kernels how their arguments are sharded and which kind of device they are lowered for.
         with jax.set_mesh(self.mesh):
             return jax.jit(step, out_shardings=self.shardings, donate_argnums=0).lower(*arguments)

@@ -67,7 +67,8 @@ def _evaluate_only(evaluator: Evaluator, workdir: Path) -> dict[str, float]:
     evaluation = evaluator(*variables, detailed=True)
     if meshes.is_main():
         whose = f"{config.model.name} of {place}"
-        written = task.tables(workdir, evaluation.sums, evaluation.collectors, evaluation.best, whose)
+        found = evaluation.sums, evaluation.collectors, evaluation.best
+        written = task.tables(workdir, *found, whose, evaluator.source)
         see = f"; see {' and '.join(str(workdir / name) for name in written)}" if written else ""
         print(f"{whose} on {config.data.name}: {task.told(evaluation.figures)}{see}")
     return evaluation.figures

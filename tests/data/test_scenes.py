@@ -10,7 +10,7 @@ from evmamba_jax.errors import UserError
 
 @pytest.fixture(scope="module")
 def found():
-    return [DigitScenes(split)[index]["scene"] for split in ("train", "test") for index in range(0, 200, 10)]
+    return [scene(split, index) for split in ("train", "test") for index in range(0, 200, 10)]
 
 
 def test_digits_are_as_many_as_large_and_as_visible_as_promised(found):
@@ -60,6 +60,15 @@ def test_digits_of_the_test_are_in_no_training_scene():
     train, test = ({scan.tobytes() for scan in scenes._digits(split)[0]} for split in ("train", "test"))
     assert (len(train), len(test)) == (1437, 360)
     assert not train & test
+
+
+def test_records_hold_what_is_seen(found):
+    boxes, maps = DigitScenes("test")[10], DigitScenes("test", ground=True)[10]
+    one = found[21]
+    np.testing.assert_array_equal(boxes["image"], one.image)
+    np.testing.assert_array_equal(boxes["boxes"], one.boxes)
+    assert boxes["area"].sum() == (one.label_map > 0).sum()
+    np.testing.assert_array_equal(maps["label_map"], one.label_map)
 
 
 def test_a_split_that_is_not_there():

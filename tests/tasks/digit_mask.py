@@ -138,6 +138,6 @@ class DigitMask(Task):
     def pictures(self, folder, collector):
         (folder / "worst.txt").write_text(f"{collector.worst}\n")
 
-    def tables(self, folder: Path, sums, collectors, best, whose):
+    def tables(self, folder: Path, sums, collectors, best, whose, source):
         (folder / "wrong.txt").write_text(f"{whose}: {float(sums['model']['wrong'])}\n")
         return ["wrong.txt"]

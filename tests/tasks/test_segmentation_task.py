@@ -1,31 +1,21 @@
 """A class for every pixel: figures against scikit-learn, and a run of two steps with all that it leaves."""
 
-import contextlib
 import csv
-import io
 import json
 
-import jax
 import numpy as np
 import pytest
+import scene_runs
 from sklearn.metrics import accuracy_score, jaccard_score, recall_score
 
 from configs import digits_segmentation
-from evmamba_jax.data import scenes
 from evmamba_jax.errors import UserError
 from evmamba_jax.tasks import segmentation, task_of
-from evmamba_jax.training import mesh as meshes
-from evmamba_jax.training import run
-from evmamba_jax.training.config import Duration
 
 
 def small():
-    config = digits_segmentation.get_config()
-    config.model.options = {"width": 8, "depths": (0, 0, 1, 0), "d_state": 2}
+    config = scene_runs.small(digits_segmentation.get_config())
     config.segmenter.width = config.segmenter.aux_width = 8
-    config.batch_size, config.data.num_threads = 4, 2
-    config.duration, config.optim.warmup = Duration(steps=2), Duration(steps=1)
-    config.log_every = config.eval_every = config.save_every = Duration(steps=2)
     return config
 
 
@@ -53,7 +43,9 @@ def test_the_worst_images_are_kept():
     truth[4] = 255  # nothing counts
     found = truth.copy()
     found[1, 0, 0], found[3] = 1, 1
+    size = np.full((5, 2), 2)
     rows = {"image": np.zeros((5, 2, 2, 3), np.uint8), "label_map": truth, "weight": np.ones(5)}
+    rows |= {"size": size, "original": size}
     worst = segmentation.Worst()
     worst.add(rows, np.concatenate([found, found]), slice(5, 10))
     assert [one[:2] for one in worst.kept] == [(0.0, 3), (0.75, 1), (1.0, 0), (1.0, 2), (1.0, 4)]
@@ -61,15 +53,8 @@ def test_the_worst_images_are_kept():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    workdir, one_device = tmp_path_factory.mktemp("run") / "scenes", meshes.make_mesh
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as told:
-        patch.setattr(scenes, "LENGTHS", {"train": 8, "test": 6})
-        patch.setattr(meshes, "make_mesh", lambda config: one_device(config, jax.devices()[:1]))
-        figures = run(small(), workdir)
-        again = small()
-        again.eval_only, again.init_from = True, str(workdir)
-        evaluated = run(again, workdir.with_name("evaluated"))
-    return workdir, figures, evaluated, told.getvalue()
+    workdir = tmp_path_factory.mktemp("run") / "scenes"
+    return workdir, *scene_runs.trained(small, workdir)
 
 
 def test_a_run_leaves_label_maps_and_figures(trained):
@@ -94,7 +79,6 @@ def test_a_run_leaves_label_maps_and_figures(trained):
     [
         ("data", "mixup", 0.2, "data.mixup is for images of one class"),
         ("data", "image_size", 64, "128 pixels a side"),
-        ("data", "name", "digits", "name='digits' has no label maps; there is digit_scenes"),
         ("segmenter", "width", 0, "segmenter.width=0"),
     ],
 )
