@@ -44,6 +44,9 @@ class SegmentationData(DenseData):
     photometric: bool = True  # training: brightness, contrast, saturation and hue change
     test: str = chosen("whole", ("whole", "slide"))
     test_stride: int = ranged(341, least=1)  # between the windows of a "slide" test, pixels
+    # Evaluate at several scales: the image as it is stored times each of these, e.g. .5, .75, 1, 1.25, 1.5 and 1.75,
+    # and its mirror image; probabilities are averaged. Empty: at ``scale`` alone.
+    test_scales: tuple[float, ...] = ranged((), above=0)
 
 
 @dataclasses.dataclass

@@ -6,6 +6,8 @@ order of ``configs/_base_/datasets/ade20k.py``; mmcv 2.1.0 ``transforms/processi
 
 import dataclasses
 import io
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -28,7 +30,8 @@ class LabelMaps:
 
     Examples for training have ``image`` uint8 (S, S, 3), ``label_map`` uint8 (S, S) and ``size`` int32 (2,), the height
     and width without padding. Examples for evaluation have ``image`` resized, ``label_map`` as it is stored, padded
-    with 255, ``size`` of the image and ``original`` int32 (2,) of the label map.
+    with 255, ``size`` of the image and ``original`` int32 (2,) of the label map; and for each of ``test_scales`` the
+    image at that scale, ``image_0`` and so on, with ``size_0``.
 
     Attributes:
         config: of the data.
@@ -61,36 +64,44 @@ class LabelMaps:
     def evaluate(self, decoded: Any) -> Example:
         """Return the image at the scale of the test, and the label map as it is."""
         image, labels = decoded
-        shape = self.eval_shape(size_of(labels))
-        image = self.view(image)
-        return {
-            "image": padded(image, shape[:2]),
-            "label_map": padded(labels, shape[2:], IGNORED),
-            "size": np.array(size_of(image), np.int32),
-            "original": np.array(labels.shape, np.int32),
-        }
+        scaled = [opencv.resize_bilinear(image, *size) for size in self._scaled(size_of(image))]
+        return _evaluated([self.view(image), *scaled], labels, self.eval_shape(size_of(labels)))
 
     def view(self, image: np.ndarray) -> np.ndarray:
         """Return an image (H, W, 3) at the scale of the test, its ratio kept."""
         return opencv.resize_bilinear(image, *opencv.keep_ratio_size(*size_of(image), self.config.scale))
 
+    def _scaled(self, size: Size) -> list[Size]:
+        """Return the sizes of an image at each of ``test_scales``."""
+        return [opencv.scaled_size(*size, factor) for factor in self.config.test_scales]
+
     def eval_shape(self, size: Size) -> Shape:
-        """Return height and width of the image, and of the label map, as they come in batches."""
-        resized = opencv.keep_ratio_size(*size, self.config.scale)
+        """Return height and width of label map, image, and image at each of ``test_scales``, as batches have them."""
+        views = [opencv.keep_ratio_size(*size, self.config.scale), *self._scaled(size)]
         if self.config.eval_padding == "buckets":
-            resized = up_to(resized, _GRAIN)
-        return (*resized, *up_to(size, _GRAIN))
+            views = [up_to(view, _GRAIN) for view in views]
+        return (*up_to(size, _GRAIN), *itertools.chain(*views))
 
     def blank(self, *, training: bool, shape: Shape | None = None) -> Example:
         """Return a black image of ignored pixels."""
         side = self.config.image_size
-        height, width, *labels = (side,) * 4 if training or shape is None else shape
-        size = {"size": np.array([height, width], np.int32)}
-        return {
-            "image": np.zeros((height, width, 3), np.uint8),
-            "label_map": np.full(labels, IGNORED, np.uint8),
-            **(size if training else size | {"original": np.array(labels, np.int32)}),
-        }
+        if training or shape is None:
+            shape = (side,) * (4 if training else 4 + 2 * len(self.config.test_scales))
+        views = [np.zeros((height, width, 3), np.uint8) for height, width in zip(shape[2::2], shape[3::2], strict=True)]
+        labels = np.full(shape[:2], IGNORED, np.uint8)
+        if training:
+            return {"image": views[0], "label_map": labels, "size": np.array(shape[2:], np.int32)}
+        return _evaluated(views, labels, shape)
+
+
+def _evaluated(views: Sequence[np.ndarray], labels: np.ndarray, shape: Shape) -> Example:
+    """Return an example for evaluation, padded to a shape."""
+    example: Example = {"label_map": padded(labels, shape[:2], IGNORED), "original": np.array(labels.shape, np.int32)}
+    for i, view in enumerate(views):
+        name = f"_{i - 1}" if i else ""
+        example[f"image{name}"] = padded(view, shape[2 + 2 * i : 4 + 2 * i])
+        example[f"size{name}"] = np.array(size_of(view), np.int32)
+    return example
 
 
 def pixels_of(record: Any, config: DenseData) -> np.ndarray:

@@ -55,10 +55,12 @@ class Precision(NamedTuple):
         figures: by the names of ``FIGURES``, per cent; without those that nothing stands for, such as AP of large
             objects where there are none.
         by_class: AP of each class (K,), per cent; NaN of a class without objects.
+        curves: precision (T, R, K) at overlaps of .5 to .95 and recalls of 0 to 1, 0 to 1; NaN as before.
     """
 
     figures: dict[str, float]
     by_class: np.ndarray
+    curves: np.ndarray
 
 
 def average_precision(truths: Sequence[Truth], found: Sequence[Found], classes: int) -> Precision:
@@ -107,15 +109,17 @@ def average_precision(truths: Sequence[Truth], found: Sequence[Found], classes: 
         ]
         if not rows or not coco.dataset["annotations"]:
             nothing = {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}
-            return Precision(nothing, np.where(_counted(truths, classes), 0.0, np.nan))
+            by_class = np.where(_counted(truths, classes), 0.0, np.nan)
+            return Precision(nothing, by_class, np.broadcast_to(by_class, (10, 101, classes)))
         evaluation: Any = COCOeval(coco, coco.loadRes(np.array(rows)), "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
     stats = zip(FIGURES, evaluation.stats, strict=True)
     precision = evaluation.eval["precision"][:, :, :, 0, -1]  # overlaps, recalls, classes; all areas, 100 detections
-    by_class = np.array([100 * p[p > -1].mean() if (p > -1).any() else np.nan for p in precision.transpose(2, 0, 1)])
-    return Precision({name: 100 * float(value) for name, value in stats if value > -1}, by_class)
+    curves = np.where(precision > -1, precision, np.nan)
+    figures = {name: 100 * float(value) for name, value in stats if value > -1}
+    return Precision(figures, 100 * curves.mean((0, 1)), curves)
 
 
 def _counted(truths: Sequence[Truth], classes: int) -> np.ndarray:

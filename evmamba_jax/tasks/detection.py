@@ -29,6 +29,7 @@ from evmamba_jax.errors import UserError
 from evmamba_jax.ranges import chosen, free, ranged
 from evmamba_jax.reports.detections import DETECTIONS, Boxes, draw_detections
 from evmamba_jax.reports.per_class import PER_CLASS, per_cent, write_columns
+from evmamba_jax.reports.precision_recall import PRECISION_RECALL, draw_precision_recall
 from evmamba_jax.storage import written_whole
 from evmamba_jax.tasks.base import Batch, Collector, Figure, Moment
 from evmamba_jax.tasks.composed import Composed
@@ -206,7 +207,7 @@ class Detection(Composed):
     def tables(
         self, folder: Path, sums: Mapping[str, Any], collectors: Mapping[str, Any], best: str, whose: str, source: Any
     ) -> list[str]:
-        """Write per_class.csv, AP of each class, empty for one without objects; and results in COCO's form."""
+        """Write AP of each class, empty for one without objects; results in COCO's form; and draw precision."""
         classes = len(self.class_names)
         names = {variant: "AP" if variant == "model" else f"{variant}_AP" for variant in collectors}
         columns = {names[v]: per_cent(collector.precision(classes).by_class) for v, collector in collectors.items()}
@@ -215,4 +216,5 @@ class Detection(Composed):
         rows = result_rows(collected.images, collected.found, source)
         with written_whole(folder / RESULTS) as file:
             file.write_text(json.dumps(rows))
-        return [PER_CLASS, RESULTS]
+        draw_precision_recall(folder / PRECISION_RECALL, collected.precision(classes).curves, self.class_names)
+        return [PER_CLASS, RESULTS, PRECISION_RECALL]

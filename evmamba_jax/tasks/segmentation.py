@@ -4,7 +4,8 @@
 """
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,6 +85,27 @@ class Worst(Collector):
         del self.kept[PICTURED:]
 
 
+def mirror(image: jax.Array, size: jax.Array) -> jax.Array:
+    """Return an image (H, W, C) mirrored, left to right, within the columns that ``size`` counts."""
+    columns, width = jnp.arange(image.shape[1]), size[1]
+    return jnp.take(image, jnp.where(columns < width, width - 1 - columns, columns), axis=1)
+
+
+def mean_logits(views: Sequence[tuple[jax.Array, jax.Array]], wanted: jax.Array, canvas: tuple[int, int]) -> jax.Array:
+    """Return the logits of one view at another size, or the logarithms of the mean probabilities of several.
+
+    Args:
+        views: logits (H, W, K) of each, and its rows and columns without padding.
+        wanted: rows and columns of the result without padding.
+        canvas: the same with padding.
+    """
+    resized = (bilinear_part(logits, size, wanted, canvas) for logits, size in views)
+    if len(views) == 1:
+        return next(resized)
+    total = functools.reduce(jnp.add, (jax.nn.softmax(logits) for logits in resized))
+    return jnp.log(jnp.maximum(total / len(views), jnp.finfo(total.dtype).tiny))
+
+
 @register("segmentation")
 class Segmentation(Composed):
     """A class for every pixel."""
@@ -120,23 +142,38 @@ class Segmentation(Composed):
 
     def evaluate(self, model: Any, batch: Batch, *, detailed: bool) -> tuple[dict[str, Any], jax.Array]:
         """Return the sums of loss and of pixels by class, and the label maps found (B, H, W)."""
-        logits = self.logits(model, self.normalized(batch))
-        classes = jnp.arange(logits.shape[-1])
+        views = self.views(model, batch)
+        classes = views[0][0].shape[-1]
 
-        def of_image(one: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array, Counts]:
-            logits, size, labels, original = one
-            logits = bilinear_part(logits, size, original, (labels.shape[0], labels.shape[1]))
+        def of_image(one: tuple[Any, ...]) -> tuple[jax.Array, jax.Array, Counts]:
+            views, labels, original = one
+            logits = mean_logits(views, original, (labels.shape[0], labels.shape[1]))
             found = logits.argmax(-1).astype(jnp.uint8)
             counted = labels != IGNORED
-            count = lambda maps, where: ((maps[..., None] == classes) & where[..., None]).sum((0, 1), dtype=jnp.int32)  # noqa: E731
+
+            def count(maps: jax.Array, where: jax.Array) -> jax.Array:
+                return ((maps[..., None] == jnp.arange(classes)) & where[..., None]).sum((0, 1), dtype=jnp.int32)
+
             counts = Counts(count(labels, counted & (found == labels)), count(labels, counted), count(found, counted))
             return found, cross_entropy(logits, labels, over_counted=True), counts
 
         # One after another: the logits of a photograph as it is stored are large.
-        each = logits, batch["size"], batch["label_map"], batch["original"]
-        found, losses, counts = jax.lax.map(of_image, each)
+        found, losses, counts = jax.lax.map(of_image, (views, batch["label_map"], batch["original"]))
         own = (batch["weight"] > 0).astype(jnp.int32)
         return {"loss": losses @ batch["weight"], "counts": jax.tree.map(lambda count: own @ count, counts)}, found
+
+    def views(self, model: Any, batch: Batch) -> list[tuple[jax.Array, jax.Array]]:
+        """Return the logits (B, H, W, K) of every view of the images that the test asks for, and sizes (B, 2)."""
+        if not self.data.test_scales:
+            return [(self.logits(model, self.normalized(batch)), batch["size"])]
+        found = []
+        for i in range(len(self.data.test_scales)):
+            size = batch[f"size_{i}"]
+            images = self.normalized({"image": batch[f"image_{i}"], "size": size})
+            mirrored = jax.vmap(mirror)
+            found.append((self.logits(model, images), size))
+            found.append((mirrored(self.logits(model, mirrored(images, size)), size), size))
+        return found
 
     def logits(self, model: Any, images: jax.Array) -> jax.Array:
         """Return the logits (B, H, W, K) of normalised images (B, H, W, 3), by the test that the data ask for."""

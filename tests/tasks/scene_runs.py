@@ -21,14 +21,20 @@ def small(config):
     return config
 
 
+def on_one_device(config, workdir):
+    """Run what ``config`` says, on one of the devices."""
+    one_device = meshes.make_mesh
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(meshes, "make_mesh", lambda config: one_device(config, jax.devices()[:1]))
+        return run(config, workdir)
+
+
 def trained(make, workdir):
     """Train what ``make`` configures, evaluate it anew; return both figures and what the training told."""
-    one_device = meshes.make_mesh
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as told:
         patch.setattr(scenes, "LENGTHS", {"train": 8, "test": 6})
-        patch.setattr(meshes, "make_mesh", lambda config: one_device(config, jax.devices()[:1]))
-        figures = run(make(), workdir)
+        figures = on_one_device(make(), workdir)
         again = make()
         again.eval_only, again.init_from = True, str(workdir)
-        evaluated = run(again, workdir.with_name("evaluated"))
+        evaluated = on_one_device(again, workdir.with_name("evaluated"))
     return figures, evaluated, told.getvalue()

@@ -1,8 +1,5 @@
 """A box for every object: figures against loops, and a run of two steps with all that it leaves."""
 
-import csv
-import json
-
 import numpy as np
 import pytest
 import scene_runs
@@ -62,28 +59,6 @@ def small():
     config = scene_runs.small(digits_detection.get_config())
     config.detector.width, config.detector.detections = 8, 5
     return config
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("run") / "scenes"
-    return workdir, *scene_runs.trained(small, workdir)
-
-
-def test_a_run_leaves_boxes_and_figures(trained):
-    workdir, figures, evaluated, told = trained
-    assert figures == evaluated
-    assert figures["examples"] == 6
-    assert f"AP {figures['AP']:.2f} %" in told
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert rows[0]["loss"] == pytest.approx(rows[0]["class_loss"] + rows[0]["box_loss"], rel=1e-5)
-    assert (workdir / "detections.png").is_file()
-    with (workdir.with_name("evaluated") / "per_class.csv").open() as file:
-        table = list(csv.DictReader(file))
-    assert [row["name"] for row in table] == [*"0123456789"]
-    results = json.loads((workdir.with_name("evaluated") / "detections.json").read_text())
-    assert {row["image_id"] for row in results} <= set(range(6))
-    assert len(results) <= 6 * 5
 
 
 def test_mistakes_get_one_line():

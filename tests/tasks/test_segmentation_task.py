@@ -1,15 +1,20 @@
 """A class for every pixel: figures against scikit-learn, and a run of two steps with all that it leaves."""
 
-import csv
-import json
+import functools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import scene_runs
+from flax import nnx
 from sklearn.metrics import accuracy_score, jaccard_score, recall_score
 
 from configs import digits_segmentation
+from evmamba_jax.data.dense_config import SegmentationData
+from evmamba_jax.data.opencv import resize_bilinear
 from evmamba_jax.errors import UserError
+from evmamba_jax.segmentation import multi_scale, to_original, whole
 from evmamba_jax.tasks import segmentation, task_of
 
 
@@ -51,29 +56,6 @@ def test_the_worst_images_are_kept():
     assert [one[:2] for one in worst.kept] == [(0.0, 3), (0.75, 1), (1.0, 0), (1.0, 2), (1.0, 4)]
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("run") / "scenes"
-    return workdir, *scene_runs.trained(small, workdir)
-
-
-def test_a_run_leaves_label_maps_and_figures(trained):
-    workdir, figures, evaluated, told = trained
-    assert figures == evaluated
-    assert figures["examples"] == 6
-    assert f"mIoU {figures['mIoU']:.2f} %" in told
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert {"loss", "aux_loss", "accuracy"} <= rows[0].keys()
-    assert (workdir / "label_maps.png").is_file()
-    assert "mIoU" in (workdir / "report.html").read_text()
-    with (workdir.with_name("evaluated") / "per_class.csv").open() as file:
-        table = list(csv.DictReader(file))
-    assert [row["name"] for row in table] == ["ground", *"0123456789"]
-    assert sum(int(row["pixels"]) for row in table) == 6 * 128 * 128
-    overlaps = [float(row["IoU"]) for row in table if row["IoU"]]
-    assert np.mean(overlaps) == pytest.approx(figures["mIoU"], abs=0.01)
-
-
 @pytest.mark.parametrize(
     ("part", "field", "value", "message"),
     [
@@ -87,3 +69,45 @@ def test_mistakes_get_one_line(part, field, value, message):
     setattr(getattr(config, part), field, value)
     with pytest.raises(UserError, match=message):
         task_of(config)
+
+
+def colours_as_logits(images):
+    """Four logits of each 4x4 pixels, the last of which depend on their neighbours to the right."""
+    means = nnx.avg_pool(images, (4, 4), (4, 4), padding="SAME")
+    return jnp.concatenate([means, jnp.roll(means, -1, 2)[..., :1]], -1)
+
+
+@pytest.mark.parametrize("padding", ["exact", "buckets"])
+@pytest.mark.parametrize("scales", [(), (0.5, 1.25)])
+def test_an_evaluation_is_that_of_each_image_alone(padding, scales):
+    """Logits of the resized image, or mean probabilities over scales and mirror images, at the size it is stored in."""
+    data = SegmentationData(image_size=48, scale=(160, 40), eval_padding=padding, test_scales=scales)
+    task = object.__new__(segmentation.Segmentation)
+    task.config = segmentation.SegmentationConfig(data=data)
+    reader, rng = task.reader(), np.random.default_rng(0)
+    image = np.kron(rng.integers(0, 256, (12, 16, 3)), np.ones((8, 6, 1))).astype(np.uint8)
+    labels = rng.integers(0, 4, image.shape[:2]).astype(np.uint8)
+    labels[:9] = 255
+    blank = reader.blank(training=False, shape=reader.eval_shape(labels.shape))
+    batch = jax.tree.map(lambda *rows: jnp.stack(rows), reader.evaluate((image, labels)), blank)
+    sums, found = task.evaluate(colours_as_logits, {**batch, "weight": jnp.array([1.0, 0.0])}, detailed=False)
+
+    def view(height, width):
+        pixels = resize_bilinear(image, height, width)[None] / 255.0
+        return jnp.asarray((pixels - data.mean) / data.std, jnp.float32)
+
+    logits_of = functools.partial(whole, colours_as_logits)
+    if scales:
+        views = [view(int(96 * f + 0.5), int(96 * f + 0.5)) for f in scales]
+        wanted = jnp.log(multi_scale(logits_of, views, labels.shape))[0]
+    else:
+        wanted = to_original(logits_of(view(40, 40)), labels.shape)[0]
+    inner = slice(None) if padding == "exact" else slice(26, 70)  # neighbours of padding see it
+    right = (found[0, : labels.shape[0], : labels.shape[1]] == wanted.argmax(-1))[inner, inner]
+    assert right.mean() > 0.999
+    if padding == "exact":
+        counted = labels != 255
+        assert int(sums["counts"].labelled.sum()) == counted.sum()
+        assert int(sums["counts"].right.sum()) == ((wanted.argmax(-1) == labels) & counted).sum()
+        loss = -jax.nn.log_softmax(wanted)[np.arange(96)[:, None], np.arange(96), np.minimum(labels, 3)]
+        np.testing.assert_allclose(sums["loss"], loss[counted].mean(), rtol=1e-4)
