@@ -54,15 +54,22 @@ class OptimConfig:
     betas: tuple[float, float] = ranged((0.9, 0.999), least=0, below=1)
     eps: float = ranged(1e-8, above=0)
     weight_decay: float = ranged(0.04, least=0)
+    # What weight decay spares: "vectors", which are biases and what else has one axis in the official code;
+    # "norm_names", as mmdet and mmseg have it, parameters with "norm" in their official names alone; or "nothing".
+    no_decay: str = chosen("vectors", ("vectors", "norm_names", "nothing"))
     clip_norm: float = ranged(1.0, least=0)  # global norm of the gradient; 0 = no clipping
 
-    # Warm-up, cosine, cool-down.
+    # Warm-up, then the schedule, cool-down.
     lr: float = ranged(2e-3, above=0)  # peak, not scaled by the batch size
+    # From lr to min_lr along a "cosine" or, as "poly", a line; or from lr to a tenth after each of the "milestones".
+    schedule: str = chosen("cosine", ("cosine", "poly", "milestones"))
+    milestones: tuple[float, ...] = ranged((), above=0)  # epochs from the beginning of the run
     min_lr: float = ranged(1e-6, least=0)
     warmup_lr: float = ranged(1e-7, least=0)
     warmup: Duration = field(default_factory=lambda: Duration(epochs=20))
-    warmup_prefix: bool = True  # the cosine begins after the warm-up, which otherwise hides its beginning
-    cooldown: Duration = field(default_factory=Duration)  # at min_lr, the last part of the run
+    # Cosine and poly begin after the warm-up, which otherwise hides the cosine's beginning and scales the poly's.
+    warmup_prefix: bool = True
+    cooldown: Duration = field(default_factory=Duration)  # at min_lr, the last part of the run; not with milestones
     # When the rate changes: with every "step"; at every "epoch", one epoch late, as in DeiT's trainer; or at every
     # "warmup_epoch" and then with every step, as in EfficientVMamba's released runs.
     lr_changes: str = chosen("warmup_epoch", ("step", "epoch", "warmup_epoch"))
@@ -98,6 +105,7 @@ class TuneConfig:
     freeze: tuple[str, ...] = free(())  # these stay as they are, whatever the method
     layer_decay: float = ranged(1.0, above=0, most=1)  # factor of the learning rate, once more for each layer down
     head_lr: float = ranged(1.0, above=0)  # factor of the head's learning rate
+    embed_lr: float = ranged(1.0, above=0)  # the same of the patch and position embeddings', and the class token's
     lora_rank: int = ranged(8, least=1)
     lora_alpha: float = ranged(16.0, above=0)  # the additions are scaled by alpha / rank
     lora_targets: tuple[str, ...] = free(("*",))  # which linear layers get them
@@ -202,6 +210,7 @@ class Config:
                 f"config.optim.min_lr is {self.optim.min_lr} and config.optim.lr {self.optim.lr}, from which the rate "
                 "falls to it: lower min_lr, or raise lr"
             )
+        self._validate_milestones()
         if self.pruning.initial > self.pruning.final:
             raise UserError(
                 f"config.pruning.final is {self.pruning.final} and initial {self.pruning.initial}: sparsity never falls"
@@ -211,6 +220,18 @@ class Config:
             raise UserError(
                 f"config.distributed.process_id is {join.process_id}; of num_processes={join.num_processes} the last "
                 f"is {join.num_processes - 1}"
+            )
+
+    def _validate_milestones(self) -> None:
+        optim = self.optim
+        if (optim.schedule == "milestones") != bool(optim.milestones):
+            raise UserError(
+                f"config.optim.schedule is {optim.schedule!r} and milestones {tuple(optim.milestones)}: "
+                "name some with schedule='milestones', and none with another"
+            )
+        if optim.milestones and (optim.cooldown.steps or optim.cooldown.epochs):
+            raise UserError(
+                f"config.optim.cooldown is {optim.cooldown}, but with schedule='milestones' there is none: set it to 0"
             )
 
     def to_json(self) -> str:

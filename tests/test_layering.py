@@ -51,7 +51,7 @@ ROWS = {
     "preflight": """analysis cli data errors evmamba_jax models packaged pallas_kernels pallas_kernels.tpu tasks
                     training""",
     "__main__": "cli errors evmamba_jax",
-    "recipes": "data errors training",
+    "recipes": "data errors tasks training",
     "configs": "data evmamba_jax recipes tasks training",
     "train_tpu": "train",
     "setup": "",

@@ -59,7 +59,12 @@ class Setup:
             config, self.tuning.trained, model.params, task.model, in_steps=self.in_steps, total_steps=self.total_steps
         )
         scaled = any(scale != 1 for scale in self.tuning.scales.values())
-        self.tx = optimizer.make_optimizer(config.optim, self.schedule, self.tuning.scales if scaled else None)
+        self.tx = optimizer.make_optimizer(
+            config.optim,
+            self.schedule,
+            self.tuning.scales if scaled else None,
+            decayed=optimizer.decayed_by(config.optim, task.model),
+        )
         self._programs: dict[Any, jax.stages.Compiled] = {}
         shapes = jax.eval_shape(self._first, model)
         self.shardings: TrainState = meshes.state_shardings(mesh, shapes)

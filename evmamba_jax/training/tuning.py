@@ -77,16 +77,18 @@ def tuning(config: TuneConfig, params: Mapping[str, Any], *, head: str) -> Tunin
         )
     layers = layer_numbers(params, head=head)
     last = max(layers.values())
-    scales = {
-        name: config.layer_decay ** (last - layers[name]) * (config.head_lr if in_head(name) else 1.0)
-        for name in trained
-    }
+
+    def scale(name: str) -> float:
+        part = config.head_lr if in_head(name) else config.embed_lr if _EMBEDDING.match(name) else 1.0
+        return config.layer_decay ** (last - layers[name]) * part
+
+    scales = {name: scale(name) for name in trained}
     return Tuning(trained, scales, _told(config, params, trained))
 
 
 def _told(config: TuneConfig, params: Mapping[str, Any], trained: Sequence[str]) -> str:
     size = lambda names: sum(math.prod(params[name].shape) for name in names)  # noqa: E731
-    if len(trained) == len(params) and config.layer_decay == 1 and config.head_lr == 1:
+    if len(trained) == len(params) and {config.layer_decay, config.head_lr, config.embed_lr} == {1}:
         return ""
     words = f"training {size(trained):,} of {size(params):,} parameters (tune.method={config.method!r})"
     if config.layer_decay != 1:
@@ -105,6 +107,7 @@ def _prefixes(params: Mapping[str, Any]) -> list[str]:
 
 
 _BLOCK = re.compile(r"(?:stages\.\d+\.)?blocks\.\d+(?=\.)")
+_EMBEDDING = re.compile(r"(?:backbone\.)?(?:patch_embed|pos_embed|cls_token)\b")
 _DOWNSAMPLE = re.compile(r"stages\.(\d+)\.downsample\.")
 
 

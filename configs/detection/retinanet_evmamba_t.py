@@ -1,0 +1,16 @@
+"""RetinaNet over EfficientVMamba-T on COCO, 1x.
+
+Published AP: 37.5, with 13.0M parameters (arXiv:2403.09977, table 3). Not yet run here. 12 epochs: 87,948 steps of 16
+images, 1,407,168 in all.
+
+Neither this detector's files nor its settings were released. Pyramid and head of 208 channels are inferred from the
+published size; drop path 0.2 and mixed precision are those of EfficientVMamba's own Mask R-CNN.
+"""
+
+from evmamba_jax.recipes.retinanet import recipe
+from evmamba_jax.tasks.detection import DetectionConfig
+
+
+def get_config() -> DetectionConfig:
+    """Return the configuration."""
+    return recipe("evmamba_t", width=208, dtype="bfloat16")
