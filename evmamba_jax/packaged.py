@@ -14,8 +14,9 @@ def folder() -> Path:
 
 
 def names() -> list[str]:
-    """Return the names, e.g. ``digits``; of a file in a folder below, ``folder/name``."""
-    return sorted(path.relative_to(folder()).with_suffix("").as_posix() for path in folder().rglob("*.py"))
+    """Return the names, e.g. ``digits``; after them those of files in folders below, ``folder/name``."""
+    found = (path.relative_to(folder()).with_suffix("").as_posix() for path in folder().rglob("*.py"))
+    return sorted(found, key=lambda name: ("/" in name, name))
 
 
 def find(config: str) -> str:

@@ -16,14 +16,20 @@ def test_all_files_of_configs_have_names():
     assert len(packaged.names()) == len(list(CONFIGS.rglob("*.py")))
 
 
-@pytest.mark.parametrize("name", ["digits", "evmamba_t", "evmamba_t:paper"])
+def test_files_in_folders_are_named_last():
+    folders = ["/" in name for name in packaged.names()]
+    assert folders == sorted(folders)
+    assert {"segmentation/upernet_vmamba_t", "detection/retinanet_evmamba_t"} < set(packaged.names())
+
+
+@pytest.mark.parametrize("name", ["digits", "evmamba_t", "evmamba_t:paper", "segmentation/upernet_vmamba_t"])
 def test_a_name_stands_for_its_file(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     stem, colon, variant = name.partition(":")
     by_name, workdir = parse_command(["x", "--config", name])
     by_file, same = parse_command(["x", f"--config={CONFIGS / stem}.py{colon}{variant}"])
     assert by_name == by_file
-    assert workdir == same == Path("runs") / name.replace(":", "_")
+    assert workdir == same == Path("runs") / name.rpartition("/")[2].replace(":", "_")
 
 
 def test_in_a_wheel_they_lie_inside_the_package(tmp_path, monkeypatch):

@@ -3,7 +3,8 @@
 :func:`count_flops` reads the traced program, so that no model is allocated and none is too large. It counts, for one
 image in evaluation mode and within 3 % of what the official counters give for their models:
 
-- products of the image's values with weights, and convolutions, by their multiply-adds;
+- products of the image's values with weights, and convolutions, by their multiply-adds; of a segmenter those on the way
+  to its logits, of a detector to its raw outputs;
 - every selective scan as ``9 B L D N`` for the recurrence and ``B L D`` for the skip, whatever an implementation does
   instead (state-spaces/mamba issue 110). Its projections to time step, B and C are products like others;
 - S5's recurrence as 4 for each token and kept state, a complex product;
@@ -109,7 +110,8 @@ def _program(model: str | nnx.Module, image_size: Size | None, implementation: s
         return copy(images)
 
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), weights)
-    return program, shapes, jax.ShapeDtypeStruct((1, height, width, module.in_channels), jnp.float32)
+    channels = getattr(module, "backbone", module).in_channels  # a segmenter's or detector's are its backbone's
+    return program, shapes, jax.ShapeDtypeStruct((1, height, width, channels), jnp.float32)
 
 
 # What a value of the program is made from.

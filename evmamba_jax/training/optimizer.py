@@ -111,32 +111,46 @@ def _cosine(config: OptimConfig, warmup: int, last: int, steps_per_epoch: int) -
     start = warmup if config.warmup_prefix else 0
     linear = optax.linear_schedule(config.warmup_lr, config.lr, warmup)
     cosine = optax.cosine_decay_schedule(config.lr, last - start, alpha=config.min_lr / config.lr)
-    return lambda step: jnp.where(step < warmup, linear(step), cosine(step - start))
+
+    def schedule(step):
+        return jnp.where(step < warmup, linear(step), cosine(step - start))
+
+    return schedule
 
 
 def _line(first: float, last: float, steps: int) -> optax.Schedule:
-    """Return a line that has ``last`` after so many steps, with the precision of a small end at that end."""
+    """Return a line from ``first`` to ``last``, which it has after so many steps; precise near an end that is 0."""
+    steps = max(steps, 1)
 
     def schedule(step):
-        done = jnp.clip(step / max(steps, 1), 0.0, 1.0)
-        return first * (1 - done) + last * done
+        done = jnp.clip(step, 0, steps)
+        return first * ((steps - done) / steps) + last * (done / steps)
 
     return schedule
 
 
 def _poly(config: OptimConfig, warmup: int, last: int, steps_per_epoch: int) -> optax.Schedule:
-    if not config.warmup_prefix:
-        line, scale = _line(config.lr, config.min_lr, last), _line(config.warmup_lr / config.lr, 1.0, warmup)
-        return lambda step: jnp.where(step < warmup, scale(step), 1.0) * line(step)
     linear, line = _line(config.warmup_lr, config.lr, warmup - 1), _line(config.lr, config.min_lr, last - warmup - 1)
-    return lambda step: jnp.where(step < warmup, linear(step), line(step - warmup))
+
+    def schedule(step):
+        return jnp.where(step < warmup, linear(step), line(step - warmup))
+
+    scale, whole = _line(config.warmup_lr / config.lr, 1.0, warmup), _line(config.lr, config.min_lr, last)
+
+    def scaled(step):
+        return jnp.where(step < warmup, scale(step), 1.0) * whole(step)
+
+    return schedule if config.warmup_prefix else scaled
 
 
 def _milestones(config: OptimConfig, warmup: int, last: int, steps_per_epoch: int) -> optax.Schedule:
     linear = _line(config.warmup_lr, config.lr, warmup - 1)
     drops = np.asarray([round(epochs * steps_per_epoch) for epochs in config.milestones])
-    rate = lambda step: jnp.where(step < warmup, linear(step), config.lr)  # noqa: E731
-    return lambda step: rate(step) * _DROP ** jnp.sum(step >= drops)
+
+    def schedule(step):
+        return jnp.where(step < warmup, linear(step), config.lr) * _DROP ** jnp.sum(step >= drops)
+
+    return schedule
 
 
 _FORMULAS = {"cosine": _cosine, "poly": _poly, "milestones": _milestones}

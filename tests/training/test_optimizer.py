@@ -242,9 +242,7 @@ SMALL = {"width": 8, "depths": (1, 1, 1, 1)}
 NORMS = {
     "evmamba_t": (SMALL, r"stages\.[01]\.blocks\.0\.((op\.out_|se\.)?norm)|stages\.\d\.downsample\.norm"),
     "vmamba_t": (SMALL, r"stages\.\d\.blocks\.0\.(norm2?|mixer\.out_norm)"),
-    "vmamba_t_v0": (SMALL, r"stages\.\d\.(blocks\.0\.(norm|mixer\.out_norm)|downsample\.norm)"),
     "msvmamba_n": (SMALL, r"stages\.\d\.(blocks\.0\.(norm2?|mixer\.out_norm)|downsample\.norm)"),
-    "msvmamba_t_v2": (SMALL, r"stages\.\d\.blocks\.0\.(norm2?|mixer\.out_norm)"),
     "mambavision_t": (
         SMALL | {"num_heads": (1, 1, 2, 2), "depths": (1, 1, 2, 2)},
         r"stages\.\d\.blocks\.\d\.norm[12]?",

@@ -54,6 +54,21 @@ def test_rates_fall_as_timms_do():
     assert found.scales == pytest.approx(recorded["scales"], rel=1e-12)
 
 
+def test_embeddings_have_a_rate_of_their_own():
+    names = [
+        "patch_embed.kernel",
+        "pos_embed",
+        "cls_token",
+        "blocks.0.norm.scale",
+        "blocks.0.patch_embedding",
+        "head.bias",
+    ]
+    names += [f"backbone.{name}" for name in names[:3]]
+    shapes = {name: jax.ShapeDtypeStruct((2, 2), jnp.float32) for name in names}
+    found = tuning(TuneConfig(embed_lr=0.2, head_lr=3.0), shapes, head=HEAD)
+    assert list(found.scales.values()) == [0.2, 0.2, 0.2, 1.0, 1.0, 3.0, 0.2, 0.2, 0.2]
+
+
 def test_patterns_that_match_nothing_and_nothing_left(params):
     with pytest.raises(UserError, match=r"freeze has 'stage.0.\*', .* no parameter; near it are stages\.0\.\*"):
         tuning(TuneConfig(freeze=("stage.0.*",)), params, head=HEAD)
