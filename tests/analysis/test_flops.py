@@ -12,6 +12,7 @@ from flax import nnx
 from evmamba_jax import create_model
 from evmamba_jax.analysis import count_flops, count_parameters, flops_by_operation, xla_flops
 from evmamba_jax.analysis.__main__ import main
+from evmamba_jax.detection import create_detector
 from evmamba_jax.errors import UserError
 from evmamba_jax.layers.norm import BatchNorm
 from evmamba_jax.layers.s6 import S6
@@ -286,3 +287,27 @@ def test_the_command_prints_both_counts(capsys):
     assert row.split()[-1] == f"{xla_flops('evmamba_t', (32, 64)) / 1e6:,.1f}"
     assert main(["evmamba_x"]) == 2
     assert "unknown model 'evmamba_x'" in capsys.readouterr().err
+
+
+def test_a_detector_costs_its_backbone_and_the_convolutions_behind_it():
+    """RetinaNet's written out: laterals, outputs, two further levels, and for each level two towers and two answers."""
+    width, classes, channels = 8, 3, (16, 32, 64)  # of the maps at 8, 16 and 32 pixels
+    options = {"width": 8, "depths": (1, 1, 1, 1)}
+    model = nnx.eval_shape(
+        lambda: create_detector(
+            "retinanet", backbone="evmamba_t", num_classes=classes, width=width, backbone_options=options
+        )
+    )
+
+    class Features(nnx.Module):
+        def __init__(self, backbone):
+            self.backbone = backbone
+
+        def __call__(self, images):
+            return self.backbone.features(images)
+
+    cells = [12 * 16, 6 * 8, 3 * 4, 2 * 2, 1]  # of five levels, of an image of 96x128 pixels
+    heads = sum(n * c * width + n * 9 * width**2 for n, c in zip(cells, channels, strict=False))
+    heads += cells[3] * 9 * channels[-1] * width + cells[4] * 9 * width**2
+    heads += sum(cells) * (8 * 9 * width**2 + 9 * width * 9 * (classes + 4))
+    assert count_flops(model, (96, 128)) == count_flops(Features(model.backbone), (96, 128)) + heads
