@@ -39,7 +39,7 @@ def draw_precision_recall(path: Path, curves: np.ndarray, class_names: Sequence[
         if k not in worst[:_NAMED]:
             right.plot(recall, curves[0, :, k], color=GREY, linewidth=0.8, alpha=0.6)
     for colour, k in zip(COLOURS, worst[:_NAMED], strict=False):
-        label = f"{short(class_names[k])}, area {areas[k]:.0%}"
+        label = f"{short(class_names[int(k)])}, area {areas[k]:.0%}"
         right.plot(recall, curves[0, :, k], color=colour, linewidth=1.8, label=label)
     right.set_title("each class at overlap 0.5, the worst named", loc="left", fontsize=12)
     for axes in (left, right):
