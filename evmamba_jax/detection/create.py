@@ -1,4 +1,4 @@
-"""Detectors by name, over any backbone of four stages."""
+"""Detectors by name, over any backbone."""
 
 from collections.abc import Mapping
 from os import PathLike
@@ -9,10 +9,11 @@ from flax.typing import Dtype
 
 from evmamba_jax.detection.retinanet import RetinaNet, anchors_of
 from evmamba_jax.errors import UserError, one_of
-from evmamba_jax.layers.backbone import StagedConfig
-from evmamba_jax.models.registry import build_model, configuration
+from evmamba_jax.heads.backbone import build_backbone
 
 DETECTORS = {"retinanet": RetinaNet}
+# Of MambaVision: the last two stages have one window for images of up to 1792 pixels a side.
+WINDOWS = (8, 8, 112, 56)
 
 
 def create_detector(
@@ -35,8 +36,9 @@ def create_detector(
 
     Args:
         name: "retinanet".
-        backbone: one of :func:`evmamba_jax.list_models` with maps of four sizes: EfficientVMamba, VMamba, MSVMamba or
-            MambaVision. It is built with a norm for each map, as the official detectors have it.
+        backbone: one of :func:`evmamba_jax.list_models`. It is built with a norm for each of its four maps, as the
+            official detectors have it; of Vim, which has no official RetinaNet, as its segmenters have it. MambaVision
+            takes the windows of its detectors unless ``window_size`` says otherwise.
         num_classes: of objects; there is no background among them.
         pretrained: a place as :func:`evmamba_jax.create_model` takes it, of a whole detector's weights, or of a
             classifier's, which fill the backbone alone. ``official`` is the released classifier.
@@ -51,30 +53,17 @@ def create_detector(
         An NNX module with ``loss(images, objects)`` and ``detect(images)``.
 
     Raises:
-        UserError: unknown name or option; a backbone whose maps have one size; sizes below 1; weights that are missing,
-            damaged, or of another detector.
+        UserError: unknown name or option; sizes below 1; weights that are missing, damaged, or of another detector.
     """
     detector = one_of("detector", name, DETECTORS)
     for option, number in {"num_classes": num_classes, "width": width}.items():
         if not isinstance(number, int) or isinstance(number, bool) or number < 1:
             raise UserError(f"{option}={number!r} is not allowed: it must be a whole number of at least 1")
-    options = dict(backbone_options or {})
-    if "out_norms" in options:
-        raise UserError("option 'out_norms' of the backbone is decided by the detector: leave it out")
-    config = configuration(backbone)
-    if not isinstance(config, StagedConfig):
-        raise UserError(
-            f"backbone {backbone!r} has maps of one size, and {name} needs four: take a model of four stages, "
-            "e.g. 'evmamba_t'"
-        )
-    rngs = nnx.Rngs(0) if rngs is None else rngs
-    body = build_model(backbone, rngs=rngs, dtype=dtype, num_classes=0, out_norms=True, **options)
-    widths = [norm.num_features for norm in body.out_norms]
     if not octave_base_scale > 0:
         raise UserError(f"octave_base_scale={octave_base_scale!r} is not allowed: it must be above 0")
-    model = detector(
-        body, widths, num_classes, width=width, anchors=anchors_of(octave_base_scale), dtype=dtype, rngs=rngs
-    )
+    rngs = nnx.Rngs(0) if rngs is None else rngs
+    under = build_backbone(backbone, window_size=WINDOWS, options=backbone_options, dtype=dtype, rngs=rngs)
+    model = detector(*under, num_classes, width=width, anchors=anchors_of(octave_base_scale), dtype=dtype, rngs=rngs)
     model.eval()
     if pretrained is not None:
         # Orbax takes a second to import; only who reads weights waits for it.

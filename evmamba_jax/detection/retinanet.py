@@ -20,10 +20,12 @@ from evmamba_jax.detection.matching import Matcher, Objects
 from evmamba_jax.detection.nms import batched_nms
 from evmamba_jax.errors import UserError
 from evmamba_jax.heads.fpn import FPN
+from evmamba_jax.heads.maps import PlainPyramid
 from evmamba_jax.heads.retinanet import RetinaNetHead
 from evmamba_jax.weights.convert import register, table
 from evmamba_jax.weights.detectors import fpn, retinanet_head
 from evmamba_jax.weights.layers import Row, below
+from evmamba_jax.weights.upernet import plain_pyramid
 
 STRIDES = (8, 16, 32, 64, 128)
 CODER = DeltaCoder()
@@ -118,6 +120,7 @@ class RetinaNet(nnx.Module):
     Args:
         backbone: a module whose ``features(images, key=key)`` gives maps of strides 4, 8, 16 and 32.
         widths: channels of these maps.
+        pyramid: makes maps of these strides from a backbone that has one size.
         num_classes: K, without a background.
         width: channels of pyramid and head.
         anchors: nine a cell.
@@ -129,6 +132,7 @@ class RetinaNet(nnx.Module):
         self,
         backbone: Any,
         widths: Sequence[int],
+        pyramid: PlainPyramid | None,
         num_classes: int,
         *,
         width: int = 256,
@@ -138,6 +142,7 @@ class RetinaNet(nnx.Module):
     ):
         layer = {"dtype": dtype, "rngs": rngs}
         self.backbone = backbone
+        self.pyramid = pyramid
         self.anchors = anchors
         levels = len(anchors.strides)
         self.neck = FPN(widths, width, start_level=1, levels=levels, extra="on_input", **layer)
@@ -157,7 +162,8 @@ class RetinaNet(nnx.Module):
         if any(side % MULTIPLE for side in sides):
             size = "x".join(map(str, sides))
             raise UserError(f"images are {size}: pad both sides with zeros to multiples of {MULTIPLE}")
-        return self.outputs(self.backbone.features(images, key=key))
+        maps = self.backbone.features(images, key=key)
+        return self.outputs(maps if self.pyramid is None else self.pyramid(maps))
 
     def outputs(self, maps: Sequence[jax.Array]) -> Raw:
         """Return the raw outputs of the backbone's maps [(B, h, w, C), ...]."""
@@ -209,7 +215,12 @@ def head_rows(model: RetinaNet) -> list[Row]:
     return [*below("neck", "neck", neck), *below("head", "bbox_head", retinanet_head(len(model.head.cls_tower)))]
 
 
-register(RetinaNet, lambda model: [*below("backbone", "backbone", table(model.backbone)), *head_rows(model)])
+def _table(model: RetinaNet) -> list[Row]:
+    pyramid = below("pyramid", "backbone", plain_pyramid())
+    return [*below("backbone", "backbone", table(model.backbone)), *pyramid, *head_rows(model)]
+
+
+register(RetinaNet, _table)
 
 
 def targets(raw: Raw, objects: Objects, padded: jax.Array, anchors: Anchors = ANCHORS) -> Targets:

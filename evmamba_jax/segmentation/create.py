@@ -1,6 +1,5 @@
 """Segmenters by name, with initial values or with weights."""
 
-import dataclasses
 from collections.abc import Mapping
 from os import PathLike
 from typing import Any, Literal
@@ -8,18 +7,11 @@ from typing import Any, Literal
 from flax import nnx
 from flax.typing import Dtype
 
-from evmamba_jax.errors import UserError, one_of
-from evmamba_jax.heads.maps import PlainPyramid
-from evmamba_jax.layers.backbone import StagedConfig
-from evmamba_jax.models import build_model
-from evmamba_jax.models.mambavision import MambaVisionConfig
-from evmamba_jax.models.registry import configuration
+from evmamba_jax.errors import one_of
+from evmamba_jax.heads.backbone import build_backbone
 from evmamba_jax.segmentation.upernet import UperNet, UperNetConfig
 
 SEGMENTERS = {"upernet": UperNet}
-
-# Options of a backbone that its place in a segmenter decides.
-_DECIDED = ("num_classes", "out_norms", "class_token")
 
 
 def create_segmenter(
@@ -64,21 +56,12 @@ def create_segmenter(
         UserError: an unknown name or option; weights that are missing, damaged, or of another segmenter.
     """
     kind = one_of("segmenter", name, SEGMENTERS)
-    options = dict(backbone_options or {})
-    for option in _DECIDED:
-        if option in options:
-            raise UserError(f"option {option!r} of the backbone is decided by the segmenter: leave it out")
     config = UperNetConfig(num_classes=num_classes, width=width, aux_width=aux_width, dropout=dropout, dtype=dtype)
     rngs = rngs or nnx.Rngs(0)
-    body = build_model(backbone, rngs=rngs, dtype=dtype, num_classes=0, **_backbone_options(backbone, options))
-    if isinstance(body.config, StagedConfig):
-        channels = [body.config.width * 2**i for i in range(body.config.STAGES)]
-        pyramid = None
-    else:
-        channels = [body.config.width] * 4
-        stride = getattr(body.config, "stride", body.config.patch_size)
-        pyramid = PlainPyramid(body.config.width, stride, dtype=dtype, rngs=rngs)
-    model = kind(config, body, channels, pyramid, rngs=rngs)
+    # The last two are windows of whole crops: 1024 pixels, of S 2560 and 1792.
+    windows = (8, 8, 160, 56) if backbone == "mambavision_s" else (8, 8, 64, 32)
+    under = build_backbone(backbone, window_size=windows, options=backbone_options, dtype=dtype, rngs=rngs)
+    model = kind(config, *under, rngs=rngs)
     model.eval()
     if pretrained is not None:
         # Orbax takes a second to import; only who reads weights waits for it.
@@ -86,16 +69,3 @@ def create_segmenter(
 
         fill_model(*load_composed(model, pretrained, f"{name} with {backbone}", backbone=backbone, ema=ema))
     return model
-
-
-def _backbone_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Return a backbone's options with those that the official segmenters set."""
-    config = configuration(name)
-    fields = {field.name for field in dataclasses.fields(config)}
-    official: dict[str, Any] = {"out_norms": True} if isinstance(config, StagedConfig) else {}
-    if "class_token" in fields:
-        official["class_token"] = False
-    if isinstance(config, MambaVisionConfig):
-        # The last two are windows of whole crops: 1024 pixels, of S 2560 and 1792.
-        official["window_size"] = (8, 8, 160, 56) if name == "mambavision_s" else (8, 8, 64, 32)
-    return official | options

@@ -42,6 +42,8 @@ class Composed(Task):
         ground: whether the ground is a class.
     """
 
+    head = "[!b]*"  # all but the backbone
+
     needs: ClassVar[type[Config]]
     reads: ClassVar[type[DenseData]]
     kind: ClassVar[str]

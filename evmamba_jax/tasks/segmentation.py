@@ -112,7 +112,6 @@ class Segmentation(Composed):
 
     chooses = Figure("mIoU", higher=True, title="mean IoU on the test images (%)")
     parts = ("aux_loss", "accuracy")
-    head = "*_head.*"
     needs, reads, part = SegmentationConfig, SegmentationData, "segmenter"
     example = "configs/digits_segmentation.py"
     kind, truth, ground = "label_maps", "label maps", True

@@ -106,6 +106,7 @@ def _prefixes(params: Mapping[str, Any]) -> list[str]:
     return list(found)
 
 
+_BODY = "backbone."  # of a model with heads
 _BLOCK = re.compile(r"(?:stages\.\d+\.)?blocks\.\d+(?=\.)")
 _EMBEDDING = re.compile(r"(?:backbone\.)?(?:patch_embed|pos_embed|cls_token)\b")
 _DOWNSAMPLE = re.compile(r"stages\.(\d+)\.downsample\.")
@@ -115,17 +116,19 @@ def layer_numbers(params: Mapping[str, Any], *, head: str) -> dict[str, int]:
     """Return the number of the layer that each parameter belongs to, for rates that fall from the head down.
 
     The stem and the embeddings are layer 0; every block is one more, a downsampling belongs to the block after it, and
-    the norms at the end to the last block; the head is the last layer.
+    the norms at the end to the last block; the head is the last layer. Of a backbone with heads, all that stands on the
+    backbone is the head.
 
     Source: timm's ``group_matcher`` of its Swin transformer and ``group_parameters``.
     """
-    order = {block: None for name in params if (block := _BLOCK.match(name))}
-    blocks = list(dict.fromkeys(match[0] for match in order))
+    composed = any(name.startswith(_BODY) for name in params)
+    inner = {name: name.removeprefix(_BODY) for name in params}
+    blocks = list(dict.fromkeys(match[0] for name in inner.values() if (match := _BLOCK.match(name))))
     blocks.sort(key=lambda block: [int(part) for part in re.findall(r"\d+", block)])
     number = {block: k for k, block in enumerate(blocks, 1)}
 
-    def layer(name: str) -> int:
-        if fnmatch.fnmatchcase(name, head):
+    def layer(path: str, name: str) -> int:
+        if fnmatch.fnmatchcase(path, head) or (composed and path == name):
             return len(blocks) + 1
         if match := _BLOCK.match(name):
             return number[match[0]]
@@ -133,7 +136,7 @@ def layer_numbers(params: Mapping[str, Any], *, head: str) -> dict[str, int]:
             return next((number[b] for b in blocks if b.startswith(f"stages.{int(match[1]) + 1}.")), len(blocks))
         return len(blocks) if re.match(r"(out_)?norms?\.", name) else 0
 
-    return {name: layer(name) for name in params}
+    return {path: layer(path, name) for path, name in inner.items()}
 
 
 def freeze_modules(model: nnx.Module, trained: Collection[str]) -> None:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from command import refused_here, run_here
+from flax import nnx
 from jax.sharding import Mesh
 from tiny import get_config
 
@@ -16,9 +17,11 @@ from evmamba_jax import lora
 from evmamba_jax.arrays import split
 from evmamba_jax.checkpoints import load_model
 from evmamba_jax.config import TuneConfig
+from evmamba_jax.detection import create_detector
 from evmamba_jax.errors import UserError
 from evmamba_jax.models import abstract_model
 from evmamba_jax.tasks.classification import Classification
+from evmamba_jax.tasks.detection import Detection
 from evmamba_jax.training.setup import Setup
 from evmamba_jax.training.tuning import layer_numbers, tuning
 from evmamba_jax.weights.load import open_place
@@ -44,6 +47,16 @@ def test_layers_are_those_of_timm(name):
     assert numbers[stem] == 0
     if name == "vmamba_t":
         assert numbers["stages.0.downsample.conv.kernel"] == numbers["stages.1.blocks.0.norm.scale"] == 3
+
+
+def test_layers_of_a_backbone_with_heads():
+    """The backbone's own, and all that stands on it above them."""
+    own = layer_numbers(split(abstract_model("vmamba_t", num_classes=0, out_norms=True)).params, head=HEAD)
+    detector = nnx.eval_shape(lambda: create_detector("retinanet", backbone="vmamba_t"))
+    numbers = layer_numbers(split(detector).params, head=Detection.head)
+    for name, number in numbers.items():
+        assert number == own.get(name.removeprefix("backbone."), max(own.values()) + 1), name
+    assert numbers["neck.laterals.0.kernel"] == max(numbers.values()) > numbers["backbone.out_norms.3.scale"] > 0
 
 
 def test_rates_fall_as_timms_do():

@@ -1,0 +1,72 @@
+"""Backbones as segmenters and detectors have them: four maps at strides of 4, 8, 16 and 32 pixels."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from flax import nnx
+from flax.typing import Dtype
+
+from evmamba_jax.errors import UserError
+from evmamba_jax.heads.maps import PlainPyramid
+from evmamba_jax.layers.backbone import StagedConfig
+from evmamba_jax.models.mambavision import MambaVisionConfig
+from evmamba_jax.models.registry import build_model, configuration
+
+# Options of a backbone that its place decides.
+_DECIDED = ("num_classes", "out_norms", "class_token")
+
+
+class Backbone(NamedTuple):
+    """A backbone for heads.
+
+    Attributes:
+        body: ``body.features(images, key=key)`` gives four maps.
+        channels: of each map.
+        pyramid: makes maps of four sizes from a body that has one size; None where it has four.
+    """
+
+    body: Any
+    channels: list[int]
+    pyramid: PlainPyramid | None
+
+
+def build_backbone(
+    name: str,
+    *,
+    window_size: tuple[int, ...],
+    options: Mapping[str, Any] | None,
+    dtype: Dtype | None,
+    rngs: nnx.Rngs,
+) -> Backbone:
+    """Build a backbone as the official segmenters and detectors have it.
+
+    It has a norm for each of its four maps. Vim gives the residual streams after each quarter of its blocks, without a
+    class token, which go through a pyramid of transposed convolutions.
+
+    Args:
+        name: one of :func:`evmamba_jax.list_models`.
+        window_size: of MambaVision, for each stage, unless ``options`` say otherwise.
+        options: of the backbone.
+        dtype: compute type.
+        rngs: source of the initial values.
+
+    Raises:
+        UserError: an unknown name or option, or an option that is decided here.
+    """
+    options = dict(options or {})
+    for option in _DECIDED:
+        if option in options:
+            raise UserError(f"option {option!r} of a backbone under heads is decided by them: leave it out")
+    config = configuration(name)
+    official: dict[str, Any] = {"out_norms": True} if isinstance(config, StagedConfig) else {}
+    if "class_token" in {field.name for field in dataclasses.fields(config)}:
+        official["class_token"] = False
+    if isinstance(config, MambaVisionConfig):
+        official["window_size"] = window_size
+    body = build_model(name, rngs=rngs, dtype=dtype, num_classes=0, **(official | options))
+    if isinstance(body.config, StagedConfig):
+        return Backbone(body, [body.config.width * 2**i for i in range(body.config.STAGES)], None)
+    stride = getattr(body.config, "stride", body.config.patch_size)
+    pyramid = PlainPyramid(body.config.width, stride, dtype=dtype, rngs=rngs)
+    return Backbone(body, [body.config.width] * 4, pyramid)
