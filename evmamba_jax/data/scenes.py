@@ -16,6 +16,7 @@ CLASSES, GROUND = tuple(map(str, range(10))), "ground"
 LENGTHS = {"train": 4000, "test": 200}
 SIDE = 128
 HEIGHTS = 16, 56  # of a digit, pixels, both included
+USUAL = 46  # the most frequent height
 _EDGE = 3  # pixels of height that a soft edge takes, at most
 COUNTS = 3, 8  # of digits in a scene, both included
 COVERED = 0.3  # of a digit's own pixels, that others may hide
@@ -123,8 +124,10 @@ def scene(split: str, index: int) -> Scene:
         chosen.append(labels[pick])
     image = ground
     for ink in inks:
-        image = image + ink[..., None] * (rng.uniform(*INK, 3).astype(np.float32) - image)
-    noisy = image + rng.normal(0, 4, image.shape)
+        x0, y0, x1, y1 = _box(ink > 0)
+        below = image[y0:y1, x0:x1]
+        below += ink[y0:y1, x0:x1, None] * (rng.uniform(*INK, 3).astype(np.float32) - below)
+    noisy = image + 4 * rng.standard_normal(image.shape, np.float32)
     return Scene(
         np.clip(np.round(noisy), 0, 255).astype(np.uint8), np.array(chosen, np.int32), np.array(masks), np.array(whole)
     )
@@ -149,7 +152,7 @@ def _placed(
     """Return the ink of a digit on the scene, 0 to 1 (H, W), where no other loses too much; None where none fits."""
     rows, columns = (np.flatnonzero(scan.max(axis) > 0.2) for axis in (1, 0))
     cut = scan[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    height = int(rng.integers(HEIGHTS[0] + _EDGE, HEIGHTS[1] + 1))
+    height = int(rng.triangular(HEIGHTS[0] + _EDGE, USUAL, HEIGHTS[1] + 1))
     while height >= HEIGHTS[0] + _EDGE:
         width = max(6, round(height * cut.shape[1] / cut.shape[0] * rng.uniform(0.85, 1.2)))
         small = np.asarray(Image.fromarray(cut).resize((width, height), Image.Resampling.BICUBIC))
