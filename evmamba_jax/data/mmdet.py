@@ -11,7 +11,7 @@ import numpy as np
 
 from evmamba_jax.data import opencv
 from evmamba_jax.data.dense_config import DetectionData
-from evmamba_jax.data.mmseg import padded, pixels_of, up_to
+from evmamba_jax.data.mmseg import pixels_of, up_to
 from evmamba_jax.data.opencv import Window, size_of
 from evmamba_jax.data.readers import Example, Shape, Size
 
@@ -78,9 +78,10 @@ class BoxedImages:
         image, record = decoded
         geometry = self.geometry(size_of(image), rng)
         counted = ~record["crowd"]
-        image, boxes, seen = change(image, record["boxes"][counted].astype(np.float32), geometry)
+        shown = _black(canvas(geometry.size, self.config.scale))
+        _, boxes, seen = change(image, record["boxes"][counted].astype(np.float32), geometry, shown)
         labels = record["labels"][counted][seen]
-        return self._shown(image, canvas(geometry.size, self.config.scale)) | self._objects(boxes[seen], labels)
+        return {"image": shown, "size": np.array(geometry.size, np.int32)} | self._objects(boxes[seen], labels)
 
     def train_shape(self, size: Size, rng: np.random.Generator) -> Shape:
         """Return height and width of the padded image."""
@@ -89,17 +90,18 @@ class BoxedImages:
     def evaluate(self, decoded: Any) -> Example:
         """Return the image resized, and all its objects."""
         image, record = decoded
-        shown = self.view(image)
-        scale = np.array([shown.shape[1] / image.shape[1], shown.shape[0] / image.shape[0]], np.float32)
+        shown = _black(self.eval_shape(size_of(image)))
+        height, width = size_of(self.view(image, shown))
+        scale = np.array([width / image.shape[1], height / image.shape[0]], np.float32)
         return (
-            self._shown(shown, self.eval_shape(size_of(image)))
+            {"image": shown, "size": np.array([height, width], np.int32)}
             | self._objects(record["boxes"], record["labels"], crowd=record["crowd"], area=record["area"])
             | {"scale": scale}
         )
 
-    def view(self, image: np.ndarray) -> np.ndarray:
-        """Return an image (H, W, 3) at the scale of the test, its ratio kept."""
-        return opencv.resize_bilinear(image, *opencv.keep_ratio_size(*size_of(image), self.config.scale))
+    def view(self, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """Return an image (H, W, 3) at the scale of the test, its ratio kept, perhaps in the corner of ``out``."""
+        return opencv.resize_bilinear(image, *opencv.keep_ratio_size(*size_of(image), self.config.scale), out=out)
 
     def eval_shape(self, size: Size) -> Size:
         """Return height and width of the padded image."""
@@ -111,13 +113,10 @@ class BoxedImages:
         long, short = max(self.config.scale), min(self.config.scale)
         height, width = shape or canvas((short, long), self.config.scale)
         none = np.zeros((0, 4)), np.zeros(0)
-        example = self._shown(np.zeros((height, width, 3), np.uint8), (height, width))
+        example: Example = {"image": _black((height, width)), "size": np.array([height, width], np.int32)}
         if training:
             return example | self._objects(*none)
         return example | self._objects(*none, crowd=none[1], area=none[1]) | {"scale": np.ones(2, np.float32)}
-
-    def _shown(self, image: np.ndarray, size: Size) -> Example:
-        return {"image": padded(image, size), "size": np.array(size_of(image), np.int32)}
 
     def _objects(self, boxes: np.ndarray, labels: np.ndarray, **more: np.ndarray) -> Example:
         most = self.config.max_objects
@@ -130,23 +129,30 @@ class BoxedImages:
         return filled
 
 
+def _black(size: Size) -> np.ndarray:
+    return np.zeros((*size, 3), np.uint8)
+
+
 def canvas(size: Size, scale: Size) -> Size:
     """Return the size, multiples of 32, to which images within limits of their sides are padded: one of two."""
     short, long = up_to((min(scale), max(scale)), MULTIPLE)
     return (short, long) if size[1] >= size[0] else (long, short)
 
 
-def change(image: np.ndarray, boxes: np.ndarray, geometry: Geometry) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def change(
+    image: np.ndarray, boxes: np.ndarray, geometry: Geometry, out: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return image, boxes, and which of these are seen, bool (G,), after a change.
 
     Args:
         image: (H, W, 3) uint8.
         boxes: (G, 4) float32, x0 y0 x1 y1 in its pixels.
         geometry: the change.
+        out: the upper left part of this contiguous array is to hold the image; by default a new one does.
     """
     flip, before, window, size = geometry
     if flip:
-        image = image[:, ::-1]
+        image = opencv.mirrored(image)
         boxes = np.stack([image.shape[1] - boxes[:, 2], boxes[:, 1], image.shape[1] - boxes[:, 0], boxes[:, 3]], 1)
     seen = np.ones(len(boxes), bool)
     if before is not None and window is not None:
@@ -155,7 +161,7 @@ def change(image: np.ndarray, boxes: np.ndarray, geometry: Geometry) -> tuple[np
         boxes = limited(boxes, size_of(image))
         seen = np.all(boxes[:, 2:] > boxes[:, :2], 1)
     boxes = resized_boxes(boxes, size_of(image), size)
-    return opencv.resize_bilinear(image, *size), boxes, seen
+    return opencv.resize_bilinear(image, *size, out=out), boxes, seen
 
 
 def resized_boxes(boxes: np.ndarray, old: Size, new: Size) -> np.ndarray:

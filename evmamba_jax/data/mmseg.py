@@ -51,7 +51,7 @@ class LabelMaps:
         image = opencv.resize_bilinear(image, height, width, window)
         labels = opencv.resize_nearest(labels, height, width, window)
         if rng.random() < config.hflip:
-            image, labels = image[:, ::-1], labels[:, ::-1]
+            image, labels = opencv.mirrored(image), labels[:, ::-1]
         if config.photometric:
             image = photometric(image, rng)
         side = config.image_size
@@ -149,7 +149,8 @@ def choose_crop(labels: np.ndarray, size: Size, side: int, most: float, rng: np.
 
     window = draw()
     for _ in range(_REDRAWN):
-        pixels = np.bincount(opencv.resize_nearest(labels, *size, window).ravel(), minlength=IGNORED + 1)[:IGNORED]
+        crop = Image.fromarray(opencv.resize_nearest(labels, *size, window))
+        pixels = np.array(crop.histogram()[:IGNORED])  # twice as fast as NumPy's
         if np.count_nonzero(pixels) > 1 and pixels.max() < most * pixels.sum():
             break
         window = draw()
@@ -158,7 +159,6 @@ def choose_crop(labels: np.ndarray, size: Size, side: int, most: float, rng: np.
 
 def photometric(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Return an image (H, W, 3), red first, with other brightness, contrast, saturation and hue, each half the time."""
-    image = image[..., ::-1]
     contrast_last = rng.random() < 0.5
 
     def contrast(image: np.ndarray) -> np.ndarray:
@@ -169,16 +169,18 @@ def photometric(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     if not contrast_last:
         image = contrast(image)
     if rng.random() < 0.5:
-        image = opencv.adjust_saturation(image, rng.uniform(0.5, 1.5))
+        image = opencv.adjust_saturation(image, rng.uniform(0.5, 1.5), red_first=True)
     if rng.random() < 0.5:
-        image = opencv.adjust_hue(image, int(rng.integers(-18, 18)))
+        image = opencv.adjust_hue(image, int(rng.integers(-18, 18)), red_first=True)
     if contrast_last:
         image = contrast(image)
-    return image[..., ::-1]
+    return image
 
 
 def padded(array: np.ndarray, size: Shape, value: int = 0) -> np.ndarray:
-    """Return an array (H, W, ...) with ``value`` on the right and below up to a size."""
+    """Return an array (H, W, ...) with ``value`` on the right and below up to a size; itself where it has that."""
+    if size_of(array) == tuple(size):
+        return np.ascontiguousarray(array)
     filled = np.full((*size, *array.shape[2:]), value, array.dtype)
     filled[: array.shape[0], : array.shape[1]] = array
     return filled

@@ -9,12 +9,20 @@ Source: OpenCV 4 ``imgproc/src/{resize.cpp,color_hsv.simd.hpp}``; mmcv 2.1.0 ``i
 """
 
 import functools
+import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 _ONE = 2**11  # the weight 1
 _HUES = 180  # of uint8 images
+# What is done at once, so that numbers stay in a processor's caches: rows of a result, and pixels that change colour.
+_ROWS, _PIXELS = 32, 2**15
+# Numbers that NumPy takes at once where a row meets a column. With its usual 8192 it copies shorter rows first.
+_BUFFER = 1024
+# How np.take treats places outside. There are none, and this is its fastest way.
+_ANY = "wrap"
 # Pixels that OpenCV converts at once, with the registers of every x86 machine since 2013.
 _LANES = 32
 
@@ -57,7 +65,9 @@ class Window(NamedTuple):
         return slice(self.top, self.bottom), slice(self.left, self.right)
 
 
-def resize_bilinear(image: np.ndarray, height: int, width: int, window: Window | None = None) -> np.ndarray:
+def resize_bilinear(
+    image: np.ndarray, height: int, width: int, window: Window | None = None, out: np.ndarray | None = None
+) -> np.ndarray:
     """Resize an image (H, W, C) or (H, W) of uint8 to (height, width, ...), as OpenCV's ``INTER_LINEAR`` does.
 
     Args:
@@ -65,47 +75,101 @@ def resize_bilinear(image: np.ndarray, height: int, width: int, window: Window |
         height: of the result.
         width: of the result.
         window: the part of the result that is wanted; only that is computed.
+        out: the upper left part of this contiguous array is to hold the result; by default a new one does.
+
+    Returns:
+        The result, where ``out`` is given a view of it.
     """
     rows, columns = (window or Window(0, 0, height, width)).slices
+    top, bottom, upper, lower = _places(image.shape[0], height, rows, clamp=False)
+    left, _, _, after = _places(image.shape[1], width, columns, clamp=True)
+    shape = len(top), len(left)
+    if out is None:
+        out = np.empty((*shape, *image.shape[2:]), np.uint8)
+    resized = out[: shape[0], : shape[1]]
     if image.shape[:2] == (height, width):
-        return image[rows, columns].copy()
-    top, bottom, upper, lower = (each[rows] for each in _places(image.shape[0], height, clamp=False))
-    left, right, before, after = (each[columns] for each in _places(image.shape[1], width, clamp=True))
-    height, width = len(top), len(left)
-    # Rows that no output needs are left out; in a large reduction that is most of them.
-    needed, row = np.unique(np.concatenate([top, bottom]), return_inverse=True)
-    wide = image[needed].reshape(len(needed), -1)  # with the channels of a pixel side by side, as one axis
-    channels = wide.shape[1] // image.shape[1]
+        resized[:] = image[rows, columns]
+        return resized
+    # Rows that no output needs are left out; in a large reduction that is most of them. So are columns beside a window.
+    wanted = np.zeros(len(image), bool)
+    wanted[top] = wanted[bottom] = True
+    needed, row = np.flatnonzero(wanted), np.cumsum(wanted) - 1
+    top, bottom = row[top], row[bottom]
+    begin, end = left[0], min(left[-1] + 2, image.shape[1])
+    channels = math.prod(image.shape[2:])
+    across = _Across(left - begin, after, end - begin, channels)
+    # OpenCV cuts 16 bits off each product, adds 2 to their sum and cuts off 2 more. Here the weights are 2**6 times
+    # larger: products fill 32 bits, and of their sum the highest 8 are the result.
+    upper, lower = (each[:, None].astype(np.uint32) << 6 for each in (upper, lower))
+    totals, others = np.empty((2, _ROWS, shape[1] * channels), np.uint32)
+    flat = out.reshape(len(out), -1)[:, : shape[1] * channels]
+    with np.errstate():  # which ends what is set within
+        np.setbufsize(_BUFFER)
+        for start in range(0, shape[0], _ROWS):
+            part = slice(start, min(start + _ROWS, shape[0]))
+            first = top[start]
+            wide = across(image[needed[first : bottom[part.stop - 1] + 1], begin:end])
+            total, other = (each[: part.stop - start] for each in (totals, others))
+            np.take(wide, top[part] - first, 0, out=total, mode=_ANY)
+            total *= upper[part]
+            total &= np.uint32(0xFFC00000)
+            np.take(wide, bottom[part] - first, 0, out=other, mode=_ANY)
+            other *= lower[part]
+            total += other
+            total += np.uint32(2 << 22)
+            total >>= 24
+            flat[part] = total
+    return resized
 
-    def taken(pixel: np.ndarray, weight: np.ndarray) -> np.ndarray:
-        columns = pixel[:, None] * channels + np.arange(channels)
-        return np.take(wide, columns.ravel(), 1) * np.repeat(weight, channels)
 
-    def weighed(rows: np.ndarray, weight: np.ndarray) -> np.ndarray:
-        values = np.take(across, rows, 0)
-        values *= weight[:, None]
-        values >>= 16
-        return values
+class _Across:
+    """Resizes rows; the memory that this takes is kept from call to call.
 
-    across = taken(left, before)
-    across += taken(right, after)
-    across >>= 4
-    resized = weighed(row[:height], upper)
-    resized += weighed(row[height:], lower)
-    resized += 2
-    resized >>= 2
-    return resized.astype(np.uint8).reshape(height, width, *image.shape[2:])
+    Args:
+        left: for each pixel of a result the one before it; the next stands behind it.
+        after: the next one's weight; the other's is the rest of 1.
+        width: of the rows, pixels.
+        channels: of a pixel.
+    """
+
+    def __init__(self, left: np.ndarray, after: np.ndarray, width: int, channels: int):
+        self.entries = (left[:, None] * channels + np.arange(channels)).ravel()
+        self.after = np.repeat(after, channels)
+        self.width, self.channels = width * channels, channels
+        self.pixels = np.zeros(2 * _ROWS * self.width + channels, np.int32)  # the last has a next one, too
+        self.both = np.empty(2 * _ROWS * self.width, np.int32)
+        self.taken, self.sums = np.empty((2, 2 * _ROWS, len(self.entries)), np.int32)
+
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
+        """Return rows (H, W, ...) of uint8 as (H, W * C) of uint32, in units of 2**-7, overwritten by the next call."""
+        size = rows.size
+        pixels, both = self.pixels[:size], self.both[:size]
+        taken, sums = self.taken[: len(rows)], self.sums[: len(rows)]
+        # One number for both, so that one look-up gets them: a pixel in its low half, the step to the next above.
+        pixels[:] = rows.reshape(-1)
+        np.subtract(self.pixels[self.channels :][:size], pixels, out=both)
+        both <<= 16
+        pixels <<= 7
+        both |= pixels
+        np.take(both.reshape(-1, self.width), self.entries, 1, out=taken, mode=_ANY)
+        np.right_shift(taken, 16, out=sums)
+        sums *= self.after
+        sums >>= 4
+        taken &= 0xFFFF
+        sums += taken
+        return sums.view(np.uint32)
 
 
-def _places(old: int, new: int, *, clamp: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _places(old: int, new: int, part: slice, *, clamp: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return where each pixel of an axis comes from: two pixels, and their weights.
 
     Args:
         old: length of the axis.
         new: its length afterwards.
+        part: the pixels that are asked for.
         clamp: beyond the border take the border with weight 1; otherwise it stands for both pixels, which rounds twice.
     """
-    place = ((np.arange(new) + 0.5) * (1 / (new / old)) - 0.5).astype(np.float32)
+    place = ((np.arange(part.start, part.stop) + 0.5) * (1 / (new / old)) - 0.5).astype(np.float32)
     first = np.floor(place).astype(np.int64)
     share = place - first.astype(np.float32)
     if clamp:
@@ -123,13 +187,22 @@ def resize_nearest(labels: np.ndarray, height: int, width: int, window: Window |
             labels.shape[:2], (height, width), (window or Window(0, 0, height, width)).slices, strict=True
         )
     )
-    return labels[rows[:, None], columns]
+    return np.take(np.take(labels, rows, 0), columns, 1)
+
+
+def mirrored(image: np.ndarray) -> np.ndarray:
+    """Return an image (H, W, C) with left and right exchanged, contiguous."""
+    turned = np.empty_like(image)
+    for channel in range(image.shape[2]):  # many times as fast as all at once
+        turned[..., channel] = image[:, ::-1, channel]
+    return turned
 
 
 def adjusted(channels: np.ndarray, *, factor: float = 1.0, offset: float = 0.0) -> np.ndarray:
     """Return uint8 values times a factor plus an offset, limited to 0 and 255, their fraction cut off."""
-    values = channels.astype(np.float32) * factor + offset
-    return np.clip(values, 0, 255).astype(np.uint8)
+    values = np.arange(256, dtype=np.float32) * factor + offset
+    table = np.clip(values, 0, 255).astype(np.uint8).tobytes()
+    return np.frombuffer(bytearray(channels.tobytes().translate(table)), np.uint8).reshape(channels.shape)
 
 
 def adjust_brightness(image: np.ndarray, offset: float) -> np.ndarray:
@@ -142,60 +215,110 @@ def adjust_contrast(image: np.ndarray, factor: float) -> np.ndarray:
     return adjusted(image, factor=factor)
 
 
-def adjust_saturation(image: np.ndarray, factor: float) -> np.ndarray:
+def adjust_saturation(image: np.ndarray, factor: float, *, red_first: bool = False) -> np.ndarray:
     """Return an image (H, W, 3) with its saturation times ``factor``, 0.5 to 1.5 in training."""
-    hsv = bgr_to_hsv(image)
-    hsv[..., 1] = adjusted(hsv[..., 1], factor=factor)
-    return hsv_to_bgr(hsv)
+    saturations = adjusted(np.arange(256, dtype=np.uint8), factor=factor)
+    return _recoloured(image, np.take(_levels(), saturations, 2), red_first)
 
 
-def adjust_hue(image: np.ndarray, offset: int) -> np.ndarray:
+def adjust_hue(image: np.ndarray, offset: int, *, red_first: bool = False) -> np.ndarray:
     """Return an image (H, W, 3) with ``offset`` added to its hue, half degrees, -18 to 17 in training."""
-    hsv = bgr_to_hsv(image)
-    hsv[..., 0] = (hsv[..., 0].astype(int) + offset) % _HUES
-    return hsv_to_bgr(hsv)
+    return _recoloured(image, np.take(_levels(), (np.arange(256) + offset) % _HUES, 1), red_first)
 
 
-@functools.cache
-def _tables() -> tuple[np.ndarray, np.ndarray]:
-    """Return 255 / v and 30 / difference for 0 to 255, in units of 2**-12."""
-    number = np.arange(1, 256)
-    saturation, hue = (np.rint((top << 12) / (part * number)) for top, part in ((255, 1.0), (_HUES, 6.0)))
-    return np.append(0, saturation).astype(np.int32), np.append(0, hue).astype(np.int32)
+def _recoloured(image: np.ndarray, levels: np.ndarray, red_first: bool) -> np.ndarray:
+    """Return an image with what other :func:`_levels` make of its hues and saturations."""
+    recoloured = np.empty(image.shape, np.uint8)
+    order = slice(None, None, -1 if red_first else 1)
+    for part in _parts(image):
+        hsv = _to_hsv(*np.moveaxis(image[part][..., order], -1, 0))
+        _fill_bgr(recoloured[part][..., order], *hsv, levels)
+    return recoloured
+
+
+def _parts(image: np.ndarray) -> Iterator[slice]:
+    """Yield the rows of an image, some at a time."""
+    rows = max(1, _PIXELS // max(1, image.shape[1]))
+    return (slice(start, start + rows) for start in range(0, len(image), rows))
 
 
 def bgr_to_hsv(image: np.ndarray) -> np.ndarray:
     """Return uint8 (H, W, 3) as hue in half degrees (0 to 179), saturation and value (0 to 255)."""
-    saturation_of, hue_of = _tables()
-    blue, green, red = (image[..., i].astype(np.int32) for i in range(3))
-    value = np.maximum(np.maximum(blue, green), red)
-    spread = value - np.minimum(np.minimum(blue, green), red)
-    saturation = spread * saturation_of[value] + (1 << 11) >> 12
-    sixths = np.where(
-        value == red, green - blue, np.where(value == green, blue - red + 2 * spread, red - green + 4 * spread)
-    )
-    hue = sixths * hue_of[spread] + (1 << 11) >> 12
-    hue += np.where(hue < 0, _HUES, 0)
-    return np.stack([hue, saturation, value], -1).astype(np.uint8)
+    return np.stack(_to_hsv(*np.moveaxis(image, -1, 0)), -1)
 
 
 def hsv_to_bgr(hsv: np.ndarray) -> np.ndarray:
-    """Return hue, saturation and value, uint8 (H, W, 3), as blue, green and red.
+    """Return hue, saturation and value, uint8 (H, W, 3), as blue, green and red."""
+    bgr = np.empty(hsv.shape, np.uint8)
+    hue, saturation, value = np.moveaxis(hsv, -1, 0)
+    _fill_bgr(bgr, hue, saturation, value, _levels())
+    return bgr
 
-    OpenCV cuts fractions off where it takes pixels of a row together, and rounds the pixels that are left at its end.
-    """
-    hue, saturation, value = (hsv[..., i].astype(np.float32) for i in range(3))
-    saturation, value = saturation * np.float32(1 / 255), value * np.float32(1 / 255)
-    hue = hue * np.float32(6 / _HUES)
+
+def _looked_up(table: np.ndarray, places: np.ndarray) -> np.ndarray:
+    return np.take(table, places, out=np.empty(places.shape, table.dtype), mode=_ANY)
+
+
+@functools.cache
+def _of_spread() -> np.ndarray:
+    """Return 30 / spread in units of 2**-12, and in the lowest 8 bits the saturation, by value and spread: int32."""
+    number = np.arange(1, 256)
+    rounded = (np.rint((top << 12) / (part * number)) for top, part in ((255, 1.0), (_HUES, 6.0)))
+    of_value, of_spread = (np.append(0, each).astype(np.int32) for each in rounded)
+    saturation = np.arange(256) * of_value[:, None] + (1 << 11) >> 12
+    return (of_spread << 8 | saturation).ravel()
+
+
+def _to_hsv(blue: np.ndarray, green: np.ndarray, red: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return hue, saturation and value of channels, uint8."""
+    blue, green, red = (np.ascontiguousarray(each) for each in (blue, green, red))
+    value = np.maximum(np.maximum(blue, green), red)
+    spread = value - np.minimum(np.minimum(blue, green), red)
+    # Masks, which select without branches.
+    most_red, most_green = (np.negative((value == each).astype(np.uint16)) for each in (red, green))
+    # NumPy widens uint8 to uint16 many times as fast as to anything else; differences are negative in int16.
+    blue, green, red, high, spread = (each.astype(np.uint16) for each in (blue, green, red, value, spread))
+    both = _looked_up(_of_spread(), high << 8 | spread)
+    saturation = both.astype(np.uint8)
+    sixths = red - green + (spread << 2)
+    sixths ^= (sixths ^ blue - red + (spread << 1)) & most_green
+    sixths ^= (sixths ^ green - blue) & most_red
+    hue = both >> 8
+    hue *= sixths.view(np.int16)
+    hue += 1 << 11
+    hue >>= 12
+    hue += hue >> 31 & _HUES
+    return hue.astype(np.uint8), saturation, value
+
+
+@functools.cache
+def _levels() -> np.ndarray:
+    """Return blue, green and red by hue and saturation, as parts of the value: float32 (3, 256, 256)."""
+    hue = np.arange(256, dtype=np.float32)[:, None] * np.float32(6 / _HUES)
+    saturation = np.arange(256, dtype=np.float32) * np.float32(1 / 255)
     sector = np.floor(hue)
     part = hue - sector
-    # Its compiler rounds these two differences once, after the product: a fused multiply-add.
+    # OpenCV's compiler rounds these two differences once, after the product: a fused multiply-add.
     falling, rising = (
         (1 - saturation.astype(np.float64) * share).astype(np.float32) for share in (part, np.float32(1) - part)
     )
-    levels = np.stack([value, value * (np.float32(1) - saturation), value * falling, value * rising])
+    least = np.broadcast_to(np.float32(1) - saturation, falling.shape)
+    levels = np.stack([np.ones_like(falling), least, falling, rising])
     which = np.array([[1, 3, 0], [1, 0, 2], [3, 0, 1], [0, 2, 1], [0, 1, 3], [2, 1, 0]])[sector.astype(int) % 6]
-    bgr = np.take_along_axis(levels, which.transpose(2, 0, 1), 0).transpose(1, 2, 0) * np.float32(255)
-    together = hsv.shape[1] // _LANES * _LANES
-    bgr[:, together:] = np.rint(bgr[:, together:])
-    return np.clip(bgr, 0, 255).astype(np.uint8)
+    return np.take_along_axis(levels, which.transpose(2, 0, 1), 0)
+
+
+def _fill_bgr(bgr: np.ndarray, hue: np.ndarray, saturation: np.ndarray, value: np.ndarray, levels: np.ndarray) -> None:
+    """Write an image (H, W, 3) from its hue, saturation and value, uint8 (H, W), as :func:`_levels` has their colours.
+
+    OpenCV cuts fractions off where it takes pixels of a row together, and rounds the pixels that are left at its end.
+    """
+    colour = (hue.astype(np.uint16) << 8 | saturation).astype(np.intp)
+    value = value * np.float32(1 / 255)
+    together = value.shape[1] // _LANES * _LANES
+    for channel in range(3):
+        level = _looked_up(levels[channel].ravel(), colour)
+        level *= value
+        level *= np.float32(255)
+        np.rint(level[:, together:], out=level[:, together:])
+        bgr[..., channel] = level.astype(np.uint8)

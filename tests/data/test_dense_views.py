@@ -56,6 +56,26 @@ def test_a_window_of_a_resized_image_is_that_part_of_the_whole():
         np.testing.assert_array_equal(resize(pixels, 61, 77, window), whole[5:41, 11:60])
 
 
+def test_an_image_is_resized_into_the_corner_of_a_larger_one():
+    image = np.random.default_rng(0).integers(0, 256, (70, 53, 3), np.uint8)
+    for size in ((90, 61), (40, 30), (70, 53), (71, 300)):  # larger, smaller, the same, more rows than at once
+        canvas = np.full((96, 320, 3), 7, np.uint8)
+        resized = opencv.resize_bilinear(image, *size, out=canvas)
+        np.testing.assert_array_equal(resized, opencv.resize_bilinear(image, *size))
+        np.testing.assert_array_equal(canvas[: size[0], : size[1]], resized)
+        assert (canvas[size[0] :] == 7).all()
+        assert (canvas[:, size[1] :] == 7).all()
+
+
+def test_colours_change_alike_in_either_order_and_in_any_number_of_rows():
+    image = np.random.default_rng(0).integers(0, 256, (700, 100, 3), np.uint8)  # more pixels than are changed at once
+    for adjust, value in ((opencv.adjust_saturation, 1.3), (opencv.adjust_hue, -7)):
+        changed = adjust(image, value)
+        np.testing.assert_array_equal(adjust(image[..., ::-1], value, red_first=True), changed[..., ::-1])
+        np.testing.assert_array_equal(adjust(image[690:], value), changed[690:])
+    np.testing.assert_array_equal(opencv.mirrored(image), image[:, ::-1])
+
+
 def test_a_crop_for_segmentation_is_what_mmseg_would_cut_out():
     """The whole image resized, then cut, mirrored and coloured, with the same draws."""
     reader, record = segmentation(hflip=1.0), Pictures()[2]
