@@ -176,9 +176,11 @@ class Ours:
                 window = opencv.Window(*request["window"])
                 cut = window.bottom - window.top, window.right - window.left
                 size = opencv.keep_ratio_size(*cut, request["limits"])
-                yield change(image, record["boxes"], Geometry(request["flip"], before, window, size))[0]
+                yield change(
+                    image, record["boxes"], Geometry("first" if request["flip"] else "", before, window, size)
+                )[0]
             elif kind == "mirrored":
-                yield change(image, record["boxes"], Geometry(True, None, None, size))[0]
+                yield change(image, record["boxes"], Geometry("last", None, None, size))[0]
             else:
                 adjust = getattr(opencv, f"adjust_{kind}")
                 yield adjust(image[..., ::-1], request["value"])[..., ::-1]

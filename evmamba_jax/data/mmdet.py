@@ -5,7 +5,7 @@ Source: mmdet 3.3.0 ``datasets/transforms/transforms.py``, ``datasets/coco.py`` 
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -21,16 +21,16 @@ SHORT, SHORT_BEFORE, CROP = tuple(range(480, 801, 32)), (400, 500, 600), (384, 6
 
 
 class Geometry(NamedTuple):
-    """How an image is changed: mirrored, then resized, cropped, and resized again.
+    """How an image is changed: resized, cropped, and resized again, and mirrored before or after.
 
     Attributes:
-        flip: mirror it, left to right.
+        flip: mirror it, left to right: "first", "last", or "" for not. The order decides how pixels are rounded.
         before: its size before the crop; None without one.
         window: the crop.
         size: at last.
     """
 
-    flip: bool
+    flip: Literal["", "first", "last"]
     before: Size | None
     window: Window | None
     size: Size
@@ -42,7 +42,6 @@ class BoxedImages:
 
     Examples have ``image`` uint8 (H, W, 3), padded with zeros; ``size`` int32 (2,), height and width without padding;
     ``boxes`` float32 (G, 4) in pixels, ``labels`` int32 (G,) and ``valid`` bool (G,). For training, boxes are those of
-    ``boxes`` float32 (G, 4) in pixels, ``labels`` int32 (G,) and ``valid`` bool (G,). Boxes for training are those of
     the image as it is shown, without crowds. For evaluation, those of the image as it is stored, with ``crowd`` bool
     (G,), ``area`` float32 (G,) and ``scale`` float32 (2,), by which width and height were resized.
 
@@ -59,9 +58,9 @@ class BoxedImages:
     def geometry(self, size: Size, rng: np.random.Generator) -> Geometry:
         """Draw how an image of a size is changed for training."""
         config = self.config
-        flip = rng.random() < config.hflip
+        mirrored = rng.random() < config.hflip
         if not config.multi_scale:
-            return Geometry(flip, None, None, opencv.keep_ratio_size(*size, config.scale))
+            return Geometry("last" if mirrored else "", None, None, opencv.keep_ratio_size(*size, config.scale))
         longest, before, window = max(config.scale), None, None
         if rng.random() < 0.5:
             before = size = opencv.keep_ratio_size(*size, (longest, int(rng.choice(SHORT_BEFORE))))
@@ -71,7 +70,8 @@ class BoxedImages:
             )
             window = Window(top, left, top + height, left + width)
             size = height, width
-        return Geometry(flip, before, window, opencv.keep_ratio_size(*size, (longest, int(rng.choice(SHORT)))))
+        size = opencv.keep_ratio_size(*size, (longest, int(rng.choice(SHORT))))
+        return Geometry("first" if mirrored else "", before, window, size)
 
     def train(self, decoded: Any, rng: np.random.Generator) -> Example:
         """Return the image resized, perhaps cropped and mirrored, and what of its objects is seen."""
@@ -151,9 +151,8 @@ def change(
         out: the upper left part of this contiguous array is to hold the image; by default a new one does.
     """
     flip, before, window, size = geometry
-    if flip:
-        image = opencv.mirrored(image)
-        boxes = np.stack([image.shape[1] - boxes[:, 2], boxes[:, 1], image.shape[1] - boxes[:, 0], boxes[:, 3]], 1)
+    if flip == "first":
+        image, boxes = opencv.mirrored(image), mirrored_boxes(boxes, image.shape[1])
     seen = np.ones(len(boxes), bool)
     if before is not None and window is not None:
         boxes = resized_boxes(boxes, size_of(image), before) - np.array([window.left, window.top] * 2, np.float32)
@@ -161,7 +160,17 @@ def change(
         boxes = limited(boxes, size_of(image))
         seen = np.all(boxes[:, 2:] > boxes[:, :2], 1)
     boxes = resized_boxes(boxes, size_of(image), size)
-    return opencv.resize_bilinear(image, *size, out=out), boxes, seen
+    if flip != "last":
+        return opencv.resize_bilinear(image, *size, out=out), boxes, seen
+    image = opencv.mirrored(opencv.resize_bilinear(image, *size))
+    if out is not None:
+        out[: size[0], : size[1]] = image
+    return image, mirrored_boxes(boxes, size[1]), seen
+
+
+def mirrored_boxes(boxes: np.ndarray, width: int) -> np.ndarray:
+    """Return boxes (G, 4) of an image of a width that is mirrored, left to right."""
+    return np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], 1)
 
 
 def resized_boxes(boxes: np.ndarray, old: Size, new: Size) -> np.ndarray:

@@ -143,7 +143,18 @@ def test_boxes_follow_the_pixels_of_a_multi_scale_crop():
             assert found["labels"][0] == 7
         assert found["valid"].sum() <= 1
     assert seen > 15
-    assert flips == crops == {True, False}
+    assert flips == {"", "first"}
+    assert crops == {True, False}
+
+
+def test_the_one_scale_is_mirrored_after_it_is_resized():
+    """As mmdet's order is, which rounds other pixels than the reverse."""
+    reader, record = detection(hflip=1.0), Pictures()[0]  # 60 x 80
+    found = reader.train(reader.decode(record), np.random.default_rng(0))
+    resized = opencv.resize_bilinear(record["image"], 64, 85)
+    np.testing.assert_array_equal(found["image"][:64, :85], resized[:, ::-1])
+    x0, y0, x1, y1 = (record["boxes"][0] * [85 / 80, 64 / 60, 85 / 80, 64 / 60]).tolist()
+    np.testing.assert_allclose(found["boxes"][0], [85 - x1, y0, 85 - x0, y1], rtol=1e-5)
 
 
 def test_evaluation_keeps_all_objects_as_they_are_stored():
