@@ -1,14 +1,14 @@
-"""Say what images show, in words, and draw it.
+"""Say what images show, in words, and draw it: their classes, or where what is.
 
     python -m evmamba_jax.predict --model evmamba_t --weights efficient_vmamba_tiny.ckpt china.jpg flower.jpg
     python -m evmamba_jax.predict --weights runs/digits --top 3 --out digits.png --csv digits.csv FOLDER
+    python -m evmamba_jax.predict --weights runs/digits_segmentation --maps maps FOLDER
+    python -m evmamba_jax.predict --weights runs/digits_detection --score 0.5 --json found.json FOLDER
 
 Images are prepared as the model's card says, those for the model of a training run as that run evaluates.
 """
 
 import argparse
-import contextlib
-import csv
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from os import PathLike
@@ -19,22 +19,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from evmamba_jax import cli
+from evmamba_jax import answers, cli
+from evmamba_jax.answers import Picture
 from evmamba_jax.arrays import merge, split
 from evmamba_jax.data.decoding import looks_like_image
 from evmamba_jax.data.device import normalize
 from evmamba_jax.data.files import Folder
 from evmamba_jax.data.imagenet import imagenet_classes
+from evmamba_jax.dense import DensePredictor
 from evmamba_jax.errors import UserError, printable
 from evmamba_jax.models import model_card
 from evmamba_jax.preprocessing import of_card, of_run, view
-from evmamba_jax.reports.contact_sheet import contact_sheet, thumbnail
-from evmamba_jax.reports.predictions import guesses
-from evmamba_jax.storage import storage_errors, written_whole
-from evmamba_jax.weights.load import EMA_WORDS, Ema, open_place
+from evmamba_jax.weights.load import EMA_WORDS, Ema, is_composed, open_place
 
 BATCH = 32  # images that the model sees at a time
-DRAWN = 24  # images in the picture
 
 
 class Predictor:
@@ -59,6 +57,8 @@ class Predictor:
     Raises:
         UserError: weights or model that are missing or do not fit each other, a wrong size, too many names or too few.
     """
+
+    kind = "classes"
 
     def __init__(
         self,
@@ -120,6 +120,18 @@ class Predictor:
         """
         return self.answers(images)[0]
 
+    def at_once(self) -> int:
+        """Return how many images are answered for at a time."""
+        return BATCH
+
+    def remarks(self) -> list[str]:
+        """Return what is to be said of the answers given so far."""
+        return []
+
+    def each(self, images: Sequence[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return probabilities (K,) and embedding (D,) of each of several images."""
+        return list(zip(*self.answers(np.stack(images)), strict=True))
+
     def answers(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the probabilities, float32 (B, K), and the embeddings, float32 (B, D), which enter the head."""
         size = min(BATCH, len(images))
@@ -136,7 +148,12 @@ class Predictor:
 def main(argv: list[str] | None = None, prog: str = "python -m evmamba_jax.predict") -> int:
     """Run the command with ``argv``; return the exit code, 2 for a user's mistake."""
     parser = cli.Parser(prog=prog, description="Say what images show, in words, and draw it.")
-    parser.add_argument("--model", default="", metavar="NAME", help="the model; not needed for a folder that names it")
+    parser.add_argument(
+        "--model",
+        default="",
+        metavar="NAME",
+        help="the model, such as vmamba_t or upernet:vmamba_t; not needed for a folder that names it",
+    )
     parser.add_argument(
         "--weights", required=True, metavar="FILE_OR_DIR", help="official weights, a converted model, or a training run"
     )
@@ -146,15 +163,29 @@ def main(argv: list[str] | None = None, prog: str = "python -m evmamba_jax.predi
         default="better",
         help="whether to take a run's moving average (default: where its evaluation found it better)",
     )
-    parser.add_argument("--top", type=int, default=5, metavar="N", help="most probable classes to name (5)")
-    parser.add_argument("--out", type=Path, default=Path("prediction.png"), metavar="PNG", help="(prediction.png)")
-    parser.add_argument("--image-size", type=int, metavar="N", help="side in pixels, where it is to be another")
-    parser.add_argument("--classes", type=Path, metavar="FILE", help="names of the classes, one a line in label order")
-    parser.add_argument("--csv", type=Path, metavar="CSV", help="also write the answers, a line an image")
     parser.add_argument(
+        "--top", type=int, default=5, metavar="N", help="classes or boxes to name of each image, the first ones (5)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("prediction.png"), metavar="PNG", help="(prediction.png)")
+    parser.add_argument("--classes", type=Path, metavar="FILE", help="names of the classes, one a line in label order")
+    parser.add_argument(
+        "--csv", type=Path, metavar="CSV", help="also write the answers: a line an image, a class in it, or a box"
+    )
+    of_classes = parser.add_argument_group("where classes are named")
+    of_classes.add_argument("--image-size", type=int, metavar="N", help="side in pixels, where it is to be another")
+    of_classes.add_argument(
         "--embeddings", type=Path, metavar="NPZ", help="also write what enters the head: images (N,), embeddings (N, D)"
     )
-    parser.add_argument("--sheet", type=Path, metavar="PNG", help="also draw all images small, by the class found")
+    of_classes.add_argument("--sheet", type=Path, metavar="PNG", help="also draw all images small, by the class found")
+    of_maps = parser.add_argument_group("where label maps are found")
+    of_maps.add_argument(
+        "--maps", type=Path, metavar="DIR", help="new folder for a PNG file an image: the class of each of its pixels"
+    )
+    of_boxes = parser.add_argument_group("where boxes are found")
+    of_boxes.add_argument(
+        "--score", type=float, metavar="S", help=f"the least score that a box must have ({answers.SCORE})"
+    )
+    of_boxes.add_argument("--json", type=Path, metavar="JSON", help="also write the boxes, as COCO has them")
     parser.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER", help="of a folder, all images in it and below")
     return cli.main(lambda: _predict(parser.parse_args(argv)))
 
@@ -162,72 +193,46 @@ def main(argv: list[str] | None = None, prog: str = "python -m evmamba_jax.predi
 def _predict(args: argparse.Namespace) -> None:
     if args.top < 1:
         raise UserError(f"--top is {args.top}; it must be 1 or more")
-    for option, ending in (("out", ".png"), ("sheet", ".png"), ("embeddings", ".npz")):
+    for option, ending in (("out", ".png"), ("sheet", ".png"), ("embeddings", ".npz"), ("json", ".json")):
         file = getattr(args, option)
         if file is not None and file.suffix != ending:
             raise UserError(f"--{option} {file} must end in {ending}")
-    predictor = Predictor(
-        args.weights,
-        args.model,
-        ema=EMA_WORDS[args.ema],
-        image_size=args.image_size,
-        class_names=args.classes and _read_classes(args.classes),
-    )
-    for file in filter(None, (args.out, args.csv, args.embeddings, args.sheet)):
-        with storage_errors(file.parent):
-            file.parent.mkdir(parents=True, exist_ok=True)
-    names, top = predictor.class_names, min(args.top, len(predictor.class_names))
-    with contextlib.ExitStack() as stack:
-        table = stack.enter_context(_table(args.csv, top)) if args.csv else None
-        answered, left_out, drawn = 0, [], []
-        named: list[str] = []
-        vectors: list[np.ndarray] = []
-        thumbnails: list[tuple[np.ndarray, int, float]] = []
-        for titles, views in _read(predictor, _paths(args.images), left_out):
-            probabilities, embeddings = predictor.answers(views)
-            if args.embeddings:
-                named += titles
-                vectors.append(embeddings)
-            if args.sheet:
-                found = probabilities.argmax(1)
-                thumbnails += zip(map(thumbnail, views), found.tolist(), probabilities.max(1).tolist(), strict=True)
-            if not answered:
+    pictures = list(_pictures(args.images))
+    predictor = _predictor(args)
+    left_out: list[str] = []
+    count = 0
+    with answers.KINDS[predictor.kind](args, predictor.class_names) as noted:
+        for picture, image, answer in _answered(predictor, pictures, left_out):
+            if not count:
                 print(f"weights: {predictor.taken}")
-            answered += len(titles)
-            drawn += list(zip(views, titles, probabilities, strict=True))[: DRAWN - len(drawn)]
-            for path, shares in zip(titles, probabilities, strict=True):
-                best = np.argsort(-shares, kind="stable")[:top]
-                print(printable(path))
-                for k in best:
-                    print(f"  {shares[k]:7.2%}  {k:>4}" + (f"  {printable(names[k])}" if names[k] != str(k) else ""))
-                if table is not None:
-                    table.writerow([path, *(cell for k in best for cell in (k, names[k], f"{shares[k]:.6f}"))])
-        if not answered:
+            count += 1
+            print("\n".join([printable(str(picture.file)), *noted.note(picture, image, answer)]))
+        if not count:
             raise UserError(f"no image can be read: {'; '.join(left_out[:3])}")
-    shown = [np.stack(column) for column in zip(*((v, p) for v, _, p in drawn), strict=True)]
-    guesses(args.out, shown[0], [Path(title).name for _, title, _ in drawn], shown[1], names, top)
-    print(f"{args.out} shows " + ("them" if answered <= DRAWN else f"the first {DRAWN}"))
-    if args.embeddings:
-        with written_whole(args.embeddings) as beside, beside.open("wb") as file:
-            np.savez(file, images=np.array(named), embeddings=np.concatenate(vectors))
-        print(f"{args.embeddings}: embeddings of {answered} images, {vectors[0].shape[1]} numbers each")
-    if args.sheet:
-        contact_sheet(args.sheet, thumbnails, names)
-        print(f"{args.sheet}: all of them, by the class found")
+        lines = noted.finish(count)
+    print("\n".join([*lines, *predictor.remarks()]))
     if left_out:
-        print(f"left out: {len(left_out)} of {answered + len(left_out)}", file=sys.stderr)
+        print(f"left out: {len(left_out)} of {len(pictures)}", file=sys.stderr)
         for line in left_out:
             print(f"  {line}", file=sys.stderr)
 
 
-def _paths(given: Sequence[str]) -> Iterator[Path]:
+def _predictor(args: argparse.Namespace) -> Predictor | DensePredictor:
+    shared: Any = {"ema": EMA_WORDS[args.ema], "class_names": args.classes and _read_classes(args.classes)}
+    if is_composed(args.weights, args.model):
+        return DensePredictor(args.weights, args.model, **shared)
+    return Predictor(args.weights, args.model, image_size=args.image_size, **shared)
+
+
+def _pictures(given: Sequence[str]) -> Iterator[Picture]:
     """Return the files: as given, and of folders all images in them and below, sorted."""
     for name in given:
         path = Path(name)
         if not path.is_dir():
-            yield path
+            yield Picture(path, Path(path.name))
             continue
-        images = [path / inside for inside in Folder(path).find().names if _is_image(path / inside)]
+        names = Folder(path).find().names
+        images = [Picture(path / inside, Path(inside)) for inside in names if _is_image(path / inside)]
         if not images:
             raise UserError(f"there are no images in the folder {path}")
         yield from images
@@ -241,29 +246,26 @@ def _is_image(path: Path) -> bool:
         return True  # so that it is said to be left out
 
 
-def _read(predictor: Predictor, paths: Iterable[Path], left_out: list[str]) -> Iterator[tuple[list[str], np.ndarray]]:
-    """Yield names and views of so many images as the model sees at a time; note which cannot be read, and why."""
-    titles, views = [], []
-    for path in paths:
+def _answered(
+    predictor: Predictor | DensePredictor, pictures: Iterable[Picture], left_out: list[str]
+) -> Iterator[tuple[Picture, np.ndarray, Any]]:
+    """Yield each picture, its view and the answer; note which cannot be read, and why."""
+    read: list[tuple[Picture, np.ndarray]] = []
+
+    def answers_so_far() -> Iterator[tuple[Picture, np.ndarray, Any]]:
+        for (picture, image), answer in zip(read, predictor.each([image for _, image in read]), strict=True):
+            yield picture, image, answer
+        read.clear()
+
+    for picture in pictures:
         try:
-            views.append(predictor.view(path))
-            titles.append(str(path))
+            read.append((picture, predictor.view(picture.file)))
         except UserError as error:
             left_out.append(str(error))
-        if len(views) == BATCH:
-            yield titles, np.stack(views)
-            titles, views = [], []
-    if views:
-        yield titles, np.stack(views)
-
-
-@contextlib.contextmanager
-def _table(path: Path, top: int) -> Iterator[Any]:
-    """Open a table for the answers: the image, then class, name and probability of each of the most probable."""
-    with written_whole(path) as file, open(file, "w", newline="", encoding="utf-8", errors="surrogateescape") as out:
-        table = csv.writer(out)
-        table.writerow(["image", *(f"{what}_{i + 1}" for i in range(top) for what in ("class", "name", "probability"))])
-        yield table
+        if len(read) == predictor.at_once():
+            yield from answers_so_far()
+    if read:
+        yield from answers_so_far()
 
 
 def _read_classes(path: Path) -> list[str]:

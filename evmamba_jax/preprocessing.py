@@ -48,18 +48,25 @@ def view(picture: Any, config: DataConfig) -> np.ndarray:
     Returns:
         uint8 (image_size, image_size, C).
     """
-    named = repr(str(picture)) if isinstance(picture, str | PathLike) else f"a picture of type {type(picture).__name__}"
+    return eval_crop(pixels(picture, config), config)
+
+
+def pixels(picture: Any, config: DataConfig) -> np.ndarray:
+    """Return the pixels of a picture, uint8 (H, W, C); arguments and errors as for :func:`preprocess`."""
     try:
-        if isinstance(picture, str | PathLike):
-            picture = Path(picture).read_bytes()
-        if isinstance(picture, bytes):
-            return eval_crop(read_pixels(picture, config), config)
+        if isinstance(picture, str | PathLike | bytes):
+            return read_pixels(picture if isinstance(picture, bytes) else Path(picture).read_bytes(), config)
         if hasattr(picture, "getbands"):
             limits = {"upright": config.exif_orientation, "max_pixels": config.max_pixels}
-            return eval_crop(image_pixels(picture, config.in_channels, **limits), config)
-        return eval_crop(_of_array(picture, config), config)
+            return image_pixels(picture, config.in_channels, **limits)
+        return _of_array(picture, config)
     except (CorruptImageError, OSError) as error:
-        raise UserError(f"{named} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise UserError(f"{named(picture)} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def named(picture: Any) -> str:
+    """Return what a message calls a picture."""
+    return repr(str(picture)) if isinstance(picture, str | PathLike) else f"a picture of type {type(picture).__name__}"
 
 
 def _of_array(picture: Any, config: DataConfig) -> np.ndarray:

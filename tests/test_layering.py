@@ -42,11 +42,14 @@ ROWS = {
     "config": "data errors ranges",
     "pruning": "analysis arrays checkpoints cli errors layers models storage weights",
     "reports": "errors pruning storage",
-    "tasks": "arrays config data detection errors heads models ranges reports segmentation storage weights",
+    "tasks": "arrays config data detection errors heads layers models ranges reports segmentation storage weights",
     "training": """arrays checkpoints config data errors evmamba_jax layers lora packaged pruning reports storage
                    tasks weights""",
     "train": "cli packaged training",
-    "predict": "arrays checkpoints cli data errors models preprocessing reports storage training weights",
+    "dense": "arrays data errors preprocessing tasks weights",
+    "answers": "detection errors reports storage",
+    "predict": """answers arrays checkpoints cli data dense errors models preprocessing reports storage training
+                  weights""",
     "verify": "cli config data errors models preprocessing storage tasks training",
     "preflight": """analysis cli data errors evmamba_jax models packaged pallas_kernels pallas_kernels.tpu tasks
                     training""",
@@ -57,10 +60,10 @@ ROWS = {
     "setup": "",
     "benchmarks": """analysis arrays checkpoints cli configs data errors evmamba_jax layers models pallas_kernels
                      pallas_kernels.gpu pallas_kernels.tpu predict preflight pruning reports tasks training weights""",
-    "tests": """__main__ analysis arrays checkpoints cli config configs data detection errors evmamba_jax heads layers
-                lora models ops packaged pallas_kernels pallas_kernels.gpu pallas_kernels.tpu predict preflight
-                preprocessing pruning ranges reports segmentation storage tasks train train_tpu training verify
-                weights""",
+    "tests": """__main__ analysis answers arrays checkpoints cli config configs data dense detection errors evmamba_jax
+                heads layers lora models ops packaged pallas_kernels pallas_kernels.gpu pallas_kernels.tpu predict
+                preflight preprocessing pruning ranges reports segmentation storage tasks train train_tpu training
+                verify weights""",
 }
 TREES = ("pallas_kernels", "evmamba_jax", "configs", "benchmarks", "tests")
 

@@ -91,7 +91,7 @@ def average_precision(truths: Sequence[Truth], found: Sequence[Found], classes: 
                 {
                     "image_id": i,
                     "category_id": int(label),
-                    "bbox": _corner_and_size(box),
+                    "bbox": corner_and_size(box),
                     "area": float(area),
                     "iscrowd": int(crowd),
                 }
@@ -103,7 +103,7 @@ def average_precision(truths: Sequence[Truth], found: Sequence[Found], classes: 
             annotation["id"] = number
         coco.createIndex()
         rows = [
-            [i, *_corner_and_size(box), float(score), int(label)]
+            [i, *corner_and_size(box), float(score), int(label)]
             for i, one in enumerate(found)
             for box, score, label in zip(*one, strict=True)
         ]
@@ -127,7 +127,8 @@ def _counted(truths: Sequence[Truth], classes: int) -> np.ndarray:
     return np.bincount(np.concatenate(labels).astype(int), minlength=classes) > 0
 
 
-def _corner_and_size(box: np.ndarray) -> list[float]:
+def corner_and_size(box: np.ndarray) -> list[float]:
+    """Return x, y, width and height of a box (4,), x0 y0 x1 y1, pixels."""
     x0, y0, x1, y1 = map(float, box)
     return [x0, y0, x1 - x0, y1 - y0]
 
@@ -144,11 +145,30 @@ def result_rows(images: Sequence[int], found: Sequence[Found], source: Any) -> l
         {
             "image_id": image_id,
             "category_id": source.category_ids[label],
-            "bbox": [round(side, 3) for side in _corner_and_size(box)],
+            "bbox": [round(side, 3) for side in corner_and_size(box)],
             "score": float(score),
         }
         for image_id, one in zip((source[i]["image_id"] for i in images), found, strict=True)
         for box, score, label in zip(*one, strict=True)
+    ]
+
+
+def named_rows(name: str, found: Found, class_names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the detections of a picture that belongs to no data set.
+
+    Args:
+        name: of its file.
+        found: in it.
+        class_names: in label order.
+    """
+    return [
+        {
+            "file_name": name,
+            "category_name": class_names[label],
+            "bbox": [round(side, 3) for side in corner_and_size(box)],
+            "score": float(score),
+        }
+        for box, score, label in zip(*found, strict=True)
     ]
 
 

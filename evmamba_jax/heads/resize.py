@@ -30,20 +30,23 @@ def bilinear(x: jax.Array, height: int, width: int, *, align_corners: bool = Fal
     return _apply(x, *(_corners(old, new) for old, new in zip(x.shape[1:3], (height, width), strict=True)))
 
 
-def bilinear_part(x: jax.Array, size: jax.Array, wanted: jax.Array, canvas: tuple[int, int]) -> jax.Array:
+def bilinear_part(
+    x: jax.Array, size: jax.Array, wanted: jax.Array, canvas: tuple[int, int], top: jax.Array | int = 0
+) -> jax.Array:
     """Resize a part of a map as :func:`bilinear` does, where only the program's shapes are known before it runs.
 
     Args:
         x: (H, W, C), of which the first ``size`` rows and columns count.
         size: (2,) integers.
         wanted: (2,) rows and columns that these become.
-        canvas: rows and columns of the result, at least ``wanted``; what lies beyond does not matter.
+        canvas: rows and columns of the result; what lies beyond ``wanted`` does not matter.
+        top: the row of the whole result with which this one begins.
 
     Returns:
         (*canvas, C), of the type of ``x``.
     """
     for axis in (0, 1):
-        last, new = size[axis] - 1, jnp.arange(canvas[axis])
+        last, new = size[axis] - 1, jnp.arange(canvas[axis]) + (0 if axis else top)
         place = (new.astype(jnp.float32) + 0.5) * (size[axis] / wanted[axis]).astype(jnp.float32) - 0.5
         place = jnp.clip(place, 0, last)
         first = place.astype(jnp.int32)

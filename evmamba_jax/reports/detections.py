@@ -1,4 +1,4 @@
-"""Boxes on images: the truth beside what was found."""
+"""Boxes on images: the truth beside what was found, or what was found alone."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,10 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from evmamba_jax.reports.drawing import BLUE, ORANGE, draws_names, save, short
+from evmamba_jax.reports.drawing import BLUE, COLOURS, ORANGE, draws_names, save, short, show
 
 DETECTIONS = "detections.png"
 _COLUMNS = 4
+_PANEL = 7.0  # inches of the width of a picture by itself
 
 
 class Boxes(NamedTuple):
@@ -47,6 +48,36 @@ def draw_detections(
     save(figure, path)
 
 
+@draws_names
+def draw_found_boxes(path: Path, examples: Sequence[tuple[np.ndarray, Boxes, str]], class_names: Sequence[str]) -> None:
+    """Draw pictures with the boxes found, in a colour for each class.
+
+    Args:
+        path: the picture, a .png file.
+        examples: image uint8 (H, W, 3), what was found, and a title, for each.
+        class_names: one a label.
+    """
+    columns = min(2, len(examples))
+    rows = [examples[start : start + columns] for start in range(0, len(examples), columns)]
+    heights = [
+        max(np.clip(_PANEL * image.shape[0] / image.shape[1], 1.6, 8.0) for image, *_ in row) + 0.4 for row in rows
+    ]
+    figure = Figure(figsize=(_PANEL * columns, sum(heights)), dpi=100, layout="constrained")
+    grid = figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights)
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, (image, found, title) in zip(grid.flat, examples, strict=False):
+        show(axes, image)
+        axes.set_anchor("NW")
+        axes.set_title(short(title, 60), loc="left", fontsize=9)
+        assert found.scores is not None
+        for label in np.unique(found.labels):
+            own = found.labels == label
+            colour = COLOURS[int(label) % len(COLOURS)]
+            draw_boxes(axes, Boxes(found.boxes[own], found.labels[own], found.scores[own]), colour, class_names)
+    save(figure, path)
+
+
 def draw_boxes(axes: Axes, boxes: Boxes, colour: str, class_names: Sequence[str]) -> None:
     """Draw boxes with their names and, where they have one, scores."""
     scores = [None] * len(boxes.labels) if boxes.scores is None else boxes.scores
@@ -54,4 +85,5 @@ def draw_boxes(axes: Axes, boxes: Boxes, colour: str, class_names: Sequence[str]
         axes.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1.4))
         words = short(class_names[int(label)]) + ("" if score is None else f" {score:.0%}")
         box = {"facecolor": colour, "edgecolor": "none", "pad": 0.8, "alpha": 0.8}
-        axes.text(x0, y0, words, fontsize=7, color="white", va="bottom", bbox=box, clip_on=True)
+        at_top = y0 < 0.04 * axes.get_ylim()[0]  # above the box the words would not be seen
+        axes.text(x0, y0, words, fontsize=7, color="white", va="top" if at_top else "bottom", bbox=box, clip_on=True)

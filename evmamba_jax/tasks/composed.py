@@ -1,12 +1,14 @@
 """What segmentation and detection share: a backbone that ``config.model`` names, with heads on it, and the data."""
 
 import abc
+import dataclasses
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from evmamba_jax.arrays import merge, split
@@ -14,6 +16,7 @@ from evmamba_jax.config import Config
 from evmamba_jax.data.dense import describe_dense, open_dense
 from evmamba_jax.data.dense_config import DenseData
 from evmamba_jax.data.device import normalize, without_padding
+from evmamba_jax.data.readers import Example, Size
 from evmamba_jax.data.scenes import CLASSES, GROUND, LENGTHS, SIDE, DigitScenes
 from evmamba_jax.data.sources import Description
 from evmamba_jax.errors import UserError
@@ -40,6 +43,7 @@ class Composed(Task):
         kind: of the data, as :mod:`evmamba_jax.data.dense` has them.
         truth: the same in words.
         ground: whether the ground is a class.
+        layers: paths of the layers that tell classes.
     """
 
     head = "[!b]*"  # all but the backbone
@@ -51,6 +55,7 @@ class Composed(Task):
     example: ClassVar[str]
     truth: ClassVar[str]
     ground: ClassVar[bool] = False
+    layers: ClassVar[tuple[str, ...]]
 
     @classmethod
     def validate(cls, config: Config) -> None:
@@ -107,10 +112,14 @@ class Composed(Task):
         jax.eval_shape(lambda arrays, image: merge(graphdef, *arrays)(image), arrays, image)
         return model
 
-    def load(self, place: str | PathLike[str], *, ema: Ema = "better") -> Weights:
-        """Return the weights of such a model; of a classifier too, where training goes on from its backbone."""
-        name = f"{self.about.name} with {self.config.model.name}"
-        part, weights = load_composed(self.model, place, name, backbone=self.config.model.name, ema=ema)
+    def load(self, place: str | PathLike[str], *, ema: Ema = "better", key: str | None = None) -> Weights:
+        """Return the weights of such a model.
+
+        To train on, of a classifier too, which fill the backbone, and of such a model for other classes.
+        """
+        backbone, initial = self.config.model.name, None if self.config.eval_only else self.build_model
+        name, how = f"{self.about.name} with {backbone}", {"ema": ema, "key": key, "initial": initial}
+        part, weights = load_composed(self.model, place, name, backbone=backbone, layers=self.layers, **how)
         if part is self.model:
             return weights
         if self.config.eval_only:
@@ -124,6 +133,40 @@ class Composed(Task):
     def normalized(self, batch: Batch) -> jax.Array:
         """Return the images of a batch, normalised, with zeros for padding."""
         return without_padding(normalize(batch["image"], self.data.mean, self.data.std), batch["size"])
+
+    def padded_reader(self, padding: str) -> Any:
+        """Return the reader of an evaluation with a padding, as ``config.data.eval_padding`` has it."""
+        reader: Any = self.reader()
+        return dataclasses.replace(reader, config=dataclasses.replace(self.data, eval_padding=padding))
+
+    def check_size(self, size: Size) -> None:
+        """Raise a UserError for a picture so long that nothing is left of its short side at the scale of the test."""
+        if not all(self.padded_reader("exact").eval_shape(size)):
+            long, short = max(self.data.scale), min(self.data.scale)
+            raise UserError(
+                f"{size[1]} x {size[0]} pixels are too long a strip: nothing is left of it within {long} x {short}"
+            )
+
+    def unlabelled(self, pixels: np.ndarray, padding: str) -> Example:
+        """Return a picture without truth, prepared as an evaluation prepares it.
+
+        Args:
+            pixels: uint8 (H, W, 3), of a size that ``check_size`` lets pass.
+            padding: as ``config.data.eval_padding``.
+        """
+        return self.alone(self.padded_reader(padding), pixels)
+
+    @abc.abstractmethod
+    def alone(self, reader: Any, pixels: np.ndarray) -> Example:
+        """Return what ``reader`` makes of a picture without truth, for evaluation."""
+
+    @abc.abstractmethod
+    def answers(self, model: Any, batch: Batch) -> Any:
+        """Return what is found in a batch for evaluation: arrays whose first axis is the batch's; traced."""
+
+    @abc.abstractmethod
+    def found(self, answers: Any, size: Size) -> Any:
+        """Return what is found in one picture of ``size``, of the answers for it alone, as NumPy arrays."""
 
     @classmethod
     def describe(cls, config: Config) -> Description:

@@ -13,9 +13,9 @@ import jax
 import numpy as np
 
 from evmamba_jax.config import Config
-from evmamba_jax.data.config import DataConfig
 from evmamba_jax.data.dense_config import DetectionData
 from evmamba_jax.data.mmdet import MULTIPLE, BoxedImages
+from evmamba_jax.data.readers import Example, Size
 from evmamba_jax.detection import Objects, create_detector
 from evmamba_jax.detection.evaluate import (
     Found,
@@ -55,7 +55,8 @@ class DetectionConfig(Config):
     """A run that detects."""
 
     task: str = free("detection")
-    data: DataConfig = dataclasses.field(default_factory=DetectionData)
+    # Of its own class, so that the command line knows its fields.
+    data: DetectionData = dataclasses.field(default_factory=DetectionData)  # pyrefly: ignore[bad-override-mutable-attribute]
     detector: DetectorConfig = dataclasses.field(default_factory=DetectorConfig)
 
 
@@ -81,7 +82,7 @@ class Collected(Collector):
             zip(range(len(answers["weight"]))[own], zip(rows["image"], rows["size"], strict=True), strict=True)
         )
         for i in np.flatnonzero(answers["weight"]):
-            there, count = answers["valid"][i], answers["count"][i]
+            there, count = answers["valid"][i], answers["found"]["count"][i]
             truth = Truth(*(answers[name][i][there] for name in ("boxes", "labels", "crowd", "area")))
             found = Found(*(answers["found"][name][i][:count] for name in ("boxes", "scores", "labels")))
             self.images.append(int(answers["index"][i]))
@@ -130,6 +131,7 @@ class Detection(Composed):
     needs, reads, part = DetectionConfig, DetectionData, "detector"
     example = "configs/digits_detection.py"
     kind, truth = "boxes", "boxes"
+    layers = ("head.cls",)
 
     def create(self, **shared: Any) -> Any:
         """Return the detector."""
@@ -170,10 +172,24 @@ class Detection(Composed):
 
     def evaluate(self, model: Any, batch: Batch, *, detailed: bool) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return no sums, and the objects and detections of each image."""
-        limit = self.about.detections
-        found = model.detect(self.normalized(batch), batch["size"], batch["scale"], limit=limit)
         kept = ("boxes", "labels", "valid", "crowd", "area", "scale", "weight", "index")
-        return {}, {name: batch[name] for name in kept} | {"found": found._asdict(), "count": found.count}
+        return {}, {name: batch[name] for name in kept} | {"found": self.answers(model, batch)}
+
+    def answers(self, model: Any, batch: Batch) -> dict[str, jax.Array]:
+        """Return the detections of each image, in pixels of the picture: the fields of ``Detections`` by name."""
+        limit = self.about.detections
+        return model.detect(self.normalized(batch), batch["size"], batch["scale"], limit=limit)._asdict()
+
+    def alone(self, reader: BoxedImages, pixels: np.ndarray) -> Example:
+        """Return a picture without objects."""
+        nothing = np.zeros(0)
+        return reader.evaluate(
+            (pixels, {"boxes": np.zeros((0, 4)), "labels": nothing, "crowd": nothing, "area": nothing})
+        )
+
+    def found(self, answers: Mapping[str, np.ndarray], size: Size) -> Found:
+        """Return the detections of a picture, the surest first."""
+        return Found(*(answers[name][: int(answers["count"])] for name in Found._fields))
 
     def collector(self, *, pictures: bool) -> Collected:
         """Return what keeps all detections."""

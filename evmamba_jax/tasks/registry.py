@@ -10,6 +10,7 @@ from evmamba_jax.errors import UserError, nearest
 from evmamba_jax.tasks.base import Task
 
 _TASKS: dict[str, type[Task]] = {}
+_NO_TASKS = {"base", "composed", "opening", "registry"}  # files of this folder
 
 
 def register(name: str) -> Callable[[type[Task]], type[Task]]:
@@ -22,6 +23,17 @@ def register(name: str) -> Callable[[type[Task]], type[Task]]:
     return enter
 
 
+def kind_of(name: str) -> type[Task]:
+    """Return the task of a name; raises a UserError for an unknown one."""
+    files = {module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)])} - _NO_TASKS
+    if name in files - _TASKS.keys():  # a task's own libraries are loaded with it, not with every other
+        importlib.import_module(f"evmamba_jax.tasks.{name}")
+    if name not in _TASKS:
+        known = sorted(files | _TASKS.keys())
+        raise UserError(f"config.task is {name!r}{nearest(name, known)}; allowed: {', '.join(known)}")
+    return _TASKS[name]
+
+
 def task_of(config: Config) -> type[Task]:
     """Return the task that a configuration names, after both have checked the configuration.
 
@@ -29,16 +41,6 @@ def task_of(config: Config) -> type[Task]:
         UserError: an unknown task, or a value that cannot be.
     """
     config.validate()
-    files = {module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)])} - {
-        "base",
-        "composed",
-        "registry",
-    }
-    if config.task in files - _TASKS.keys():  # a task's own libraries are loaded with it, not with every other
-        importlib.import_module(f"evmamba_jax.tasks.{config.task}")
-    if config.task not in _TASKS:
-        known = sorted(files | _TASKS.keys())
-        raise UserError(f"config.task is {config.task!r}{nearest(config.task, known)}; allowed: {', '.join(known)}")
-    kind = _TASKS[config.task]
+    kind = kind_of(config.task)
     kind.validate(config)
     return kind

@@ -5,7 +5,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from evmamba_jax.config import Config
-from evmamba_jax.data.config import DataConfig
 from evmamba_jax.data.dense_config import SegmentationData
-from evmamba_jax.data.mmseg import LabelMaps
+from evmamba_jax.data.mmseg import LabelMaps, padded
+from evmamba_jax.data.opencv import size_of
+from evmamba_jax.data.readers import Example, Size
 from evmamba_jax.heads.resize import bilinear_part
 from evmamba_jax.ranges import chosen, free, ranged
 from evmamba_jax.reports.label_maps import LABEL_MAPS, draw_label_maps
@@ -28,6 +30,9 @@ from evmamba_jax.tasks.composed import Composed
 from evmamba_jax.tasks.registry import register
 
 PICTURED = 12  # images in label_maps.png
+GRAIN = 128  # pixels: the rows of a label map for evaluation are a multiple
+_AT_ONCE = 2**19  # pixels of a label map whose logits are in memory
+_LEAST = 32  # pixels of a side: of the coarsest map's stride
 
 
 @dataclasses.dataclass
@@ -45,7 +50,8 @@ class SegmentationConfig(Config):
     """A run that segments."""
 
     task: str = free("segmentation")
-    data: DataConfig = dataclasses.field(default_factory=SegmentationData)
+    # Of its own class, so that the command line knows its fields.
+    data: SegmentationData = dataclasses.field(default_factory=SegmentationData)  # pyrefly: ignore[bad-override-mutable-attribute]
     segmenter: SegmenterConfig = dataclasses.field(default_factory=SegmenterConfig)
 
 
@@ -61,6 +67,12 @@ class Counts(NamedTuple):
         right, labelled, found = (np.asarray(count, np.float64) for count in self)
         with np.errstate(invalid="ignore", divide="ignore"):
             return 100 * right / (labelled + found - right), 100 * right / labelled
+
+
+def _one_of_few(side: int) -> int:
+    """Return the next of 128, 256, 384, 512, 768, 1024, 1536, ... pixels: programs for few shapes do for all maps."""
+    doubled = GRAIN << max(math.ceil(math.log2(side / GRAIN)), 0)
+    return 3 * doubled // 4 if doubled >= 4 * GRAIN and side <= 3 * doubled // 4 else doubled
 
 
 class Worst(Collector):
@@ -91,15 +103,18 @@ def mirror(image: jax.Array, size: jax.Array) -> jax.Array:
     return jnp.take(image, jnp.where(columns < width, width - 1 - columns, columns), axis=1)
 
 
-def mean_logits(views: Sequence[tuple[jax.Array, jax.Array]], wanted: jax.Array, canvas: tuple[int, int]) -> jax.Array:
+def mean_logits(
+    views: Sequence[tuple[jax.Array, jax.Array]], wanted: jax.Array, canvas: tuple[int, int], top: jax.Array
+) -> jax.Array:
     """Return the logits of one view at another size, or the logarithms of the mean probabilities of several.
 
     Args:
         views: logits (H, W, K) of each, and its rows and columns without padding.
         wanted: rows and columns of the result without padding.
-        canvas: the same with padding.
+        canvas: rows and columns of the part that is computed.
+        top: the row of the whole result with which this part begins.
     """
-    resized = (bilinear_part(logits, size, wanted, canvas) for logits, size in views)
+    resized = (bilinear_part(logits, size, wanted, canvas, top) for logits, size in views)
     if len(views) == 1:
         return next(resized)
     total = functools.reduce(jnp.add, (jax.nn.softmax(logits) for logits in resized))
@@ -115,6 +130,7 @@ class Segmentation(Composed):
     needs, reads, part = SegmentationConfig, SegmentationData, "segmenter"
     example = "configs/digits_segmentation.py"
     kind, truth, ground = "label_maps", "label maps", True
+    layers = ("decode_head.classifier.conv", "auxiliary_head.classifier.conv")
 
     def create(self, **shared: Any) -> Any:
         """Return the segmenter."""
@@ -141,25 +157,67 @@ class Segmentation(Composed):
 
     def evaluate(self, model: Any, batch: Batch, *, detailed: bool) -> tuple[dict[str, Any], jax.Array]:
         """Return the sums of loss and of pixels by class, and the label maps found (B, H, W)."""
-        views = self.views(model, batch)
-        classes = views[0][0].shape[-1]
 
-        def of_image(one: tuple[Any, ...]) -> tuple[jax.Array, jax.Array, Counts]:
-            views, labels, original = one
-            logits = mean_logits(views, original, (labels.shape[0], labels.shape[1]))
-            found = logits.argmax(-1).astype(jnp.uint8)
-            counted = labels != IGNORED
+        def judged(logits: jax.Array, found: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array, Counts]:
+            counted, classes = labels != IGNORED, jnp.arange(logits.shape[-1])
 
             def count(maps: jax.Array, where: jax.Array) -> jax.Array:
-                return ((maps[..., None] == jnp.arange(classes)) & where[..., None]).sum((0, 1), dtype=jnp.int32)
+                return ((maps[..., None] == classes) & where[..., None]).sum((0, 1), dtype=jnp.int32)
 
             counts = Counts(count(labels, counted & (found == labels)), count(labels, counted), count(found, counted))
-            return found, cross_entropy(logits, labels, over_counted=True), counts
+            return found, cross_entropy(logits, labels) * labels.size, counts
 
-        # One after another: the logits of a photograph as it is stored are large.
-        found, losses, counts = jax.lax.map(of_image, (views, batch["label_map"], batch["original"]))
+        found, losses, counts = self._by_strips(model, batch, judged)
+        counts = jax.tree.map(lambda count: count.sum(1), counts)
+        losses = losses.sum(1) / jnp.maximum(counts.labelled.sum(-1), 1)
         own = (batch["weight"] > 0).astype(jnp.int32)
-        return {"loss": losses @ batch["weight"], "counts": jax.tree.map(lambda count: own @ count, counts)}, found
+        sums = {"loss": losses @ batch["weight"], "counts": jax.tree.map(lambda count: own @ count, counts)}
+        return sums, found.reshape(batch["label_map"].shape)
+
+    def answers(self, model: Any, batch: Batch) -> jax.Array:
+        """Return the label maps found, uint8 (B, H, W); of ``batch["label_map"]`` only the shape matters."""
+        found = self._by_strips(model, batch, lambda logits, found, labels: found)
+        return found.reshape(batch["label_map"].shape)
+
+    def _by_strips(self, model: Any, batch: Batch, told: Callable[[jax.Array, jax.Array, jax.Array], Any]) -> Any:
+        """Return what ``told`` says of each strip of each image, stacked (B, strips, ...).
+
+        The logits of a whole photograph as it is stored would be large, so images go one after another, and so do
+        strips of their rows.
+
+        Args:
+            model: in evaluation mode.
+            batch: for evaluation.
+            told: takes logits (h, W, K), the labels found and the true ones, uint8 (h, W), of a strip.
+        """
+        height, width = batch["label_map"].shape[1:]
+        rows = height if height % GRAIN else GRAIN
+        while rows > 1 and rows * width > _AT_ONCE:
+            rows //= 2
+
+        def of_image(one: tuple[Any, ...]) -> Any:
+            views, labels, original = one
+
+            def of_strip(strip: tuple[jax.Array, jax.Array]) -> Any:
+                top, labels = strip
+                part = mean_logits(views, original, (rows, width), top)
+                return told(part, part.argmax(-1).astype(jnp.uint8), labels)
+
+            return jax.lax.map(of_strip, (jnp.arange(0, height, rows), labels.reshape(-1, rows, width)))
+
+        return jax.lax.map(of_image, (self.views(model, batch), batch["label_map"], batch["original"]))
+
+    def alone(self, reader: LabelMaps, pixels: np.ndarray) -> Example:
+        """Return a picture with a label map that is ignored, whose shape is one of few."""
+        example = reader.evaluate((pixels, np.full(size_of(pixels), IGNORED, np.uint8)))
+        for name in [name for name in example if name.startswith("image")]:
+            image = np.asarray(example[name])
+            example[name] = padded(image, tuple(max(side, _LEAST) for side in size_of(image)))
+        return example | {"label_map": np.full([_one_of_few(side) for side in size_of(pixels)], IGNORED, np.uint8)}
+
+    def found(self, answers: np.ndarray, size: Size) -> np.ndarray:
+        """Return the label map, uint8 (H, W), of a picture."""
+        return answers[: size[0], : size[1]]
 
     def views(self, model: Any, batch: Batch) -> list[tuple[jax.Array, jax.Array]]:
         """Return the logits (B, H, W, K) of every view of the images that the test asks for, and sizes (B, 2)."""

@@ -5,6 +5,12 @@ Source: the ``state_dict`` of mmdet 3.3.0's ``FPN`` and ``RetinaHead``.
 
 from evmamba_jax.weights.layers import CONV, POINTWISE, Row, kernel
 
+# Arrays whose length tells an option of RetinaNet, with what it is divided by: nine anchors a cell.
+RETINANET_SIZES = {
+    "num_classes": ("bbox_head.retina_cls.bias", 9),
+    "width": ("neck.lateral_convs.0.conv.bias", 1),
+}
+
 
 def fpn(maps: int, extra: int) -> list[Row]:
     """Return the rows of a pyramid on so many maps, with so many further convolutions, which follow in one list."""

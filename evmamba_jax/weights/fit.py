@@ -3,8 +3,9 @@
 - A model without a head takes a classifier and leaves its head out.
 - A backbone (``out_norms=True``) takes a classifier as the official detectors do: it leaves the last norm out too, and
   its out norms keep their initial 1 and 0. Vim's backbone (``class_token=False``) leaves the class token out.
-- To train on, a model also takes weights for another number of classes, and starts its head anew; Vim takes a position
-  embedding of another grid of patches, and resizes it.
+- To train on, a model also takes weights for another number of classes, and starts its head anew. Of a segmenter or
+  detector the layers that tell classes start anew. Vim takes a position embedding of another grid of patches, and
+  resizes it.
 
 - A model for other images than RGB takes a stem for RGB, summed or repeated.
 
@@ -13,7 +14,7 @@ All else must have the same shape.
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,20 @@ def fit_head(model: Any, arrays: Mapping[str, Any], given: str, name: str, *, fi
     headless.head = None
     has = "no head" if classes is None else f"{classes} classes"
     return headless, f"{given} has {has}: the head of {name}, with {wanted}, starts anew"
+
+
+def other_classes(model: Any, arrays: Mapping[str, Any], layers: Sequence[str]) -> list[str]:
+    """Return the paths of the layers that tell a segmenter's or detector's classes, where weights have others.
+
+    Args:
+        model: the model, which may be abstract.
+        arrays: the weights, by path.
+        layers: the paths of these layers, each with a kernel and a bias.
+    """
+    wanted = split(model).params
+    biases = [f"{layer}.bias" for layer in layers]
+    differing = any(path in arrays and arrays[path].shape != wanted[path].shape for path in biases)
+    return [f"{layer}.{name}" for layer in layers for name in ("kernel", "bias")] if differing else []
 
 
 def fit_stem(model: Any, arrays: Mapping[str, Any], given: str, *, official: bool) -> tuple[dict[str, Any], str]:

@@ -15,7 +15,7 @@ a line that says so.
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import Any, Literal, NamedTuple
 
@@ -33,7 +33,7 @@ from evmamba_jax.models import abstract_model
 from evmamba_jax.storage import is_bucket, local
 from evmamba_jax.weights import places
 from evmamba_jax.weights.convert import by_path, from_official, table
-from evmamba_jax.weights.fit import fit_body, fit_head, fit_stem
+from evmamba_jax.weights.fit import fit_body, fit_head, fit_stem, other_classes
 from evmamba_jax.weights.torch_file import read_torch_file
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,10 @@ logger = logging.getLogger(__name__)
 Ema = bool | Literal["better"]
 EMA_WORDS: dict[str, Ema] = {"better": "better", "yes": True, "no": False}  # for command lines
 
-_PARTS = {False: "parameters", True: "moving average"}
+# "upernet:vmamba_t" is the name of UperNet over VMamba-T. In a run's configuration one of these parts has the heads.
+SEPARATOR, PARTS = ":", ("segmenter", "detector")
+
+_TAKEN = {False: "parameters", True: "moving average"}
 
 
 class Weights(NamedTuple):
@@ -117,7 +120,15 @@ def load_weights(
 
 
 def load_composed(
-    model: Any, place: str | PathLike[str], name: str, *, backbone: str, ema: Ema = "better"
+    model: Any,
+    place: str | PathLike[str],
+    name: str,
+    *,
+    backbone: str,
+    ema: Ema = "better",
+    key: str | None = None,
+    layers: Sequence[str] = (),
+    initial: Callable[[], nnx.Module] | None = None,
 ) -> tuple[Any, Weights]:
     """Return the part of a segmenter or detector that a place has weights for, and these.
 
@@ -127,6 +138,10 @@ def load_composed(
         name: what a message calls the model.
         backbone: the registered name of its backbone, whose released file the place ``official`` is.
         ema: as for :func:`load_weights`.
+        key: the entry of an official file to take, as for :func:`load_torch_file`.
+        layers: paths of the layers that tell classes.
+        initial: builds the model with fresh initial values; give it to train on. These layers then have its values
+            where the weights are for another number of classes; a line says so. Otherwise such weights are refused.
 
     Returns:
         The model with weights for all of it, or its backbone with those of a classifier.
@@ -134,11 +149,19 @@ def load_composed(
     Raises:
         UserError: as ``load_weights``.
     """
-    found = _read(place, ema, backbone)
+    found = _read(place, ema, backbone, key)
     if not any(path.startswith("backbone.") for path in found.arrays):
         # Vim's position embedding is resized as for fine-tuning: the segmenter's images have another size.
         return model.backbone, _fitted(model.backbone, found, f"backbone {backbone}", lambda: model.backbone)
     arrays = by_path(model, found.arrays) if found.official else found.arrays
+    anew = other_classes(model, arrays, layers) if initial is not None else []
+    if anew and initial is not None:
+        logger.warning(f"{found.given} tells other classes apart: the layers of {name} that tell them start anew")
+        fresh = split(initial()).params
+        layouts = {row.ours: row.layout for row in table(model)} if found.official else {}
+        started = {path: np.asarray(fresh[path]) for path in anew}
+        started = {path: layouts[path].to_official(a) if path in layouts else a for path, a in started.items()}
+        arrays = {**arrays, **started}
     return model, _as_wanted(model, arrays, found, name)
 
 
@@ -176,7 +199,10 @@ def open_place(
         UserError: as ``open_model``.
     """
     found = _read(place, ema, name, key)
-    stated = found.meta.get("model", "")
+    stated = stated_name(found.meta)
+    if SEPARATOR in stated:
+        head, _, backbone = stated.partition(SEPARATOR)
+        raise UserError(f"{place} holds {head} with {backbone}, no classifier: predict with it, or name other weights")
     if not name and not stated:
         raise UserError(f"{place} does not say which model it is of; name it, e.g. --model evmamba_t")
     if name and stated and name != stated:
@@ -194,16 +220,54 @@ def open_place(
     return Opened(model, name, options, weights)
 
 
+def stated_name(meta: Mapping[str, Any]) -> str:
+    """Return the name of the model that a checkpoint's meta states, with its heads if it has any; empty if none is."""
+    config = meta.get("config", {})
+    heads = [config[part]["name"] for part in PARTS if part in config]
+    return SEPARATOR.join([*heads, config["model"]["name"]]) if heads else meta.get("model", "")
+
+
+def meta_of(place: str | PathLike[str], name: str = "") -> dict[str, Any]:
+    """Return what the checkpoint of a place says of itself; empty for a file, or where nothing is.
+
+    Args:
+        place: see the module.
+        name: of the model, whose released file the place ``official`` is.
+
+    Raises:
+        UserError: it cannot be fetched; a folder without a whole checkpoint.
+    """
+    path = places.resolve(place, name).path
+    folder = epath.Path(path if is_bucket(path) else local(path))
+    return checkpoints.find(folder).meta if folder.is_dir() else {}
+
+
+def is_composed(place: str | PathLike[str], name: str = "") -> bool:
+    """Return whether the name of a model, or else a place, is of a backbone with heads; errors as ``meta_of``."""
+    return SEPARATOR in (name or stated_name(meta_of(place)))
+
+
+def official_lengths(place: str | PathLike[str], name: str = "", key: str | None = None) -> dict[str, int]:
+    """Return the length of every array with one axis in a place, by the official name; empty for a folder.
+
+    Args:
+        place: see the module.
+        name: of the model, whose released file the place ``official`` is.
+        key: the entry of the file to take, as for :func:`load_torch_file`.
+
+    Raises:
+        UserError: as ``load_weights``.
+    """
+    found = _read(place, False, name, key)
+    return {path: array.size for path, array in found.arrays.items() if array.ndim == 1} if found.official else {}
+
+
 def inner_of(place: str | PathLike[str], name: str = "") -> dict[str, Any]:
     """Return the option ``inner`` of a model whose channels were cut, as a dictionary; empty for any other place.
 
     What a cut leaves belongs to the weights, not to who asks for them.
     """
-    path = places.resolve(place, name).path
-    folder = epath.Path(path if is_bucket(path) else local(path))
-    if not folder.is_dir():
-        return {}
-    inner = _stated_options(checkpoints.find(folder).meta).get("inner")
+    inner = _stated_options(meta_of(place, name)).get("inner")
     return {"inner": tuple((group, size) for group, size in inner)} if inner else {}
 
 
@@ -274,15 +338,15 @@ def _choice(saved: Saved, ema: Ema) -> tuple[bool, str]:
     if not saved.has_ema and ema is not True:
         return False, ""
     if ema != "better":
-        return ema, _PARTS[ema]
+        return ema, _TAKEN[ema]
     chooses = meta.get("chooses", {"figure": "top1", "higher": True})
     figure, figures, evaluated = chooses["figure"], meta.get("figures", {}), meta.get("evaluated")
     both = [figures.get(name) for name in (figure, f"ema_{figure}")]
     if None in both or evaluated is None or evaluated != meta.get("step"):
-        return False, f"{_PARTS[False]} (not evaluated at this step)"
+        return False, f"{_TAKEN[False]} (not evaluated at this step)"
     better = average_is_better(figures, **chooses)
     spoken = {"top1": "top-1", "top5": "top-5"}.get(figure, figure.replace("_", " "))
-    return better, f"{_PARTS[better]} ({spoken} {both[better]:.4g} against {both[not better]:.4g})"
+    return better, f"{_TAKEN[better]} ({spoken} {both[better]:.4g} against {both[not better]:.4g})"
 
 
 def _stated_options(meta: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,12 @@ Source: the ``state_dict`` of mmseg's ``EncoderDecoder`` with ``UPerHead`` and `
 
 from evmamba_jax.weights.layers import CONV, POINTWISE, Layout, Row, batch_norm, below, kernel
 
+# Arrays whose length tells an option of the segmenter, with what it is divided by.
+SIZES = {
+    "num_classes": ("decode_head.conv_seg.bias", 1),
+    "width": ("decode_head.fpn_bottleneck.bn.weight", 1),
+    "aux_width": ("auxiliary_head.convs.0.bn.weight", 1),
+}
 DECONV = Layout("i o h w", "h w i o")
 
 
