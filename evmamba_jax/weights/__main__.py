@@ -2,6 +2,7 @@
 
 ``python -m evmamba_jax.weights convert --model evmamba_t --torch FILE --out DIR``
 ``python -m evmamba_jax.weights export --model evmamba_t --checkpoint DIR --out FILE.safetensors``
+``python -m evmamba_jax.weights convert --model upernet:vmamba_t --torch FILE.pth --out DIR``
 ``python -m evmamba_jax.weights verify --data-dir DIR``
 """
 
@@ -21,9 +22,10 @@ from evmamba_jax.checkpoints import save_model
 from evmamba_jax.errors import UserError
 from evmamba_jax.storage import local, written_whole
 from evmamba_jax.weights.convert import to_torch
-from evmamba_jax.weights.load import EMA_WORDS, Ema, Weights, open_place
+from evmamba_jax.weights.load import EMA_WORDS, Ema, Opened, Weights, is_composed, open_place
 
-_VERIFY = "evmamba_jax.verify"  # evaluates, and so stands above this room
+# These stand above this room: what evaluates, and what builds segmenters and detectors.
+_VERIFY, _OPENING = "evmamba_jax.verify", "evmamba_jax.tasks.opening"
 _PLACES = "official weights, a converted model, a training run, or one of its checkpoints"
 
 
@@ -31,14 +33,18 @@ def main(argv: list[str] | None = None, prog: str = "python -m evmamba_jax.weigh
     """Run the command with ``argv``; return the exit code, 2 for a user's mistake."""
     shared = cli.Parser(add_help=False)
     shared.add_argument(
-        "--model", default="", metavar="NAME", help="e.g. evmamba_t; not needed for a folder that names it"
+        "--model",
+        default="",
+        metavar="NAME",
+        help="e.g. evmamba_t, upernet:vmamba_t or retinanet:evmamba_t; not needed for a folder that names it",
     )
     shared.add_argument(
         "--option",
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="an option of the model that is not as the folder says or else as published; may be repeated",
+        help="an option of the model that is not as the folder says or else as published; may be repeated. Of a model "
+        "with heads those of its backbone are backbone.NAME, and those of its data data.NAME: data.scale=(2560,640)",
     )
     shared.add_argument(
         "--ema",
@@ -98,13 +104,17 @@ def convert_file(
 ) -> Weights:
     """Write weights as an orbax checkpoint for ``create_model(model_name, pretrained=out)``; return what was taken.
 
+    The folder of a segmenter or detector also has a configuration as a run's, so that ``predict`` takes it.
+
     Args:
         place: as for :func:`evmamba_jax.weights.load_weights`; a run gives a checkpoint without its training state.
-        model_name: one of :func:`evmamba_jax.list_models`; not needed for a folder that names it.
+        model_name: one of :func:`evmamba_jax.list_models`, or with heads before it, as "upernet:vmamba_t"; not needed
+            for a folder that names it.
         out: folder for the checkpoint; new or empty.
         key: the entry of an official file to take, as for :func:`load_torch_file`.
         ema: as for :func:`load_weights`.
-        **options: of the model; the place's own and the published ones hold for the rest.
+        **options: of the model; the place's own and the published ones hold for the rest. Of a model with heads see
+            :func:`evmamba_jax.tasks.opening.open_composed`.
 
     Raises:
         UserError: ``out`` holds something already; otherwise as ``open_model``.
@@ -112,7 +122,7 @@ def convert_file(
     folder = local(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{str(out)!r} exists and is not an empty folder; name a new folder for the checkpoint")
-    opened = open_place(place, model_name, ema=ema, key=key, **options)
+    opened = _open(place, model_name, ema=ema, key=key, **options)
     weights = opened.weights
     of_run = {name: weights.meta[name] for name in ("num_classes", "class_names", "config") if name in weights.meta}
     origin = {"converted_from": Path(weights.place).name, "key": key}
@@ -128,10 +138,10 @@ def export_file(
 
     Args:
         place: as for :func:`evmamba_jax.weights.load_weights`.
-        model_name: one of :func:`evmamba_jax.list_models`; not needed for a folder that names it.
+        model_name: as for ``convert_file``.
         out: the file; must not exist.
         ema: as for :func:`load_weights`.
-        **options: of the model; the place's own and the published ones hold for the rest.
+        **options: as for ``convert_file``.
 
     Raises:
         UserError: ``out`` exists or does not end in .safetensors; otherwise as ``open_model``.
@@ -141,11 +151,19 @@ def export_file(
         raise UserError(f"{str(out)!r} must end in .safetensors, the one kind of file that is written")
     if path.exists():
         raise UserError(f"{str(out)!r} exists; name a new file")
-    opened = open_place(place, model_name, ema=ema, **options)
+    opened = _open(place, model_name, ema=ema, **options)
     with written_whole(path) as beside:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({name: np.ascontiguousarray(array) for name, array in to_torch(opened.model).items()}, beside)
     return opened.weights
+
+
+def _open(place: str | PathLike[str], name: str, **how: Any) -> Opened:
+    """Build the model of a place, with heads or without; errors as ``open_place``."""
+    if not is_composed(place, name):
+        return open_place(place, name, **how)
+    opened = importlib.import_module(_OPENING).open_composed(place, name, **how)
+    return Opened(opened.model, opened.name, {}, opened.weights)
 
 
 if __name__ == "__main__":
