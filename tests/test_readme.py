@@ -8,6 +8,7 @@ import pytest
 from evmamba_jax import list_models
 from evmamba_jax.models.__main__ import main
 from evmamba_jax.models.registry import VARIANTS
+from evmamba_jax.training import parse_command
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [
@@ -17,6 +18,8 @@ DOCUMENTS = [
     "docs/models.md",
     "docs/own_data.md",
     "docs/training.md",
+    "docs/segmentation.md",
+    "docs/detection.md",
     "pallas_kernels/README.md",
 ]
 
@@ -84,3 +87,20 @@ def test_flags_that_are_shown_are_known():
     for document in ["README.md", "docs/own_data.md", "docs/training.md", "CONTRIBUTING.md"]:
         for name in re.findall(r"--config\.([a-z_.]+)=", (ROOT / document).read_text()):
             assert name in known, f"{document}: {name}"
+
+
+@pytest.mark.parametrize(("page", "config"), [("segmentation", "upernet"), ("detection", "retinanet")])
+def test_settings_that_a_page_of_a_task_shows_are_taken(page, config):
+    """In commands, and in tables below a head that says what stands before them."""
+    prefix, given = "", []
+    for line in (ROOT / "docs" / f"{page}.md").read_text().splitlines():
+        given += re.findall(r"--config\.[a-z_.]+=[^ `]+", line)
+        if head := re.match(r"\| `(--config\.[a-z.]*)` \|", line):
+            prefix = head[1]
+        elif not line.startswith("|"):
+            prefix = ""
+        elif prefix and not line.startswith("|---"):
+            given += [prefix + setting for setting in re.findall(r"`([a-z_.]+=[^`]*)`", line.split("|")[1])]
+    assert len(given) > 10
+    parsed, _ = parse_command(["train", "--config", f"{page}/{config}_evmamba_t", *given])
+    assert parsed.data.name in ("town", "birds")
