@@ -1,6 +1,6 @@
 """A small EfficientVMamba with RetinaNet on scenes of digits: a box around each of ten digits.
 
-3 epochs: 750 steps of 16 images, 12,000 in all.
+3 epochs: 3,000 steps of 4 images, 12,000 in all.
 
 The first boxes of a newcomer: it needs no download. The scenes are made as they are read, 128x128 pixels, 3 to 8
 digits that hide up to 30 % of one another; 4,000 to train, 200 of other digits to test.

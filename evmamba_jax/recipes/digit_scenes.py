@@ -18,7 +18,7 @@ def recipe(data: type[DenseData], **more: Any) -> dict[str, Any]:
             name="evmamba_t",
             drop_path_rate=0.0,
             dtype="float32",
-            options={"width": 16, "depths": (1, 1, 1, 1), "d_state": 4},
+            options={"width": 32, "depths": (1, 1, 1, 1), "d_state": 4},
         ),
         data=data(
             name="digit_scenes",
@@ -32,11 +32,11 @@ def recipe(data: type[DenseData], **more: Any) -> dict[str, Any]:
             **more,
         ),
         optim=OptimConfig(
-            lr=4e-3, min_lr=0.0, warmup=Duration(steps=40), lr_changes="step", weight_decay=0.01, ema_decay=0.0
+            lr=6e-3, min_lr=0.0, warmup=Duration(steps=150), lr_changes="step", weight_decay=0.01, ema_decay=0.0
         ),
-        batch_size=16,
+        batch_size=4,
         duration=Duration(epochs=3),
-        log_every=Duration(steps=25),
+        log_every=Duration(steps=100),
         eval_every=Duration(epochs=1),
         save_every=Duration(epochs=1),
     )

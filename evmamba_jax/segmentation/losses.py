@@ -3,13 +3,17 @@
 Source: mmseg 1.2.2 ``models/losses/cross_entropy_loss.py`` and ``accuracy.py``.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
 IGNORED = 255  # the label of pixels that do not count
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array, *, over_counted: bool = False) -> jax.Array:
+def cross_entropy(
+    logits: jax.Array, labels: jax.Array, *, class_weights: Sequence[float] = (), over_counted: bool = False
+) -> jax.Array:
     """Return the cross-entropy summed over the counted pixels, divided by the number of ALL pixels of the batch.
 
     Ignored pixels so make the loss smaller: all published configurations have it that way.
@@ -17,6 +21,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, *, over_counted: bool = 
     Args:
         logits: (..., K).
         labels: (...) integers from 0 to K - 1, or 255 for pixels that are ignored.
+        class_weights: factors of the pixels of each class, K numbers; none: all 1 (mmseg's ``class_weight``).
         over_counted: divide by the number of counted pixels instead (mmseg's ``avg_non_ignore``).
 
     Returns:
@@ -26,7 +31,10 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, *, over_counted: bool = 
     # A comparison, not an index: its gradient needs no scatter.
     chosen = labels[..., None].astype(jnp.int32) == jnp.arange(logits.shape[-1])
     counted = labels != IGNORED
-    loss = jnp.where(chosen, jax.nn.log_softmax(logits), 0).sum(-1)
+    loss = jnp.where(chosen, jax.nn.log_softmax(logits), 0)
+    if class_weights:
+        loss = loss * jnp.asarray(class_weights, loss.dtype)
+    loss = loss.sum(-1)
     total = -jnp.where(counted, loss, 0).sum()
     return total / (jnp.maximum(counted.sum(), 1) if over_counted else labels.size)
 

@@ -102,13 +102,19 @@ class UperNet(nnx.Module):
         return self.decode_head(maps, key=fold_in(key, 1)), self.auxiliary_head(maps[2], key=fold_in(key, 2))
 
     def loss(
-        self, images: jax.Array, labels: jax.Array, *, key: jax.Array | None = None
+        self,
+        images: jax.Array,
+        labels: jax.Array,
+        *,
+        class_weights: Sequence[float] = (),
+        key: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Return the loss to train with, and its parts.
 
         Args:
             images: (B, H, W, in_channels) normalised floats.
             labels: (B, H, W) integers from 0 to K - 1, or 255 for pixels that are ignored.
+            class_weights: factors of the pixels of each class, K numbers; none: all 1.
             key: random key for drop path and dropout; needed in training mode.
 
         Returns:
@@ -116,16 +122,16 @@ class UperNet(nnx.Module):
             "aux_loss") and the pixel accuracies of both in percent ("accuracy", "aux_accuracy"). Scalars, float32 or
             wider.
         """
-        return self.loss_of(*self.both(images, key=key), labels)
+        return self.loss_of(*self.both(images, key=key), labels, class_weights)
 
     def loss_of(
-        self, logits: jax.Array, aux_logits: jax.Array, labels: jax.Array
+        self, logits: jax.Array, aux_logits: jax.Array, labels: jax.Array, class_weights: Sequence[float] = ()
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Return what :meth:`loss` does, from the logits of both heads, which are resized to the labels' size."""
         parts = {}
         for name, weight, coarse in (("", 1.0, logits), ("aux_", self.config.aux_weight, aux_logits)):
             resized = bilinear(coarse, *labels.shape[1:])
-            parts[f"{name}loss"] = weight * cross_entropy(resized, labels)
+            parts[f"{name}loss"] = weight * cross_entropy(resized, labels, class_weights=class_weights)
             parts[f"{name}accuracy"] = pixel_accuracy(resized, labels)
         return parts["loss"] + parts["aux_loss"], parts
 

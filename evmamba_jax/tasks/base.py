@@ -18,6 +18,7 @@ from evmamba_jax.arrays import Variables
 from evmamba_jax.config import Config
 from evmamba_jax.data import sources
 from evmamba_jax.data.readers import Reader
+from evmamba_jax.errors import UserError
 from evmamba_jax.reports.page import Section
 from evmamba_jax.weights import Weights
 from evmamba_jax.weights.load import Ema
@@ -81,7 +82,7 @@ class Task(abc.ABC):
         head: pattern of the paths of the parameters that tell this task's answers from features.
 
     Raises:
-        UserError: a model or image size that cannot be.
+        UserError: a model or image size that cannot be; class weights of another length.
     """
 
     chooses: Figure
@@ -89,6 +90,12 @@ class Task(abc.ABC):
     head: str = "head.*"
 
     def __init__(self, config: Config, class_names: Sequence[str]):
+        given = config.loss.class_weights
+        if given and len(given) != len(class_names):
+            raise UserError(
+                f"config.loss.class_weights has {len(given)} numbers, and {config.data.name} has {len(class_names)} "
+                "classes: give one a class, in label order"
+            )
         self.config = config
         self.class_names = tuple(class_names)
         self.model = self.abstract_model()

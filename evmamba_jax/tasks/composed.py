@@ -66,6 +66,8 @@ class Composed(Task):
             own = getattr(cls.reads, name)
             if getattr(config.data, name) != own:
                 raise UserError(f"config.data.{name} is for images of one class: leave it at {own!r}")
+        if config.loss.balanced or config.loss.name != "cross_entropy":
+            raise UserError("config.loss.name and balanced are for images of one class: leave them out")
         if config.data.in_channels != 3:
             raise UserError(
                 f"config.data.in_channels={config.data.in_channels}: images with {cls.truth} have 3 channels"

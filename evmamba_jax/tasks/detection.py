@@ -138,6 +138,13 @@ class Detection(Composed):
         return create_detector(**shared, octave_base_scale=self.about.octave_base_scale)
 
     @classmethod
+    def validate(cls, config: Config) -> None:
+        """Check what all such tasks do; the focal loss takes no weights."""
+        super().validate(config)
+        if config.loss.class_weights:
+            raise UserError("config.loss.class_weights is for label maps and images of one class: leave it out")
+
+    @classmethod
     def open_source(cls, config: Config, split: str, work: Path | None = None) -> Any:
         """Open a split: to train, of its images that show objects."""
         source, data = super().open_source(config, split, work), cast(DetectionData, config.data)

@@ -150,7 +150,8 @@ class Segmentation(Composed):
         self, model: Any, inputs: dict[str, jax.Array], key: jax.Array, moment: Moment
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Return the loss of both heads; its auxiliary part and the accuracy over pixels."""
-        total, parts = model.loss(inputs["image"], inputs["label_map"], key=key)
+        weights = self.config.loss.class_weights
+        total, parts = model.loss(inputs["image"], inputs["label_map"], class_weights=weights, key=key)
         return total, {name: parts[name] for name in self.parts}
 
     # Evaluation.

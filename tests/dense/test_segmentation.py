@@ -178,13 +178,17 @@ def test_a_pyramid_of_maps_of_one_size(stride, sizes):
 def test_the_loss_is_divided_by_all_pixels_ignored_ones_too():
     logits, labels = random(2, 3, 5, 4), np.random.default_rng(1).integers(0, 4, (2, 3, 5)).astype(np.uint8)
     labels[0, :2] = 255
-    total, counted = 0.0, 0
+    total, weighted, counted = 0.0, 0.0, 0
     for place in np.ndindex(2, 3, 5):
         if labels[place] != 255:
             scores = logits[place].astype(np.float64)
-            total -= scores[labels[place]] - np.log(np.exp(scores).sum())
+            one = np.log(np.exp(scores).sum()) - scores[labels[place]]
+            total += one
+            weighted += one * (0.1, 1, 2, 3)[labels[place]]
             counted += 1
     np.testing.assert_allclose(cross_entropy(logits, labels), total / 30, rtol=1e-6)
+    of_classes = cross_entropy(logits, labels, class_weights=(0.1, 1, 2, 3))
+    np.testing.assert_allclose(of_classes, weighted / 30, rtol=1e-6)
     np.testing.assert_allclose(cross_entropy(logits, labels, over_counted=True), total / counted, rtol=1e-6)
     right = (logits.argmax(-1) == labels).sum()
     np.testing.assert_allclose(pixel_accuracy(logits, labels), 100 * right / counted, rtol=1e-6)
