@@ -12,7 +12,7 @@ EPSILON = 1e-6  # the smallest area that is divided by
 LARGEST_DELTA = math.log(1000 / 16)  # of width and height, both ways
 
 
-def overlaps(a: jax.Array, b: jax.Array, mode: Literal["iou", "iof"] = "iou") -> jax.Array:
+def overlaps(a: jax.Array, b: jax.Array, mode: Literal["iou", "iof", "giou"] = "iou") -> jax.Array:
     """Return how far each box of ``a`` overlaps each of ``b``.
 
     Which anchors are an object's best is often decided by the last bit, so this is the official order of operations,
@@ -21,7 +21,8 @@ def overlaps(a: jax.Array, b: jax.Array, mode: Literal["iou", "iof"] = "iou") ->
     Args:
         a: (..., N, 4), float32 or float64.
         b: (..., M, 4) of the same type.
-        mode: "iou" divides the common area by the area of the union, "iof" by the area of the box of ``a``.
+        mode: "iou" divides the common area by the area of the union, "iof" by the area of the box of ``a``; "giou" is
+            what :func:`generalized` gives.
 
     Returns:
         (..., N, M) of the same type.
@@ -29,15 +30,46 @@ def overlaps(a: jax.Array, b: jax.Array, mode: Literal["iou", "iof"] = "iou") ->
     Source: mmdet 3.3.0 ``mmdet/structures/bbox/bbox_overlaps.py``.
     """
     a, b = a[..., :, None, :], b[..., None, :, :]
-    sides = jnp.maximum(jnp.minimum(a[..., 2:], b[..., 2:]) - jnp.maximum(a[..., :2], b[..., :2]), 0)
-    common = _rounded(sides[..., 0] * sides[..., 1])
+    if mode == "giou":
+        return generalized(a, b)
+    common = _common(a, b)
     whole = area(a) if mode == "iof" else area(a) + area(b) - common
     return common / jnp.maximum(whole, EPSILON)
+
+
+def generalized(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Return how far boxes overlap less how much of the box around both is of neither: from -1 to 1.
+
+    Args:
+        a: (..., 4), float32 or float64.
+        b: of the same type and a shape that broadcasts.
+
+    Returns:
+        (...) of the same type. Its gradient has half from each of two equal coordinates, as the official one.
+
+    Source: Rezatofighi et al., Generalized Intersection over Union (arXiv:1902.09630).
+    """
+    common = _common(a, b)
+    union = jnp.maximum(area(a) + area(b) - common, EPSILON)
+    around = _product(jnp.maximum(a[..., 2:], b[..., 2:]) - jnp.minimum(a[..., :2], b[..., :2]))
+    around = jnp.maximum(around, EPSILON)
+    return common / union - (around - union) / around
 
 
 def area(boxes: jax.Array) -> jax.Array:
     """Return the area of boxes (..., 4), negative where one side is."""
     return _rounded((boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1]))
+
+
+def _common(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Return the area that boxes have in common."""
+    return _product(jnp.minimum(a[..., 2:], b[..., 2:]) - jnp.maximum(a[..., :2], b[..., :2]))
+
+
+def _product(sides: jax.Array) -> jax.Array:
+    """Return the area of sides (..., 2), 0 where one is negative."""
+    sides = jnp.where(sides >= 0, sides, 0)  # at 0 with the gradient of what it is, unlike the maximum
+    return _rounded(sides[..., 0] * sides[..., 1])
 
 
 def _rounded(product: jax.Array) -> jax.Array:

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from evmamba_jax.detection.boxes import generalized
+
 
 def sigmoid_focal(logits: jax.Array, labels: jax.Array, *, alpha: float = 0.25, gamma: float = 2.0) -> jax.Array:
     """Return the focal loss of every anchor and class.
@@ -28,6 +30,44 @@ def sigmoid_focal(logits: jax.Array, labels: jax.Array, *, alpha: float = 0.25, 
 def l1(predicted: jax.Array, targets: jax.Array) -> jax.Array:
     """Return the absolute differences of two arrays, not added up."""
     return jnp.abs(predicted - targets)
+
+
+def smooth_l1(predicted: jax.Array, targets: jax.Array, beta: float) -> jax.Array:
+    """Return the absolute differences less half of ``beta``, below ``beta`` rounded to a parabola; not added up.
+
+    Source: Girshick, Fast R-CNN (arXiv:1504.08083), section 2.3; mmdet 3.3.0
+    ``mmdet/models/losses/smooth_l1_loss.py``.
+    """
+    distance = jnp.abs(predicted - targets)
+    return jnp.where(distance < beta, 0.5 * distance * distance / beta, distance - 0.5 * beta)
+
+
+def giou(predicted: jax.Array, targets: jax.Array) -> jax.Array:
+    """Return by how much boxes (..., 4) miss others, (...) from 0 to 2: one less their generalized overlap."""
+    return 1 - generalized(predicted, targets)
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Return the cross entropy of classes of which one is right.
+
+    Args:
+        logits: (..., K), float32 or wider.
+        labels: (...) integers from 0.
+
+    Returns:
+        (...), not added up.
+    """
+    return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], -1)[..., 0]
+
+
+def binary_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Return the cross entropy of answers that are each right (1) or wrong (0); not added up."""
+    return nnx.softplus(logits) - logits * targets.astype(logits.dtype)
+
+
+def of_class(maps: jax.Array, labels: jax.Array) -> jax.Array:
+    """Return of maps (R, H, W, K) the one of each region's class, (R, H, W), for labels (R,) integers from 0."""
+    return jnp.take_along_axis(maps, labels[:, None, None, None], -1)[..., 0]
 
 
 def mean_over(losses: jax.Array, weights: jax.Array, count: jax.Array) -> jax.Array:

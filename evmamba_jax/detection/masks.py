@@ -1,0 +1,78 @@
+"""Masks of objects: what a region's mask is trained for, and how it gets into the picture.
+
+Source: He et al., Mask R-CNN (arXiv:1703.06870), section 3.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.lax import Precision
+
+from evmamba_jax.detection.boxes import clip
+from evmamba_jax.detection.regions import weights
+
+
+def shares(masks: jax.Array, index: jax.Array, boxes: jax.Array, size: int) -> jax.Array:
+    """Return how much of each bin of some boxes is of an object.
+
+    Args:
+        masks: (G, H, W) booleans or integers 0 and 1, of the objects of one image.
+        index: (R,) the object of each box.
+        boxes: (R, 4) in pixels of the masks, float32 or float64.
+        size: S.
+
+    Returns:
+        (R, S, S) from 0 to 1, of the type of ``boxes``.
+    """
+    x0, y0, x1, y1 = jnp.moveaxis(boxes, -1, 0)
+    rows, columns = weights(y0, y1, masks.shape[1], size), weights(x0, x1, masks.shape[2], size)
+
+    def of_region(region: tuple[jax.Array, ...]) -> jax.Array:
+        rows, columns, number = region
+        # Half of a bin decides, so the products are as precise as the type is.
+        held = jnp.dot(rows, masks[number].astype(rows.dtype), precision=Precision.HIGHEST)
+        return jnp.dot(held, columns.T, precision=Precision.HIGHEST)
+
+    return jax.lax.map(of_region, (rows, columns, index), batch_size=16)
+
+
+def mask_targets(masks: jax.Array, index: jax.Array, boxes: jax.Array, size: int) -> jax.Array:
+    """Return the bins (R, S, S), booleans, of which an object has half or more; arguments as for :func:`shares`.
+
+    Boxes are limited to the masks.
+
+    Source: mmdet 3.3.0 ``mmdet/structures/mask/mask_target.py``.
+    """
+    return shares(masks, index, clip(boxes, jnp.asarray(masks.shape[1:])), size) >= 0.5
+
+
+def paste(masks: np.ndarray, boxes: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Return masks at the places of their boxes in a picture, on the host.
+
+    A pixel has the value that lies under its middle, between the middles of the mask's cells; beyond them all is 0.
+
+    Args:
+        masks: (R, S, S), float32 or float64, from 0 to 1.
+        boxes: (R, 4) in pixels of the picture.
+        height: of the picture.
+        width: of the picture.
+
+    Returns:
+        (R, height, width) of the type of ``masks``; what is at least the threshold belongs to the object.
+
+    Source: mmdet 3.3.0 ``mmdet/models/roi_heads/mask_heads/fcn_mask_head.py``, ``_do_paste_mask``.
+    """
+    x0, y0, x1, y1 = np.moveaxis(boxes.astype(masks.dtype), -1, 0)
+    rows, columns = _under(y0, y1, height, masks.shape[1]), _under(x0, x1, width, masks.shape[2])
+    return rows @ masks @ columns.transpose(0, 2, 1)
+
+
+def _under(low: np.ndarray, high: np.ndarray, pixels: int, cells: int) -> np.ndarray:
+    """Return how much each cell of an axis counts for each pixel: (R, pixels, cells)."""
+    middles = np.arange(pixels, dtype=low.dtype) + low.dtype.type(0.5)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        places = (middles - low[:, None]) / (high - low)[:, None] * 2 - 1
+    places[np.isinf(places)] = 0  # a box without a side
+    at = ((places + 1) * cells - 1) / 2
+    share = np.maximum(1 - np.abs(at[..., None] - np.arange(cells)), 0)
+    return np.nan_to_num(share).astype(low.dtype)

@@ -1,0 +1,138 @@
+"""Features of regions: what the maps hold in a box, at one size for all boxes.
+
+A sample is a weighted mean of two rows and two columns, and the samples of a box are a grid. So what a box holds is
+``rows @ map @ columns.T`` with two small matrices, for any number of samples: products, where others gather.
+
+Source: He et al., Mask R-CNN (arXiv:1703.06870), section 3; mmcv 2.1.0 ``mmcv/ops/csrc/pytorch/cpu/roi_align.cpp``.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+FINEST = 56  # pixels of side up to twice of which a region is taken from the finest map
+CHUNK = 64  # regions at a time: each takes S rows of the finest map in between
+
+
+def weights(
+    low: jax.Array, high: jax.Array, cells: int, size: int, *, samples: int = 0, aligned: bool = True
+) -> jax.Array:
+    """Return how much each cell of an axis counts for each bin of some boxes.
+
+    A bin is the mean of its samples, which lie at equal steps. One further than a cell beyond the middle of the first
+    cell, or a cell beyond that of the last, counts as 0; others beyond them repeat the first or last cell.
+
+    Args:
+        low: (R,) where boxes begin, in cells, float32 or float64.
+        high: (R,) where they end. A box that does not end behind its begin holds nothing.
+        cells: N of the axis.
+        size: S, bins of a box.
+        samples: of a bin; 0 takes as many as it has cells, rounded up.
+        aligned: cells are squares whose middles are at a half; False takes them for points at whole numbers, and boxes
+            are at least one cell long.
+
+    Returns:
+        (R, S, N) of the type of ``low``. It has no gradient by the boxes.
+    """
+    low, high = jax.lax.stop_gradient((low, high))
+    dtype = low.dtype
+    if aligned:
+        low, high = low - 0.5, high - 0.5
+    length = high - low if aligned else jnp.maximum(high - low, 1)
+    step = length / size
+    count = jnp.full(length.shape, samples, jnp.int32) if samples else _samples(length, size)
+    begin = low[:, None] + jnp.arange(size, dtype=dtype) * step[:, None]
+    places = jnp.arange(cells, dtype=dtype)
+
+    def add(i: jax.Array, total: jax.Array) -> jax.Array:
+        at = begin + ((i + 0.5) * step / jnp.maximum(count, 1).astype(dtype))[:, None]
+        counts = (at >= -1) & (at <= cells) & (i < count)[:, None]
+        at = jnp.clip(at, 0, cells - 1)
+        share = jnp.maximum(1 - jnp.abs(at[..., None] - places), 0)
+        return total + jnp.where(counts[..., None], share, 0)
+
+    total = jax.lax.fori_loop(0, count.max(initial=0), add, jnp.zeros((*begin.shape, cells), dtype))
+    return total / jnp.maximum(count, 1).astype(dtype)[:, None, None]
+
+
+def _samples(length: jax.Array, size: int) -> jax.Array:
+    """Return the cells of a bin, rounded up in float32 whatever the type, as the official code does it."""
+    cells = (length / size).astype(jnp.float32)
+    # A division may miss a whole number by a bit, where the official one does not.
+    whole = jnp.round(cells)
+    exact = whole.astype(length.dtype) * size == length
+    return jnp.where(exact, whole, jnp.ceil(cells)).astype(jnp.int32)
+
+
+def roi_align(
+    features: jax.Array, boxes: jax.Array, stride: float, size: int, *, samples: int = 0, aligned: bool = True
+) -> jax.Array:
+    """Return what a map holds in boxes.
+
+    Args:
+        features: (H, W, C), which gives the compute type.
+        boxes: (R, 4) in pixels, float32 or float64. They may reach beyond the map.
+        stride: pixels of a cell.
+        size: S.
+        samples: as for :func:`weights`.
+        aligned: see there.
+
+    Returns:
+        (R, S, S, C), differentiable by the features.
+    """
+    both = _rows_and_columns(features.shape, boxes, stride, size, samples=samples, aligned=aligned)
+    return jax.lax.map(lambda both: _held(both, features), both, batch_size=CHUNK)
+
+
+def levels_of(boxes: jax.Array, levels: int) -> jax.Array:
+    """Return of which of so many maps, from fine to coarse, each box (..., 4) is taken: (...) int32."""
+    sides = boxes[..., 2:] - boxes[..., :2]
+    side = jnp.sqrt(sides[..., 0] * sides[..., 1]) / FINEST + 1e-6
+    # floor(log2(side)), without a logarithm that may miss a whole number.
+    return (side[..., None] >= 2.0 ** jnp.arange(1, levels)).sum(-1, dtype=jnp.int32)
+
+
+def extract(maps: Sequence[jax.Array], boxes: jax.Array, strides: Sequence[int], size: int) -> jax.Array:
+    """Return what a pyramid holds in boxes: in small ones from fine maps, in large ones from coarse maps.
+
+    Args:
+        maps: [(H, W, C), ...] of one image, from fine to coarse.
+        boxes: (R, 4) in pixels, float32 or float64.
+        strides: pixels of a cell, for each map.
+        size: S.
+
+    Returns:
+        (R, S, S, C), differentiable by the maps.
+
+    Source: Lin et al., Feature Pyramid Networks (arXiv:1612.03144), section 4.2; mmdet 3.3.0
+    ``mmdet/models/roi_heads/roi_extractors/single_level_roi_extractor.py``.
+    """
+    level = levels_of(boxes, len(maps))
+    # A box of another level is taken for an empty one, which holds nothing.
+    of_levels = [
+        _rows_and_columns(features.shape, jnp.where((level == i)[:, None], boxes, 0), stride, size)
+        for i, (features, stride) in enumerate(zip(maps, strides, strict=True))
+    ]
+
+    def of_region(of_levels: list) -> jax.Array:
+        held = [_held(both, features) for both, features in zip(of_levels, maps, strict=True)]
+        return functools.reduce(jnp.add, held)
+
+    return jax.lax.map(of_region, of_levels, batch_size=CHUNK)
+
+
+def _rows_and_columns(
+    shape: Sequence[int], boxes: jax.Array, stride: float, size: int, **options: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Return the weights (R, S, H) of a map's rows and (R, S, W) of its columns."""
+    x0, y0, x1, y1 = jnp.moveaxis(boxes / stride, -1, 0)
+    return weights(y0, y1, shape[0], size, **options), weights(x0, x1, shape[1], size, **options)
+
+
+def _held(both: Sequence[jax.Array], features: jax.Array) -> jax.Array:
+    """Return what a map (H, W, C) holds by weights (S, H) and (S, W): (S, S, C)."""
+    rows, columns = (array.astype(features.dtype) for array in both)
+    return jnp.einsum("pwc,qw->pqc", jnp.einsum("ph,hwc->pwc", rows, features), columns)
