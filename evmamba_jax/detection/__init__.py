@@ -1,7 +1,8 @@
 """Object detection: what turns a backbone's maps into boxes."""
 
 from evmamba_jax.detection.create import create_detector
+from evmamba_jax.detection.detector import Detections
 from evmamba_jax.detection.matching import Objects
-from evmamba_jax.detection.retinanet import Detections, Losses, RetinaNet
+from evmamba_jax.detection.retinanet import Losses, RetinaNet
 
 __all__ = ["Detections", "Losses", "Objects", "RetinaNet", "create_detector"]

@@ -13,24 +13,23 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
 
+from evmamba_jax.detection import per_anchor
 from evmamba_jax.detection.anchors import Anchors
-from evmamba_jax.detection.boxes import DeltaCoder, clip
-from evmamba_jax.detection.losses import l1, mean_over, sigmoid_focal
+from evmamba_jax.detection.boxes import clip
+from evmamba_jax.detection.detector import Detections, Detector, sizes_of, with_backbone
+from evmamba_jax.detection.losses import l1, sigmoid_focal
 from evmamba_jax.detection.matching import Matcher, Objects
 from evmamba_jax.detection.nms import batched_nms
-from evmamba_jax.errors import UserError
+from evmamba_jax.detection.per_anchor import CODER, Raw, Targets, targets
 from evmamba_jax.heads.fpn import FPN
 from evmamba_jax.heads.maps import PlainPyramid
 from evmamba_jax.heads.retinanet import RetinaNetHead
-from evmamba_jax.weights.convert import register, table
+from evmamba_jax.weights.convert import register
 from evmamba_jax.weights.detectors import fpn, retinanet_head
 from evmamba_jax.weights.layers import Row, below
-from evmamba_jax.weights.upernet import plain_pyramid
 
 STRIDES = (8, 16, 32, 64, 128)
-CODER = DeltaCoder()
 MATCHER = Matcher(positive=0.5, negative=0.4)
-MULTIPLE = 32  # of the sides of images: of the coarsest map's stride
 
 
 def anchors_of(octave_base_scale: float = 4.0) -> Anchors:
@@ -39,51 +38,6 @@ def anchors_of(octave_base_scale: float = 4.0) -> Anchors:
 
 
 ANCHORS = anchors_of()  # of all published settings
-
-
-class Raw(NamedTuple):
-    """What the head says of every anchor, for each level.
-
-    Attributes:
-        logits: [(B, h, w, A * K), ...], anchor-major.
-        deltas: [(B, h, w, A * 4), ...], anchor-major.
-    """
-
-    logits: list[jax.Array]
-    deltas: list[jax.Array]
-
-    @property
-    def sizes(self) -> list[tuple[int, int]]:
-        """(rows, columns) of the levels."""
-        return [(level.shape[1], level.shape[2]) for level in self.deltas]
-
-    def by_anchor(self) -> tuple[list[jax.Array], list[jax.Array]]:
-        """Return logits [(B, h * w * A, K), ...] and deltas [(B, h * w * A, 4), ...], float32 or wider."""
-        classes = self.logits[0].shape[-1] // ANCHORS.per_cell
-
-        def flat(levels: Sequence[jax.Array], last: int) -> list[jax.Array]:
-            wide = jnp.promote_types(levels[0].dtype, jnp.float32)
-            return [level.astype(wide).reshape(len(level), -1, last) for level in levels]
-
-        return flat(self.logits, classes), flat(self.deltas, 4)
-
-
-class Targets(NamedTuple):
-    """What the anchors of all levels are trained for.
-
-    Attributes:
-        labels: (B, N) int32; K for background.
-        counted: (B, N) False for anchors that are left out.
-        positive: (B, N) True for anchors that are for an object.
-        deltas: (B, N, 4) to that object; 0 for the others.
-        count: () of positive anchors, at least one an image: what losses are divided by.
-    """
-
-    labels: jax.Array
-    counted: jax.Array
-    positive: jax.Array
-    deltas: jax.Array
-    count: jax.Array
 
 
 class Losses(NamedTuple):
@@ -98,23 +52,7 @@ class Losses(NamedTuple):
         return self.classes.sum() + self.boxes.sum()
 
 
-class Detections(NamedTuple):
-    """What was found, in order of falling scores; beyond ``count`` boxes and scores are 0, and labels -1.
-
-    Attributes:
-        boxes: (B, D, 4), x0 y0 x1 y1 in pixels.
-        scores: (B, D) from 0 to 1.
-        labels: (B, D) int32 from 0.
-        count: (B,) int32.
-    """
-
-    boxes: jax.Array
-    scores: jax.Array
-    labels: jax.Array
-    count: jax.Array
-
-
-class RetinaNet(nnx.Module):
+class RetinaNet(Detector):
     """The detector: ``model(images)`` gives raw outputs, ``loss`` and ``detect`` what follows from them.
 
     Args:
@@ -141,29 +79,11 @@ class RetinaNet(nnx.Module):
         rngs: nnx.Rngs,
     ):
         layer = {"dtype": dtype, "rngs": rngs}
-        self.backbone = backbone
-        self.pyramid = pyramid
+        super().__init__(backbone, pyramid)
         self.anchors = anchors
         levels = len(anchors.strides)
         self.neck = FPN(widths, width, start_level=1, levels=levels, extra="on_input", **layer)
         self.head = RetinaNetHead(num_classes, anchors.per_cell, width, width, **layer)
-
-    def __call__(self, images: jax.Array, *, key: jax.Array | None = None) -> Raw:
-        """Return the raw outputs.
-
-        Args:
-            images: (B, H, W, C) normalised floats, padded below and right to multiples of 32.
-            key: draws the backbone's drop path in training mode.
-
-        Raises:
-            UserError: sides that are no multiples of 32; otherwise as the backbone.
-        """
-        sides = images.shape[1:3]
-        if any(side % MULTIPLE for side in sides):
-            size = "x".join(map(str, sides))
-            raise UserError(f"images are {size}: pad both sides with zeros to multiples of {MULTIPLE}")
-        maps = self.backbone.features(images, key=key)
-        return self.outputs(maps if self.pyramid is None else self.pyramid(maps))
 
     def outputs(self, maps: Sequence[jax.Array]) -> Raw:
         """Return the raw outputs of the backbone's maps [(B, h, w, C), ...]."""
@@ -182,8 +102,7 @@ class RetinaNet(nnx.Module):
             key: as for a call.
         """
         raw = self(images, key=key)
-        padded = jnp.broadcast_to(jnp.asarray(images.shape[1:3]), (len(images), 2)) if padded is None else padded
-        return losses(raw, targets(raw, objects, padded, self.anchors))
+        return losses(raw, targets(raw, objects, sizes_of(images, padded), self.anchors, MATCHER))
 
     def detect(
         self,
@@ -205,7 +124,7 @@ class RetinaNet(nnx.Module):
             candidates: pairs of an anchor and a class that a level contributes, at most.
             limit: D, detections of an image at most.
         """
-        sizes = jnp.broadcast_to(jnp.asarray(images.shape[1:3]), (len(images), 2)) if sizes is None else sizes
+        sizes = sizes_of(images, sizes)
         return detections(self(images), sizes, scales, candidates=candidates, limit=limit, anchors=self.anchors)
 
 
@@ -215,49 +134,12 @@ def head_rows(model: RetinaNet) -> list[Row]:
     return [*below("neck", "neck", neck), *below("head", "bbox_head", retinanet_head(len(model.head.cls_tower)))]
 
 
-def _table(model: RetinaNet) -> list[Row]:
-    pyramid = below("pyramid", "backbone", plain_pyramid())
-    return [*below("backbone", "backbone", table(model.backbone)), *pyramid, *head_rows(model)]
-
-
-register(RetinaNet, _table)
-
-
-def targets(raw: Raw, objects: Objects, padded: jax.Array, anchors: Anchors = ANCHORS) -> Targets:
-    """Return what the anchors of a batch are trained for; arguments as for :meth:`RetinaNet.loss`.
-
-    Crowds have no influence in the official settings: leave them out of ``objects``.
-    """
-    classes = raw.logits[0].shape[-1] // ANCHORS.per_cell
-    dtype = jnp.promote_types(raw.deltas[0].dtype, jnp.float32)
-    places = jnp.concatenate(anchors.boxes(raw.sizes, dtype))
-
-    def of_image(boxes: jax.Array, labels: jax.Array, valid: jax.Array, image: jax.Array) -> tuple[jax.Array, ...]:
-        boxes = boxes.astype(dtype)
-        inside = jnp.concatenate(anchors.inside(raw.sizes, image))
-        index = MATCHER(places, boxes, valid, inside=inside).index
-        positive, number = index > 0, jnp.maximum(index - 1, 0)
-        label = jnp.where(positive, labels[number], classes).astype(jnp.int32)
-        # An anchor is no step away from itself.
-        deltas = CODER.encode(places, jnp.where(positive[:, None], boxes[number], places))
-        return label, index >= 0, positive, deltas
-
-    label, counted, positive, deltas = jax.vmap(of_image)(*objects, padded)
-    count = jnp.maximum(positive.sum(1), 1).sum()
-    return Targets(label, counted, positive, deltas, count)
+register(RetinaNet, lambda model: with_backbone(model, head_rows(model)))
 
 
 def losses(raw: Raw, wanted: Targets) -> Losses:
     """Return the losses of a batch: focal of all counted anchors, L1 of the deltas of positive ones."""
-    start, classes, boxes = 0, [], []
-    for logits, deltas in zip(*raw.by_anchor(), strict=True):
-        level = slice(start, start + logits.shape[1])
-        start = level.stop
-        focal = sigmoid_focal(logits, wanted.labels[:, level])
-        classes.append(mean_over(focal, wanted.counted[:, level, None], wanted.count))
-        distance = l1(deltas, wanted.deltas[:, level])
-        boxes.append(mean_over(distance, wanted.positive[:, level, None], wanted.count))
-    return Losses(jnp.stack(classes), jnp.stack(boxes))
+    return Losses(*per_anchor.losses(raw, wanted, sigmoid_focal, l1))
 
 
 def detections(

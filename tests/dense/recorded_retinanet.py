@@ -15,7 +15,8 @@ from recorded_cases import Compared, difference, discrete
 from evmamba_jax.arrays import merge, split
 from evmamba_jax.detection import retinanet
 from evmamba_jax.detection.matching import Objects
-from evmamba_jax.detection.retinanet import ANCHORS, RetinaNet
+from evmamba_jax.detection.per_anchor import targets
+from evmamba_jax.detection.retinanet import ANCHORS, MATCHER, RetinaNet
 from evmamba_jax.heads.retinanet import RetinaNetHead
 from evmamba_jax.weights.convert import fill_rows
 from evmamba_jax.weights.layers import Row
@@ -84,7 +85,7 @@ def detector(doc: Mapping[str, Any]) -> RetinaNet:
     def build() -> RetinaNet:
         rngs = nnx.Rngs(0)
         widths = [one["shape"][1] for one in doc["input_maps"]]
-        model = RetinaNet(GivenMaps(), widths, head["num_classes"], width=neck["out_channels"], rngs=rngs)
+        model = RetinaNet(GivenMaps(), widths, None, head["num_classes"], width=neck["out_channels"], rngs=rngs)
         depth, width = head["stacked_convs"], head["feat_channels"]
         model.head = RetinaNetHead(
             head["num_classes"], ANCHORS.per_cell, head["in_channels"], width, depth=depth, rngs=rngs
@@ -130,7 +131,7 @@ def compare(folder: Path, x64: bool) -> Iterator[Compared]:
             model = merge(structure, params, {})
             levels = model.neck(maps)
             raw = model.outputs(maps)
-            wanted = retinanet.targets(raw, objects, padded)
+            wanted = targets(raw, objects, padded, ANCHORS, MATCHER)
             losses = retinanet.losses(raw, wanted)
             return losses.total, (levels, raw, wanted, losses)
 

@@ -15,7 +15,8 @@ from evmamba_jax.detection.anchors import Anchors
 from evmamba_jax.detection.boxes import DeltaCoder, clip, overlaps
 from evmamba_jax.detection.matching import Matcher
 from evmamba_jax.detection.nms import TILE, batched_nms, multiclass_nms
-from evmamba_jax.detection.retinanet import ANCHORS, Raw, best_pairs, detections, losses, targets
+from evmamba_jax.detection.per_anchor import Raw, targets
+from evmamba_jax.detection.retinanet import ANCHORS, MATCHER, best_pairs, detections, losses
 from evmamba_jax.errors import UserError
 from evmamba_jax.heads.fpn import FPN, upsample
 from evmamba_jax.models import abstract_model
@@ -198,7 +199,12 @@ def test_padding_objects_changes_nothing():
     raw, padded = raw_outputs(rng), jnp.asarray([[64, 64], [32, 64]])
     boxes, labels = jnp.asarray(np.stack([some_boxes(rng, 2) for _ in range(2)])), jnp.asarray([[2, 0], [1, 1]])
     valid = jnp.asarray([[True, True], [False, False]])
-    run = jax.jit(lambda raw, objects: (targets(raw, objects, padded), losses(raw, targets(raw, objects, padded))))
+
+    @jax.jit
+    def run(raw, objects):
+        wanted = targets(raw, objects, padded, ANCHORS, MATCHER)
+        return wanted, losses(raw, wanted)
+
     wanted, loss = run(raw, Objects(boxes, labels, valid))
     more = Objects(
         jnp.concatenate([jnp.zeros((2, 1, 4)), boxes, jnp.full((2, 1, 4), jnp.nan)], 1),
@@ -221,7 +227,7 @@ def test_losses_of_one_anchor_by_hand():
     size = 8 * 4 * 2 ** (1 / 3) / math.sqrt(2)  # anchor 1: ratio .5, the second scale
     box = jnp.asarray([[[-size, -size / 2, size * 1.2, size / 2]]])
     objects, padded = Objects(box, jnp.asarray([[1]]), jnp.asarray([[True]])), jnp.asarray([[8, 8]])
-    wanted = jax.jit(lambda raw: targets(raw, objects, padded, anchors))(raw)
+    wanted = jax.jit(lambda raw: targets(raw, objects, padded, anchors, MATCHER))(raw)
     found = jax.jit(losses)(raw, wanted)
     positive = np.flatnonzero(wanted.positive[0])
     assert 1 in positive
