@@ -7,11 +7,15 @@ from typing import Any, Literal
 from flax import nnx
 from flax.typing import Dtype
 
-from evmamba_jax.detection.retinanet import RetinaNet, anchors_of
+from evmamba_jax.detection import mask_rcnn, retinanet
 from evmamba_jax.errors import UserError, one_of
 from evmamba_jax.heads.backbone import build_backbone
 
-DETECTORS = {"retinanet": RetinaNet}
+# By name the class, and what makes its anchors of the side of the smallest square one.
+DETECTORS = {
+    "retinanet": (retinanet.RetinaNet, retinanet.anchors_of),
+    "mask_rcnn": (mask_rcnn.MaskRCNN, mask_rcnn.anchors_of),
+}
 # Of MambaVision: the last two stages have one window for images of up to 1792 pixels a side.
 WINDOWS = (8, 8, 112, 56)
 
@@ -24,7 +28,7 @@ def create_detector(
     pretrained: str | PathLike[str] | None = None,
     ema: bool | Literal["better"] = "better",
     width: int = 256,
-    octave_base_scale: float = 4.0,
+    octave_base_scale: float | None = None,
     dtype: Dtype | None = None,
     rngs: nnx.Rngs | None = None,
     backbone_options: Mapping[str, Any] | None = None,
@@ -35,35 +39,37 @@ def create_detector(
     B, and of about 208 and 224 for T and S.
 
     Args:
-        name: "retinanet".
+        name: "retinanet", or "mask_rcnn", which learns from masks and finds some.
         backbone: one of :func:`evmamba_jax.list_models`. It is built with a norm for each of its four maps, as the
-            official detectors have it; of Vim, which has no official RetinaNet, as its segmenters have it. MambaVision
+            official detectors have it; of Vim, which has neither officially, as its segmenters have it. MambaVision
             takes the windows of its detectors unless ``window_size`` says otherwise.
         num_classes: of objects; there is no background among them.
         pretrained: a place as :func:`evmamba_jax.create_model` takes it, of a whole detector's weights, or of a
             classifier's, which fill the backbone alone. ``official`` is the released classifier.
         ema: of a run as ``pretrained``, as :func:`evmamba_jax.create_model` takes it.
-        width: channels of pyramid and head.
-        octave_base_scale: side of the smallest square anchor of a level, in strides; less finds smaller objects.
+        width: channels of pyramid and convolutions.
+        octave_base_scale: side of the smallest square anchor of a level, in strides; less finds smaller objects. None
+            is the official one: 4 of RetinaNet, 8 of Mask R-CNN.
         dtype: compute type, e.g. ``jnp.bfloat16``; boxes, scores, losses and statistics are float32 or wider.
         rngs: source of the initial values; ``nnx.Rngs(0)`` when not given.
         backbone_options: of the backbone (``drop_path_rate``, ``in_channels``, its sizes, ...).
 
     Returns:
-        An NNX module with ``loss(images, objects)`` and ``detect(images)``.
+        An NNX module with ``loss(images, objects)``, of Mask R-CNN also with a ``key``, and ``detect(images)``.
 
     Raises:
         UserError: unknown name or option; sizes below 1; weights that are missing, damaged, or of another detector.
     """
-    detector = one_of("detector", name, DETECTORS)
+    detector, anchors_of = one_of("detector", name, DETECTORS)
     for option, number in {"num_classes": num_classes, "width": width}.items():
         if not isinstance(number, int) or isinstance(number, bool) or number < 1:
             raise UserError(f"{option}={number!r} is not allowed: it must be a whole number of at least 1")
-    if not octave_base_scale > 0:
+    if octave_base_scale is not None and not octave_base_scale > 0:
         raise UserError(f"octave_base_scale={octave_base_scale!r} is not allowed: it must be above 0")
     rngs = nnx.Rngs(0) if rngs is None else rngs
     under = build_backbone(backbone, window_size=WINDOWS, options=backbone_options, dtype=dtype, rngs=rngs)
-    model = detector(*under, num_classes, width=width, anchors=anchors_of(octave_base_scale), dtype=dtype, rngs=rngs)
+    anchors = anchors_of() if octave_base_scale is None else anchors_of(octave_base_scale)
+    model = detector(*under, num_classes, width=width, anchors=anchors, dtype=dtype, rngs=rngs)
     model.eval()
     if pretrained is not None:
         # Orbax takes a second to import; only who reads weights waits for it.

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
-from flax.typing import Dtype
+from flax.typing import Dtype, Initializer
 
 from evmamba_jax.errors import UserError
 from evmamba_jax.layers import initializers as init
@@ -26,13 +26,24 @@ class Deconv(nnx.Module):
         c_in: channels of the input.
         c_out: channels of the output.
         dtype: compute type.
-        rngs: source of the initial values, PyTorch's.
+        rngs: source of the initial values.
+        kernel_init: of the kernel; None: PyTorch's.
+        bias_init: of the bias; None: PyTorch's.
     """
 
-    def __init__(self, c_in: int, c_out: int, *, dtype: Dtype | None, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        *,
+        dtype: Dtype | None,
+        rngs: nnx.Rngs,
+        kernel_init: Initializer | None = None,
+        bias_init: Initializer | None = None,
+    ):
         draw = init.within((4 * c_out) ** -0.5)
-        self.kernel = nnx.Param(draw(rngs.params(), (2, 2, c_in, c_out), jnp.float32))
-        self.bias = nnx.Param(draw(rngs.params(), (c_out,), jnp.float32))
+        self.kernel = nnx.Param((kernel_init or draw)(rngs.params(), (2, 2, c_in, c_out), jnp.float32))
+        self.bias = nnx.Param((bias_init or draw)(rngs.params(), (c_out,), jnp.float32))
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:

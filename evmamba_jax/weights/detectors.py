@@ -1,9 +1,10 @@
 """Official names of the parts that detectors put behind a backbone.
 
-Source: the ``state_dict`` of mmdet 3.3.0's ``FPN`` and ``RetinaHead``.
+Source: the ``state_dict`` of mmdet 3.3.0's ``FPN``, ``RetinaHead``, ``RPNHead``, ``Shared2FCBBoxHead`` and
+``FCNMaskHead``.
 """
 
-from evmamba_jax.weights.layers import CONV, POINTWISE, Row, kernel
+from evmamba_jax.weights.layers import CONV, DECONV, LINEAR, POINTWISE, Layout, Row, kernel
 
 # Arrays whose length tells an option of RetinaNet, with what it is divided by: nine anchors a cell.
 RETINANET_SIZES = {
@@ -30,3 +31,29 @@ def retinanet_head(depth: int) -> list[Row]:
         rows += kernel(f"cls_tower.{i}", f"cls_convs.{i}.conv", CONV)
         rows += kernel(f"reg_tower.{i}", f"reg_convs.{i}.conv", CONV)
     return rows
+
+
+def rpn_head() -> list[Row]:
+    """Return the rows of an RPNHead."""
+    return [
+        *kernel("conv", "rpn_conv", CONV),
+        *kernel("cls", "rpn_cls", POINTWISE),
+        *kernel("reg", "rpn_reg", POINTWISE),
+    ]
+
+
+def box_head(size: int) -> list[Row]:
+    """Return the rows of a BoxHead for regions of this side."""
+    flat = Layout("o (c h w)", "(h w c) o", {"h": size, "w": size})
+    return [
+        *kernel("fc1", "shared_fcs.0", flat),
+        *kernel("fc2", "shared_fcs.1", LINEAR),
+        *kernel("cls", "fc_cls", LINEAR),
+        *kernel("reg", "fc_reg", LINEAR),
+    ]
+
+
+def mask_head(depth: int) -> list[Row]:
+    """Return the rows of a MaskHead of so many convolutions."""
+    rows = [row for i in range(depth) for row in kernel(f"convs.{i}", f"convs.{i}.conv", CONV)]
+    return [*rows, *kernel("upsample", "upsample", DECONV), *kernel("logits", "conv_logits", POINTWISE)]

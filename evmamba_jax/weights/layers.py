@@ -44,6 +44,7 @@ class Row(NamedTuple):
 SAME = Layout("...", "...")
 LINEAR = Layout("o i", "i o")
 CONV = Layout("o i h w", "h w i o")
+DECONV = Layout("i o h w", "h w i o")  # a transposed convolution
 CONV1D = Layout("o i k", "k i o")
 POINTWISE = Layout("o i 1 1", "i o")  # a 1x1 convolution there, a matrix product over channels here
 POINTWISE1D = Layout("o i 1", "i o")

@@ -16,7 +16,13 @@ from recorded_cases import worst_of  # noqa: E402
 
 SHARED = HERE.parents[2] / "shared" / "dense"
 # With the file that has the kind's cases.
-KINDS = {"retinanet": "retinanet", "upernet": "upernet", "detection_ops": "ops", "segmentation_ops": "ops"}
+KINDS = {
+    "retinanet": "retinanet",
+    "maskrcnn": "maskrcnn",
+    "upernet": "upernet",
+    "detection_ops": "ops",
+    "segmentation_ops": "ops",
+}
 
 
 def left_out(folder: Path, cases: set[str]) -> list[str]:

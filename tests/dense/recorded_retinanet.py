@@ -14,8 +14,9 @@ from recorded_cases import Compared, difference, discrete
 
 from evmamba_jax.arrays import merge, split
 from evmamba_jax.detection import retinanet
+from evmamba_jax.detection.anchors import Anchors
 from evmamba_jax.detection.matching import Objects
-from evmamba_jax.detection.per_anchor import targets
+from evmamba_jax.detection.per_anchor import Raw, Targets, targets
 from evmamba_jax.detection.retinanet import ANCHORS, MATCHER, RetinaNet
 from evmamba_jax.heads.retinanet import RetinaNetHead
 from evmamba_jax.weights.convert import fill_rows
@@ -78,6 +79,18 @@ def recorded_weights(doc: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return found
 
 
+def fill_recorded(case: str, doc: Mapping[str, Any], model: nnx.Module, rows: list[Row], dtype: Any) -> Compared:
+    """Fill a model with the recorded weights, and return whether they come back the same by the official names."""
+    weights = recorded_weights(doc)
+    if digest(weights) != doc["weights_sha256"]:
+        raise ValueError("the rule for weights gives others than were recorded")
+    fill_rows(model, rows, {name: array.astype(dtype) for name, array in weights.items()})
+    _, params, _ = split(model)
+    back = {row.official: row.layout.to_official(np.asarray(params[row.ours])) for row in rows}
+    same = [back.keys() == weights.keys(), all(np.array_equal(back[name], weights[name]) for name in weights)]
+    return discrete(case, "round trip", same, np.ones(2, bool))
+
+
 def detector(doc: Mapping[str, Any]) -> RetinaNet:
     """Return the recorded detector, without weights."""
     neck, head = doc["config_used"]["neck"], doc["config_used"]["bbox_head"]
@@ -111,19 +124,13 @@ def compare(folder: Path, x64: bool) -> Iterator[Compared]:
     """Yield every difference from what is recorded in a folder."""
     recorded = Recorded(folder, "retinanet", x64)
     doc, dtype = recorded.doc, np.float64 if x64 else np.float32
-    weights = recorded_weights(doc)
-    if digest(weights) != doc["weights_sha256"]:
-        raise ValueError("the rule for weights gives others than were recorded")
     model = detector(doc)
     rows = retinanet.head_rows(model)
-    fill_rows(model, rows, {name: array.astype(dtype) for name, array in weights.items()})
+    yield fill_recorded("retinanet names", doc, model, rows, dtype)
     maps = [jnp.asarray(image(one["shape"], one["seed"]), dtype) for one in doc["input_maps"]]
     objects = padded_objects(recorded, len(doc["images"]), dtype)
     padded, sizes = (jnp.asarray([one[name] for one in doc["images"]]) for name in ("pad_shape", "img_shape"))
     structure, params, _ = split(model)
-    back = {row.official: row.layout.to_official(np.asarray(params[row.ours])) for row in rows}
-    same = [back.keys() == weights.keys(), all(np.array_equal(back[name], weights[name]) for name in weights)]
-    yield discrete("retinanet names", "round trip", same, np.ones(2, bool))
 
     @jax.jit
     def run(params, maps):
@@ -143,10 +150,10 @@ def compare(folder: Path, x64: bool) -> Iterator[Compared]:
     for kind, outputs in (("cls", raw.logits), ("reg", raw.deltas)):
         for number, level in enumerate(outputs):
             yield from recorded.near("retinanet head", f"head/{kind}_{number}", channels_first(level))
-    yield from compare_targets(recorded, raw, wanted, padded)
+    yield from compare_targets(recorded, "retinanet targets", "targets", ANCHORS, raw, wanted, padded)
     for name, ours in (("loss_cls", losses.classes), ("loss_bbox", losses.boxes), ("total", total)):
         yield from recorded.near("retinanet losses", f"loss/{name}", ours)
-    yield from compare_gradients(recorded, rows, of_params, of_maps)
+    yield from compare_gradients(recorded, "retinanet gradients", "", rows, of_params, of_maps)
 
     test = doc["config_used"]["test_cfg"]
 
@@ -167,35 +174,42 @@ def compare(folder: Path, x64: bool) -> Iterator[Compared]:
                 yield discrete(case, f"labels of image {i}", found.labels[i, :count], recorded[f"{place}/labels_{i}"])
 
 
-def compare_targets(recorded: Recorded, raw: Any, wanted: Any, padded: jax.Array) -> Iterator[Compared]:
+def compare_targets(
+    recorded: Recorded, case: str, place: str, anchors: Anchors, raw: Raw, wanted: Targets, padded: jax.Array
+) -> Iterator[Compared]:
     """Yield the differences of anchors, matches and deltas; which anchors are matched counts in float64 alone."""
-    case, wide = "retinanet targets", raw.deltas[0].dtype
-    yield from recorded.near(case, "targets/anchors", np.concatenate(ANCHORS.boxes(raw.sizes, wide)))
+    wide = raw.deltas[0].dtype
+    yield from recorded.near(case, f"{place}/anchors", np.concatenate(anchors.boxes(raw.sizes, wide)))
     for i, image_size in enumerate(padded):
         positive = np.asarray(wanted.positive[i])
         deltas = np.asarray(wanted.deltas[i])[positive]
-        yield from recorded.near(case, f"targets/positive_deltas_{i}", deltas)
+        yield from recorded.near(case, f"{place}/positive_deltas_{i}", deltas)
         if not recorded.x64:
             continue
-        inside = np.concatenate(ANCHORS.inside(raw.sizes, image_size))
+        inside = np.concatenate(anchors.inside(raw.sizes, image_size))
         for name, ours in {
             "valid": inside,
             "labels": wanted.labels[i],
             "counted": wanted.counted[i],
             "positive_index": np.flatnonzero(positive),
         }.items():
-            yield discrete(case, f"{name} of image {i}", ours, recorded[f"targets/{name}_{i}"])
+            yield discrete(case, f"{name} of image {i}", ours, recorded[f"{place}/{name}_{i}"])
     if recorded.x64:
-        yield discrete(case, "count", wanted.count, recorded["targets/avg_factor"])
+        yield discrete(case, "count", wanted.count, recorded[f"{place}/avg_factor"])
 
 
 def compare_gradients(
-    recorded: Recorded, rows: list[Row], of_params: Mapping[str, Any], of_maps: list[jax.Array]
+    recorded: Recorded,
+    case: str,
+    place: str,
+    rows: list[Row],
+    of_params: Mapping[str, Any],
+    of_maps: list[jax.Array],
 ) -> Iterator[Compared]:
-    """Yield the differences of the gradients' norms and first entries."""
+    """Yield the differences of the gradients' norms and first entries, recorded at ``place`` with its slash."""
     by_name = {row.official: row for row in rows}
     norms, firsts = [], []
-    for name in recorded.doc["grad_names"]:
+    for name in recorded.doc[f"{place}grad_names"]:
         if name.startswith("input map "):
             gradient = channels_first(of_maps[int(name.split()[-1])])
         else:
@@ -203,5 +217,5 @@ def compare_gradients(
             gradient = row.layout.to_official(np.asarray(of_params[row.ours]))
         norms.append(np.linalg.norm(gradient))
         firsts.append(np.resize(np.pad(gradient.ravel()[:8], (0, 8)), 8))
-    yield from recorded.near("retinanet gradients", "grad/l2", norms, 1e-6)
-    yield from recorded.near("retinanet gradients", "grad/first8", firsts, 1e-6)
+    yield from recorded.near(case, f"{place}grad/l2", norms, 1e-6)
+    yield from recorded.near(case, f"{place}grad/first8", firsts, 1e-6)

@@ -9,11 +9,15 @@ import pytest
 from recorded_cases import worst_of
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "dense"
-FEWEST = {"retinanet": 30, "detection_ops": 70}  # comparisons
+FEWEST = {"retinanet": 30, "maskrcnn": 100, "detection_ops": 70}  # comparisons
+IN_FLOAT64 = ("maskrcnn",)  # alone; float32 compares less of the same, and takes as long
 
 
-@pytest.mark.parametrize("x64", [False, True], ids=["float32", "float64"])
-@pytest.mark.parametrize("kind", FEWEST)
+@pytest.mark.parametrize(
+    ("kind", "x64"),
+    [(kind, x64) for kind in FEWEST for x64 in (False, True) if x64 or kind not in IN_FLOAT64],
+    ids=lambda value: {True: "float64", False: "float32"}.get(value, value),
+)
 def test_recorded_cases_are_within_their_limits(kind, x64):
     with jax.enable_x64(x64):
         found = list(importlib.import_module(f"recorded_{kind}").compare(GOLDEN, x64))
