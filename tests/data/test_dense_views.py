@@ -37,6 +37,13 @@ class Pictures:
         return record | ({"image": b"nothing"} if index in self.corrupt else {})
 
 
+@pytest.fixture(autouse=True, params=["NumPy", "OpenCV"])
+def library(request, monkeypatch):
+    """Prepare images with NumPy, and with OpenCV itself."""
+    if request.param == "NumPy":
+        monkeypatch.setattr(opencv, "cv2", None)
+
+
 def segmentation(**fields):
     return LabelMapsOf(SegmentationData(image_size=48, scale=(160, 40), num_threads=2, **fields))
 
