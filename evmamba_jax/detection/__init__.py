@@ -2,8 +2,8 @@
 
 from evmamba_jax.detection.create import create_detector
 from evmamba_jax.detection.detector import Detections
-from evmamba_jax.detection.mask_rcnn import MaskRCNN
 from evmamba_jax.detection.matching import Objects
+from evmamba_jax.detection.rcnn import CascadeMaskRCNN, MaskRCNN
 from evmamba_jax.detection.retinanet import Losses, RetinaNet
 
-__all__ = ["Detections", "Losses", "MaskRCNN", "Objects", "RetinaNet", "create_detector"]
+__all__ = ["CascadeMaskRCNN", "Detections", "Losses", "MaskRCNN", "Objects", "RetinaNet", "create_detector"]

@@ -7,14 +7,15 @@ from typing import Any, Literal
 from flax import nnx
 from flax.typing import Dtype
 
-from evmamba_jax.detection import mask_rcnn, retinanet
+from evmamba_jax.detection import rcnn, retinanet
 from evmamba_jax.errors import UserError, one_of
 from evmamba_jax.heads.backbone import build_backbone
 
 # By name the class, and what makes its anchors of the side of the smallest square one.
 DETECTORS = {
     "retinanet": (retinanet.RetinaNet, retinanet.anchors_of),
-    "mask_rcnn": (mask_rcnn.MaskRCNN, mask_rcnn.anchors_of),
+    "mask_rcnn": (rcnn.MaskRCNN, rcnn.anchors_of),
+    "cascade_mask_rcnn": (rcnn.CascadeMaskRCNN, rcnn.anchors_of),
 }
 # Of MambaVision: the last two stages have one window for images of up to 1792 pixels a side.
 WINDOWS = (8, 8, 112, 56)
@@ -39,23 +40,23 @@ def create_detector(
     B, and of about 208 and 224 for T and S.
 
     Args:
-        name: "retinanet", or "mask_rcnn", which learns from masks and finds some.
+        name: "retinanet", "mask_rcnn" or "cascade_mask_rcnn"; the last two learn from masks and find some.
         backbone: one of :func:`evmamba_jax.list_models`. It is built with a norm for each of its four maps, as the
-            official detectors have it; of Vim, which has neither officially, as its segmenters have it. MambaVision
-            takes the windows of its detectors unless ``window_size`` says otherwise.
+            official detectors have it; of Vim, which has none of these officially, as its segmenters have it.
+            MambaVision takes the windows of its detectors unless ``window_size`` says otherwise.
         num_classes: of objects; there is no background among them.
         pretrained: a place as :func:`evmamba_jax.create_model` takes it, of a whole detector's weights, or of a
             classifier's, which fill the backbone alone. ``official`` is the released classifier.
         ema: of a run as ``pretrained``, as :func:`evmamba_jax.create_model` takes it.
         width: channels of pyramid and convolutions.
         octave_base_scale: side of the smallest square anchor of a level, in strides; less finds smaller objects. None
-            is the official one: 4 of RetinaNet, 8 of Mask R-CNN.
+            is the official one: 4 of RetinaNet, 8 of the others.
         dtype: compute type, e.g. ``jnp.bfloat16``; boxes, scores, losses and statistics are float32 or wider.
         rngs: source of the initial values; ``nnx.Rngs(0)`` when not given.
         backbone_options: of the backbone (``drop_path_rate``, ``in_channels``, its sizes, ...).
 
     Returns:
-        An NNX module with ``loss(images, objects)``, of Mask R-CNN also with a ``key``, and ``detect(images)``.
+        An NNX module with ``loss(images, objects)``, of the others also with a ``key``, and ``detect(images)``.
 
     Raises:
         UserError: unknown name or option; sizes below 1; weights that are missing, damaged, or of another detector.

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from evmamba_jax.detection.anchors import Anchors
-from evmamba_jax.detection.boxes import DeltaCoder
+from evmamba_jax.detection.boxes import DeltaCoder, within
 from evmamba_jax.detection.losses import mean_over
 from evmamba_jax.detection.matching import Matcher, Objects
 
@@ -75,7 +75,14 @@ class Targets(NamedTuple):
         return self._replace(counted=positive | negative, positive=positive, count=jnp.asarray(count))
 
 
-def targets(raw: Raw, objects: Objects, padded: jax.Array, anchors: Anchors, matcher: Matcher) -> Targets:
+def targets(
+    raw: Raw,
+    objects: Objects,
+    padded: jax.Array,
+    anchors: Anchors,
+    matcher: Matcher,
+    sizes: jax.Array | None = None,
+) -> Targets:
     """Return what the anchors of a batch are trained for.
 
     Crowds have no influence in the official settings: leave them out of ``objects``.
@@ -87,13 +94,16 @@ def targets(raw: Raw, objects: Objects, padded: jax.Array, anchors: Anchors, mat
             cells beyond take no part.
         anchors: of the model.
         matcher: which anchors are for which objects.
+        sizes: (B, 2) height and width of every image, where anchors that reach beyond it take no part; None: they do.
     """
     dtype = jnp.promote_types(raw.deltas[0].dtype, jnp.float32)
     places = jnp.concatenate(anchors.boxes(raw.sizes, dtype))
 
-    def of_image(boxes: jax.Array, labels: jax.Array, valid: jax.Array, image: jax.Array) -> tuple[jax.Array, ...]:
-        boxes = boxes.astype(dtype)
+    def of_image(objects: Objects, image: jax.Array, size: jax.Array | None) -> tuple[jax.Array, ...]:
+        boxes, labels, valid = objects.boxes.astype(dtype), objects.labels, objects.valid
         inside = jnp.concatenate(anchors.inside(raw.sizes, image))
+        if size is not None:
+            inside = inside & within(places, size)
         index = matcher(places, boxes, valid, inside=inside).index
         positive, number = index > 0, jnp.maximum(index - 1, 0)
         label = jnp.where(positive, labels[number], raw.classes).astype(jnp.int32)
@@ -101,7 +111,7 @@ def targets(raw: Raw, objects: Objects, padded: jax.Array, anchors: Anchors, mat
         deltas = CODER.encode(places, jnp.where(positive[:, None], boxes[number], places))
         return label, index >= 0, positive, deltas
 
-    label, counted, positive, deltas = jax.vmap(of_image)(objects.boxes, objects.labels, objects.valid, padded)
+    label, counted, positive, deltas = jax.vmap(of_image)(objects, padded, sizes)
     count = jnp.maximum(positive.sum(1), 1).sum()
     return Targets(label, counted, positive, deltas, count)
 

@@ -13,7 +13,7 @@ from flax import nnx
 from evmamba_jax.detection import per_anchor
 from evmamba_jax.detection.anchors import Anchors
 from evmamba_jax.detection.boxes import clip
-from evmamba_jax.detection.losses import binary_cross_entropy, l1
+from evmamba_jax.detection.losses import binary_cross_entropy
 from evmamba_jax.detection.matching import Matcher, Objects
 from evmamba_jax.detection.nms import batched_nms
 from evmamba_jax.detection.per_anchor import CODER, Raw, Targets
@@ -44,19 +44,25 @@ class Proposals(NamedTuple):
     valid: jax.Array
 
 
-def targets(raw: Raw, objects: Objects, padded: jax.Array, anchors: Anchors) -> Targets:
+def targets(raw: Raw, objects: Objects, padded: jax.Array, anchors: Anchors, sizes: jax.Array | None = None) -> Targets:
     """Return what anchors are trained for: 0 is an object, 1 background; see :func:`per_anchor.targets`."""
     of_one_class = objects._replace(labels=jnp.zeros_like(objects.labels))
-    return per_anchor.targets(raw, of_one_class, padded, anchors, MATCHER)
+    return per_anchor.targets(raw, of_one_class, padded, anchors, MATCHER, sizes)
 
 
-def losses(raw: Raw, wanted: Targets) -> tuple[jax.Array, jax.Array]:
-    """Return the losses (L,) of each level: cross entropy of all counted anchors, L1 of the deltas of positive ones."""
+def losses(raw: Raw, wanted: Targets, of_boxes: per_anchor.Loss) -> tuple[jax.Array, jax.Array]:
+    """Return the losses (L,) of each level: cross entropy of all counted anchors, one of the deltas of positive ones.
+
+    Args:
+        raw: of a batch.
+        wanted: of the same.
+        of_boxes: as for :func:`per_anchor.losses`.
+    """
 
     def of_objects(logits: jax.Array, labels: jax.Array) -> jax.Array:
         return binary_cross_entropy(logits, (labels == 0)[..., None])
 
-    return per_anchor.losses(raw, wanted, of_objects, l1)
+    return per_anchor.losses(raw, wanted, of_objects, of_boxes)
 
 
 def proposals(raw: Raw, sizes: jax.Array, anchors: Anchors, limits: Limits) -> Proposals:

@@ -1,4 +1,4 @@
-"""What the heads of a segmenter are made of: a convolution with norm and ReLU, and the classifier of each pixel."""
+"""What heads are made of: a convolution with norm and ReLU, and the classifier of each pixel."""
 
 import math
 
@@ -21,7 +21,7 @@ class ConvNormReLU(nnx.Module):
         dtype: compute type; the norm's statistics are float32 or wider.
         rngs: source of the initial values, Kaiming normal by the fan out.
 
-    Source: mmcv's ``ConvModule`` as mmseg's heads configure it.
+    Source: mmcv's ``ConvModule`` as mmseg's heads and mmdet's box heads configure it.
     """
 
     def __init__(self, c_in: int, c_out: int, size: int, *, dtype: Dtype | None, rngs: nnx.Rngs):
@@ -37,9 +37,9 @@ class ConvNormReLU(nnx.Module):
             self.conv = nnx.Conv(c_in, c_out, (size, size), padding=size // 2, **layer)
         self.norm = BatchNorm(c_out, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map (B, H, W, c_in) to (B, H, W, c_out)."""
-        return nnx.relu(self.norm(self.conv(x)))
+    def __call__(self, x: jax.Array, counted: jax.Array | None = None) -> jax.Array:
+        """Map (B, H, W, c_in) to (B, H, W, c_out); the norm's statistics are of the rows that are ``counted`` (B,)."""
+        return nnx.relu(self.norm(self.conv(x), counted))
 
 
 class Dropout2d(Drop):

@@ -9,6 +9,7 @@ from einops import rearrange
 from flax import nnx
 from flax.typing import Dtype
 
+from evmamba_jax.heads.conv import ConvNormReLU
 from evmamba_jax.heads.maps import Deconv
 from evmamba_jax.layers import initializers as init
 
@@ -43,18 +44,20 @@ class RPNHead(nnx.Module):
 
 
 class BoxHead(nnx.Module):
-    """Two fully connected layers with ReLU, then one each: logits of classes and background, deltas for each class.
+    """Layers with ReLU, then a linear one each: logits of classes and background, deltas for each class.
 
     Args:
         num_classes: K, without a background.
         in_width: channels C of the regions.
-        width: channels of the layers.
+        width: channels of the fully connected layers.
         size: side S of the regions.
+        convs: how many 3x3 convolutions with BatchNorm, of C channels, come first.
+        fcs: how many fully connected layers follow.
         dtype: compute type.
-        rngs: source of the initial values: hidden kernels Xavier's uniform, of classes N(0, .01), of deltas N(0, .001);
-            biases 0.
+        rngs: source of the initial values: kernels of fully connected layers Xavier's uniform, of classes N(0, .01), of
+            deltas N(0, .001); biases 0.
 
-    Source: mmdet 3.3.0 ``mmdet/models/roi_heads/bbox_heads/convfc_bbox_head.py``, ``Shared2FCBBoxHead``.
+    Source: mmdet 3.3.0 ``mmdet/models/roi_heads/bbox_heads/convfc_bbox_head.py``.
     """
 
     def __init__(
@@ -64,6 +67,8 @@ class BoxHead(nnx.Module):
         width: int = 1024,
         *,
         size: int = 7,
+        convs: int = 0,
+        fcs: int = 2,
         dtype: Dtype | None = None,
         rngs: nnx.Rngs,
     ):
@@ -71,14 +76,22 @@ class BoxHead(nnx.Module):
             drawn = init.within(math.sqrt(6 / (c_in + c_out))) if deviation is None else init.normal(deviation)
             return nnx.Linear(c_in, c_out, kernel_init=drawn, bias_init=init.zeros, dtype=dtype, rngs=rngs)
 
-        self.fc1 = linear(size * size * in_width, width)
-        self.fc2 = linear(width, width)
+        self.convs = nnx.List(ConvNormReLU(in_width, in_width, 3, dtype=dtype, rngs=rngs) for _ in range(convs))
+        inputs = [size * size * in_width, *[width] * (fcs - 1)]
+        self.fcs = nnx.List(linear(c, width) for c in inputs)
         self.cls = linear(width, num_classes + 1, 0.01)
         self.reg = linear(width, num_classes * 4, 0.001)
 
-    def __call__(self, regions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Map regions (R, S, S, C) to logits (R, K + 1), the background last, and deltas (R, K, 4)."""
-        hidden = nnx.relu(self.fc2(nnx.relu(self.fc1(rearrange(regions, "r h w c -> r (h w c)")))))
+    def __call__(self, regions: jax.Array, counted: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Map regions (R, S, S, C) to logits (R, K + 1), the background last, and deltas (R, K, 4).
+
+        Norms in training mode have the statistics of the regions that are ``counted`` (R,).
+        """
+        for conv in self.convs:
+            regions = conv(regions, counted)
+        hidden = rearrange(regions, "r h w c -> r (h w c)")
+        for fc in self.fcs:
+            hidden = nnx.relu(fc(hidden))
         return self.cls(hidden), rearrange(self.reg(hidden), "r (k d) -> r k d", d=4)
 
 

@@ -84,19 +84,20 @@ class BatchNorm(nnx.Module):
         self.dtype = dtype
         self.use_running_average = True
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalise ``x`` (..., C); in training mode with its own statistics, which the running ones then follow."""
+    def __call__(self, x: jax.Array, counted: jax.Array | None = None) -> jax.Array:
+        """Normalise ``x`` (..., C); in training mode with its own statistics, which the running ones then follow.
+
+        Args:
+            x: (B, ..., C).
+            counted: (B,) False for rows that statistics leave out, such as padding; None: all count.
+        """
         wide = jnp.promote_types(x.dtype, self.scale.dtype)
         out_dtype = self.dtype or wide
         x = x.astype(jnp.promote_types(wide, jnp.float32))
         if self.use_running_average:
             mean, var = self.mean[...].astype(x.dtype), self.var[...].astype(x.dtype)
         else:
-            axes = tuple(range(x.ndim - 1))
-            mean = x.mean(axes)
-            var = jnp.square(x - mean).mean(axes)
-            count = x.size // x.shape[-1]
-            unbiased = var * (count / max(count - 1, 1))
+            mean, var, unbiased = _moments(x) if counted is None else _moments_of(x, counted)
             self.mean[...] = self._follow(self.mean[...], mean)
             self.var[...] = self._follow(self.var[...], unbiased)
         y = (x - mean) * jax.lax.rsqrt(var + self.epsilon)
@@ -104,3 +105,22 @@ class BatchNorm(nnx.Module):
 
     def _follow(self, running: jax.Array, batch: jax.Array) -> jax.Array:
         return self.momentum * running + (1 - self.momentum) * batch.astype(running.dtype)
+
+
+def _moments(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return mean, variance and unbiased variance (C,) of ``x`` (..., C)."""
+    axes = tuple(range(x.ndim - 1))
+    mean = x.mean(axes)
+    var = jnp.square(x - mean).mean(axes)
+    count = x.size // x.shape[-1]
+    return mean, var, var * (count / max(count - 1, 1))
+
+
+def _moments_of(x: jax.Array, counted: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return what :func:`_moments` does of the rows of ``x`` (B, ..., C) that count (B,); zeros where none does."""
+    axes = tuple(range(x.ndim - 1))
+    there = counted.reshape(-1, *(1,) * (x.ndim - 1)).astype(x.dtype)
+    count = there.sum() * (x[0].size // x.shape[-1])
+    mean = (x * there).sum(axes) / jnp.maximum(count, 1)
+    squares = (jnp.square(x - mean) * there).sum(axes)
+    return mean, squares / jnp.maximum(count, 1), squares / jnp.maximum(count - 1, 1)

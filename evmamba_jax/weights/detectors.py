@@ -1,10 +1,10 @@
 """Official names of the parts that detectors put behind a backbone.
 
-Source: the ``state_dict`` of mmdet 3.3.0's ``FPN``, ``RetinaHead``, ``RPNHead``, ``Shared2FCBBoxHead`` and
+Source: the ``state_dict`` of mmdet 3.3.0's ``FPN``, ``RetinaHead``, ``RPNHead``, ``ConvFCBBoxHead`` and
 ``FCNMaskHead``.
 """
 
-from evmamba_jax.weights.layers import CONV, DECONV, LINEAR, POINTWISE, Layout, Row, kernel
+from evmamba_jax.weights.layers import CONV, DECONV, LINEAR, POINTWISE, Layout, Row, conv_norm, kernel
 
 # Arrays whose length tells an option of RetinaNet, with what it is divided by: nine anchors a cell.
 RETINANET_SIZES = {
@@ -42,15 +42,13 @@ def rpn_head() -> list[Row]:
     ]
 
 
-def box_head(size: int) -> list[Row]:
-    """Return the rows of a BoxHead for regions of this side."""
+def box_head(size: int, convs: int, fcs: int) -> list[Row]:
+    """Return the rows of a BoxHead for regions of this side, with so many layers."""
+    rows = [row for i in range(convs) for row in conv_norm(f"convs.{i}", f"shared_convs.{i}", CONV)]
     flat = Layout("o (c h w)", "(h w c) o", {"h": size, "w": size})
-    return [
-        *kernel("fc1", "shared_fcs.0", flat),
-        *kernel("fc2", "shared_fcs.1", LINEAR),
-        *kernel("cls", "fc_cls", LINEAR),
-        *kernel("reg", "fc_reg", LINEAR),
-    ]
+    for i in range(fcs):
+        rows += kernel(f"fcs.{i}", f"shared_fcs.{i}", LINEAR if i else flat)
+    return [*rows, *kernel("cls", "fc_cls", LINEAR), *kernel("reg", "fc_reg", LINEAR)]
 
 
 def mask_head(depth: int) -> list[Row]:

@@ -71,6 +71,11 @@ def batch_norm(ours: str, official: str) -> list[Row]:
     return layer_norm(ours, official) + statistics
 
 
+def conv_norm(ours: str, official: str, layout: Layout) -> list[Row]:
+    """Return the rows of a convolution with its BatchNorm."""
+    return below(ours, official, [*kernel("conv", "conv", layout), *batch_norm("norm", "bn")])
+
+
 def s6(ours: str, sets: int) -> list[Row]:
     """Return the rows of an S6 whose sets the official code stacks; its A_logs and Ds are flat with the set first."""
     k = {"k": sets}

@@ -4,7 +4,7 @@ Source: the ``state_dict`` of mmseg's ``EncoderDecoder`` with ``UPerHead`` and `
 ``VisionMambaSeg`` in hustvl/Vim, ``seg/backbone/vim.py`` at dd0358a, for the pyramid of a plain backbone.
 """
 
-from evmamba_jax.weights.layers import CONV, DECONV, POINTWISE, Layout, Row, batch_norm, below, kernel
+from evmamba_jax.weights.layers import CONV, DECONV, POINTWISE, Row, batch_norm, below, conv_norm, kernel
 
 # Arrays whose length tells an option of the segmenter, with what it is divided by.
 SIZES = {
@@ -12,11 +12,6 @@ SIZES = {
     "width": ("decode_head.fpn_bottleneck.bn.weight", 1),
     "aux_width": ("auxiliary_head.convs.0.bn.weight", 1),
 }
-
-
-def conv_norm(ours: str, official: str, layout: Layout) -> list[Row]:
-    """Return the rows of a convolution with its BatchNorm."""
-    return below(ours, official, [*kernel("conv", "conv", layout), *batch_norm("norm", "bn")])
 
 
 def decode_head(levels: int = 4, pools: int = 4) -> list[Row]:

@@ -19,6 +19,7 @@ SHARED = HERE.parents[2] / "shared" / "dense"
 KINDS = {
     "retinanet": "retinanet",
     "maskrcnn": "maskrcnn",
+    "cascade": "cascade",
     "upernet": "upernet",
     "detection_ops": "ops",
     "segmentation_ops": "ops",

@@ -1,4 +1,4 @@
-"""Sampling, proposals and Mask R-CNN, against loops in plain Python and numbers by hand."""
+"""Sampling, proposals, Mask R-CNN and Cascade Mask R-CNN, against loops in plain Python and numbers by hand."""
 
 import json
 from pathlib import Path
@@ -15,13 +15,15 @@ from recorded_retinanet import GivenMaps
 from evmamba_jax.arrays import merge, split
 from evmamba_jax.detection import Objects, create_detector
 from evmamba_jax.detection.anchors import Anchors
-from evmamba_jax.detection.mask_rcnn import ANCHORS, MATCHER, MaskRCNN, Settings
 from evmamba_jax.detection.per_anchor import Raw
 from evmamba_jax.detection.proposals import Limits, proposals
+from evmamba_jax.detection.rcnn import ANCHORS, CascadeMaskRCNN, MaskRCNN, Settings, refined
 from evmamba_jax.detection.sampling import Candidates, Chosen, Sampler, candidates, regions
 from evmamba_jax.errors import UserError
+from evmamba_jax.layers.norm import BatchNorm
 from evmamba_jax.weights import from_torch, to_torch
 
+MATCHER = MaskRCNN.rounds[0].matcher
 GOLDEN = Path(__file__).parents[1] / "golden" / "dense"
 SMALL = {"depths": (1, 0, 1, 1), "d_state": 2}
 
@@ -109,7 +111,7 @@ def test_weights_go_both_ways():
     back = to_torch(model)
     chex.assert_trees_all_equal({name: back[name] for name in given}, given)
     # The first fully connected layer reads channel, row, column there and row, column, channel here.
-    kernel = np.asarray(model.box_head.fc1.kernel[...]).reshape(7, 7, 8, 1024)
+    kernel = np.asarray(model.box_heads[0].fcs[0].kernel[...]).reshape(7, 7, 8, 1024)
     official = given["roi_head.bbox_head.shared_fcs.0.weight"].reshape(1024, 8, 7, 7)
     np.testing.assert_array_equal(kernel[2, 5, 3], official[:, 3, 2, 5])
 
@@ -127,7 +129,7 @@ def test_a_detector_has_losses_detections_and_masks_of_fixed_shapes():
     found, loss, features = jax.eval_shape(run, model, images)
     chex.assert_shape([found.boxes, found.scores, found.labels, found.count], [(2, 7, 4), (2, 7), (2, 7), (2,)])
     chex.assert_shape(found.masks, (2, 7, 28, 28))
-    chex.assert_shape([*loss], [(5,), (5,), (), (), ()])
+    chex.assert_shape([*loss], [(5,), (5,), (1,), (1,), (1,)])
     assert {found.boxes.dtype, found.masks.dtype, loss.masks.dtype} == {jnp.dtype(jnp.float32)}
     assert [level.shape[1:3] for level in features.levels] == [(16, 24), (8, 12), (4, 6), (2, 3), (1, 2)]
     assert features.raw.logits[0].dtype == jnp.bfloat16
@@ -140,41 +142,74 @@ def test_a_detector_has_losses_detections_and_masks_of_fixed_shapes():
 def test_images_without_objects_are_background_and_padding_does_not_matter():
     settings = Settings(Sampler(16, 8), Sampler(12, 4), Limits(20, 10), Limits(20, 10))
     sizes = {"width": 4, "fc_width": 8, "settings": settings}
-    model = MaskRCNN(GivenMaps(), [4, 4, 4, 4], None, 3, **sizes, rngs=nnx.Rngs(0))
+    model = CascadeMaskRCNN(GivenMaps(), [4, 4, 4, 4], None, 3, **sizes, rngs=nnx.Rngs(0))
+    model.train()
     rng = np.random.default_rng(1)
     maps = [jnp.asarray(rng.normal(size=(2, 64 // stride, 64 // stride, 4)), jnp.float32) for stride in (4, 8, 16, 32)]
     boxes = jnp.asarray([[[4, 4, 50, 60], [jnp.nan] * 4]] * 2)
     masks = jnp.zeros((2, 2, 64, 64), bool).at[:, 0, 10:40, 10:40].set(True)
     size = jnp.asarray([[64, 64], [50, 60]])
-    structure, params, _ = split(model)
+    structure, params, stats = split(model)
 
     @jax.jit
     def run(params, valid):
         def total(params):
-            model = merge(structure, params, {})
-            features = model.outputs(maps)
+            model = merge(structure, params, stats)
             objects = Objects(boxes, jnp.asarray([[1, 7]] * 2), valid, masks)
-            first, second = jax.random.split(jax.random.key(2))
-            choose = (lambda *of: settings.anchors(*of, first)), (lambda *of: settings.regions(*of, second))
-            wanted = model.wanted(features, objects, jnp.full((2, 2), 64), size, *choose)
-            losses = model.losses(features, objects, wanted)
-            return losses.total, (losses, wanted)
+            first, *rest = jax.random.split(jax.random.key(2), 1 + len(model.rounds))
+            by = lambda sampler, key: lambda *of: sampler(*of, key)  # noqa: E731
+            choose = by(settings.anchors, first), [by(settings.regions, one) for one in rest]
+            losses, rounds = model.trained(model.outputs(maps), objects, jnp.full((2, 2), 64), size, *choose)
+            return losses.total, (losses, [one.regions for one in rounds])
 
         return jax.value_and_grad(total, has_aux=True)(params)
 
-    (_, (losses, wanted)), gradients = run(params, jnp.asarray([[True, False], [False, False]]))
+    (_, (losses, rounds)), gradients = run(params, jnp.asarray([[True, False], [False, False]]))
     chex.assert_tree_all_finite((losses, gradients))
-    regions = wanted.regions
-    assert regions.added[0].sum() == 1
-    np.testing.assert_array_equal(regions.positive[1], np.zeros(12, bool))
-    np.testing.assert_array_equal(regions.labels[1], np.full(12, 3))
-    assert regions.boxes[1].max() <= 60
-    assert float(losses.masks) == pytest.approx(np.log(2), rel=0.2)  # logits near 0
-    (_, (losses, wanted)), gradients = run(params, jnp.zeros((2, 2), bool))
+    for one in rounds:
+        assert one.added[0].sum() == 1
+        np.testing.assert_array_equal(one.positive[1], np.zeros(12, bool))
+        np.testing.assert_array_equal(one.labels[1], np.full(12, 3))
+        assert one.boxes[1].max() <= 60
+    assert (np.asarray(losses.masks) > 0).all()
+    (_, (losses, rounds)), gradients = run(params, jnp.zeros((2, 2), bool))
     chex.assert_tree_all_finite((losses, gradients))
-    assert float(losses.boxes) == float(losses.masks) == float(losses.rpn_boxes.sum()) == 0
-    assert float(losses.classes) > 0
+    assert float(losses.boxes.sum()) == float(losses.masks.sum()) == float(losses.rpn_boxes.sum()) == 0
+    assert (np.asarray(losses.classes) > 0).all()
     assert not any(np.asarray(gradient).any() for name, gradient in gradients.items() if "mask_head" in name)
+
+
+def test_a_round_moves_boxes_by_their_own_class_or_the_likeliest():
+    coder = MaskRCNN.rounds[0].coder
+    boxes = jnp.asarray([[[10, 10, 20, 20], [10, 10, 20, 20], [50, 50, 60, 60.0]]])
+    deltas = jnp.zeros((1, 3, 2, 4)).at[:, :, 0, 0].set(5.0).at[:, :, 1, 1].set(-5.0)  # half a width right, half up
+    logits = jnp.asarray([[[0, 1, 9.0], [0, 1, 9], [1, 0, 9]]])  # the background does not count
+    found = refined(coder, boxes, jnp.asarray([[0, 2, 2]]), logits, deltas, jnp.asarray([[58, 64]]))
+    np.testing.assert_allclose(found, [[[15, 10, 25, 20], [10, 5, 20, 15], [55, 50, 64, 58]]], rtol=1e-5)
+
+
+def test_a_cascade_is_built_by_name_with_official_names():
+    options = {"num_classes": 3, "width": 8, "backbone_options": SMALL}
+    model = nnx.eval_shape(lambda: create_detector("cascade_mask_rcnn", backbone="evmamba_t", **options))
+    shapes = manifest(model)
+    assert shapes["roi_head.bbox_head.2.shared_convs.3.bn.running_var"] == (8,)
+    assert shapes["roi_head.bbox_head.1.shared_fcs.0.weight"] == (1024, 8 * 49)
+    assert shapes["roi_head.mask_head.2.upsample.weight"] == (8, 8, 2, 2)
+    assert "roi_head.bbox_head.0.shared_convs.0.conv.bias" not in shapes
+    images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    found = jax.eval_shape(lambda model, images: model.detect(images, limit=5), model, images)
+    chex.assert_shape([found.boxes, found.masks], [(1, 5, 4), (1, 5, 28, 28)])
+
+
+def test_norms_leave_padding_out():
+    x = np.random.default_rng(3).normal(2, 3, (5, 3, 3, 2)).astype(np.float32)
+    counted = np.asarray([True, False, True, True, False])
+    x[~counted] = 1000
+    norm, alone = (BatchNorm(2, rngs=nnx.Rngs(0)) for _ in range(2))
+    norm.train(), alone.train()
+    np.testing.assert_allclose(norm(jnp.asarray(x), jnp.asarray(counted))[counted], alone(x[counted]), atol=1e-5)
+    np.testing.assert_allclose(norm.mean[...], 0.1 * x[counted].mean((0, 1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(norm.var[...], 0.9 + 0.1 * x[counted].reshape(-1, 2).var(0, ddof=1), rtol=1e-5)
 
 
 def test_anchors_are_the_published_ones_unless_asked_for():

@@ -1,0 +1,465 @@
+"""R-CNNs: proposals of a pyramid, then class, box and mask of each, in one round or several.
+
+Source: He et al., Mask R-CNN (arXiv:1703.06870); Cai and Vasconcelos, Cascade R-CNN (arXiv:1906.09756); mmdet 3.3.0.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Dtype
+
+from evmamba_jax.detection import proposals as rpn
+from evmamba_jax.detection.anchors import Anchors
+from evmamba_jax.detection.boxes import DeltaCoder, clip
+from evmamba_jax.detection.detector import Detections, Detector, sizes_of, with_backbone
+from evmamba_jax.detection.losses import binary_cross_entropy, cross_entropy, giou, l1, mean_over, of_class, smooth_l1
+from evmamba_jax.detection.masks import mask_targets
+from evmamba_jax.detection.matching import Matcher, Objects
+from evmamba_jax.detection.nms import multiclass_nms
+from evmamba_jax.detection.per_anchor import Raw
+from evmamba_jax.detection.proposals import Limits, Proposals, proposals
+from evmamba_jax.detection.regions import extract
+from evmamba_jax.detection.sampling import Chosen, Regions, Sampler, candidates, regions
+from evmamba_jax.errors import UserError
+from evmamba_jax.heads.fpn import FPN
+from evmamba_jax.heads.maps import PlainPyramid
+from evmamba_jax.heads.rcnn import BoxHead, MaskHead, RPNHead
+from evmamba_jax.weights.convert import register
+from evmamba_jax.weights.detectors import box_head, fpn, mask_head, rpn_head
+from evmamba_jax.weights.layers import Row, below
+
+STRIDES = (4, 8, 16, 32, 64)
+BOX_SIZE, MASK_SIZE = 7, 14  # sides of what the heads see of a region
+
+Choose = Callable[[jax.Array, jax.Array], Chosen]
+
+
+def anchors_of(octave_base_scale: float = 8.0) -> Anchors:
+    """Return the anchors of R-CNNs, three a cell: the side of the square one, in strides."""
+    return Anchors(strides=STRIDES, scales=(octave_base_scale,))
+
+
+ANCHORS = anchors_of()  # of all published settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How many boxes there are of an image at most.
+
+    Attributes:
+        anchors: that losses are taken of.
+        regions: that losses are taken of; masks of their positive ones.
+        trained: proposals in training.
+        tested: proposals otherwise.
+    """
+
+    anchors: Sampler = dataclasses.field(default=Sampler(256, 128))
+    regions: Sampler = dataclasses.field(default=Sampler(512, 128))
+    trained: Limits = dataclasses.field(default=Limits(2000, 1000))
+    tested: Limits = dataclasses.field(default=Limits(1000, 1000))
+
+
+class Features(NamedTuple):
+    """The outputs from which all else follows.
+
+    Attributes:
+        levels: [(B, h, w, C), ...] of the pyramid, from fine to coarse.
+        raw: of every anchor.
+    """
+
+    levels: list[jax.Array]
+    raw: Raw
+
+
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """How a round is trained.
+
+    Attributes:
+        coder: of its boxes.
+        matcher: of its candidates with objects.
+        weight: of its losses.
+        giou: weight of GIoU's loss of the decoded boxes; None takes L1 of the deltas.
+    """
+
+    coder: DeltaCoder
+    matcher: Matcher
+    weight: float = 1.0
+    giou: float | None = None
+
+
+class Losses(NamedTuple):
+    """The losses: of proposals (L,) for each level, of regions (T,) for each round; their sum is what is trained."""
+
+    rpn_classes: jax.Array
+    rpn_boxes: jax.Array
+    classes: jax.Array
+    boxes: jax.Array
+    masks: jax.Array
+
+    @property
+    def total(self) -> jax.Array:
+        """The sum of all, ()."""
+        return sum((loss.sum() for loss in self), jnp.zeros(()))
+
+
+class Trained(NamedTuple):
+    """What a round was trained with.
+
+    Attributes:
+        regions: S of an image.
+        logits: (B, S, K + 1).
+        boxes: (B, S, 4) the boxes of the regions' objects; of no meaning for background.
+        masks: (B, P, M, M) booleans, of the first regions, which are those of objects.
+    """
+
+    regions: Regions
+    logits: jax.Array
+    boxes: jax.Array
+    masks: jax.Array
+
+
+class RCNN(Detector):
+    """The base of R-CNNs: ``model(images)`` gives pyramid and proposals, ``loss`` and ``detect`` what follows.
+
+    Args:
+        backbone: a module whose ``features(images, key=key)`` gives maps of strides 4, 8, 16 and 32.
+        widths: channels of these maps.
+        pyramid: makes maps of these strides from a backbone that has one size.
+        num_classes: K, without a background.
+        width: channels of pyramid and convolutions.
+        fc_width: channels of the box heads.
+        anchors: three a cell.
+        settings: numbers of boxes; None: the published ones.
+        dtype: compute type of all these. Boxes, scores and losses are float32 or wider whatever it says.
+        rngs: source of the initial values.
+    """
+
+    rounds: Sequence[Round]
+    convs, fcs = 0, 2  # layers of the box heads
+    smooth: float | None = None  # where the L1 loss of proposals' boxes becomes a parabola; None: nowhere
+    settings = Settings()  # the published ones
+    whole_anchors = False  # whether only anchors that lie wholly in the image are trained
+
+    def __init__(
+        self,
+        backbone: Any,
+        widths: Sequence[int],
+        pyramid: PlainPyramid | None,
+        num_classes: int,
+        *,
+        width: int = 256,
+        fc_width: int = 1024,
+        anchors: Anchors = ANCHORS,
+        settings: Settings | None = None,
+        dtype: Dtype | None = None,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(backbone, pyramid)
+        layer = {"dtype": dtype, "rngs": rngs}
+        self.num_classes = num_classes
+        self.anchors = anchors
+        if settings is not None:
+            self.settings = settings
+        self.neck = FPN(widths, width, levels=len(anchors.strides), **layer)
+        self.rpn = RPNHead(anchors.per_cell, width, width, **layer)
+        self.box_heads = nnx.List(
+            BoxHead(num_classes, width, fc_width, size=BOX_SIZE, convs=self.convs, fcs=self.fcs, **layer)
+            for _ in self.rounds
+        )
+        self.mask_heads = nnx.List(MaskHead(num_classes, width, width, **layer) for _ in self.rounds)
+
+    def outputs(self, maps: Sequence[jax.Array]) -> Features:
+        """Return pyramid and proposals of the backbone's maps [(B, h, w, C), ...]."""
+        levels = self.neck(maps)
+        return Features(levels, Raw(*self.rpn(levels)))
+
+    def loss(
+        self,
+        images: jax.Array,
+        objects: Objects,
+        padded: jax.Array | None = None,
+        sizes: jax.Array | None = None,
+        *,
+        key: jax.Array,
+    ) -> Losses:
+        """Return the losses of a batch.
+
+        Args:
+            images: as for a call.
+            objects: boxes (B, G, 4), labels and valid (B, G), masks (B, G, H, W).
+            padded: (B, 2) integers: height and width of every image, each padded to a multiple of 32 by itself. Anchors
+                of cells beyond take no part. None: the whole of ``images``.
+            sizes: (B, 2) height and width of every image before padding, to which proposals are limited; None: as
+                ``padded``.
+            key: draws the anchors and regions that losses are taken of, and in training mode the drop path.
+
+        Raises:
+            UserError: objects without masks; otherwise as a call.
+        """
+        drop, first, *rest = jax.random.split(key, 2 + len(self.rounds))
+        padded = sizes_of(images, padded)
+        features = self(images, key=drop)
+        by = lambda sampler, key: lambda positive, negative: sampler(positive, negative, key)  # noqa: E731
+        losses, _ = self.trained(
+            features,
+            objects,
+            padded,
+            padded if sizes is None else sizes,
+            by(self.settings.anchors, first),
+            [by(self.settings.regions, one) for one in rest],
+        )
+        return losses
+
+    def detect(
+        self,
+        images: jax.Array,
+        sizes: jax.Array | None = None,
+        scales: jax.Array | None = None,
+        *,
+        limit: int = 100,
+    ) -> Detections:
+        """Return the objects found in a batch, with masks of 28x28 for :func:`evmamba_jax.detection.masks.paste`.
+
+        Args:
+            images: as for a call.
+            sizes: (B, 2) height and width of every image before padding, to which boxes are limited; None: the whole of
+                ``images``.
+            scales: (B, 2) factors of width and height by which every picture was resized; boxes are then in
+                the picture's pixels. None: in pixels of ``images``.
+            limit: D, detections of an image at most.
+        """
+        features, sizes = self(images), sizes_of(images, sizes)
+        found = proposals(features.raw, sizes, self.anchors, self.settings.tested)
+        return self.detections(features, found, sizes, scales, limit=limit)
+
+    def trained(
+        self,
+        features: Features,
+        objects: Objects,
+        padded: jax.Array,
+        sizes: jax.Array,
+        choose_anchors: Choose,
+        choose_regions: Sequence[Choose],
+    ) -> tuple[Losses, list[Trained]]:
+        """Return the losses of a batch, and what each round was trained with.
+
+        Args:
+            features: of the batch.
+            objects: as for :meth:`loss`, and so the next two.
+            padded: see there.
+            sizes: see there.
+            choose_anchors: takes some of the positive and negative anchors (B, N).
+            choose_regions: of each round: takes some of the positive and negative candidates (B, G + P).
+
+        Raises:
+            UserError: objects without masks.
+        """
+        if objects.masks is None:
+            raise UserError("objects have no masks, and this detector learns from them: give (B, G, H, W)")
+        anchors = rpn.targets(features.raw, objects, padded, self.anchors, sizes if self.whole_anchors else None)
+        anchors = anchors.only(*choose_anchors(anchors.positive, anchors.negative))
+        found = proposals(features.raw, sizes, self.anchors, self.settings.trained)
+        boxes, valid = found.boxes, found.valid
+        losses, stages = [], []
+        for number, (one, choose) in enumerate(zip(self.rounds, choose_regions, strict=True)):
+            every = candidates(objects, boxes, valid, one.matcher)
+            chosen = choose(every.index > 0, every.index == 0)
+            of = regions(every, chosen, objects, self.settings.regions.count, self.num_classes)
+            logits, deltas = self.of_boxes(number, features.levels, of.boxes, of.valid)
+            wanted = jnp.take_along_axis(objects.boxes, of.number[..., None], 1).astype(of.boxes.dtype)
+            count = of.valid.sum()
+            of_classes = mean_over(cross_entropy(logits, of.labels), of.valid, count)
+            of_boxes = _box_loss(one, of, _of_label(deltas, of.labels), wanted, count)
+            of_masks, masks = self._mask_loss(number, features.levels, of, objects.masks)
+            losses.append([loss * one.weight for loss in (of_classes, of_boxes, of_masks)])
+            stages.append(Trained(of, logits, wanted, masks))
+            # What the next round begins with: the boxes as this one moves them, without the objects themselves.
+            boxes, valid = refined(one.coder, of.boxes, of.labels, logits, deltas, sizes), of.valid & ~of.added
+        distance = l1 if self.smooth is None else functools.partial(smooth_l1, beta=self.smooth)
+        of_proposals = rpn.losses(features.raw, anchors, distance)
+        return Losses(*of_proposals, *(jnp.stack(kind) for kind in zip(*losses, strict=True))), stages
+
+    def _mask_loss(
+        self, number: int, levels: Sequence[jax.Array], of: Regions, masks: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Return the loss of the masks of a round's positive regions, and what these masks should be."""
+        first = slice(self.settings.regions.positives)
+        positive = of.positive[:, first]
+        logits = self.of_masks(number, levels, of.boxes[:, first], jnp.where(positive, of.labels[:, first], 0))
+        size = logits.shape[-1]
+        cut = jax.vmap(lambda masks, index, boxes: mask_targets(masks, index, boxes, size))
+        wanted = cut(masks, of.number[:, first], of.boxes[:, first])
+        each = binary_cross_entropy(logits, wanted)
+        return mean_over(each, positive[..., None, None], positive.sum() * size**2), wanted
+
+    def detections(
+        self,
+        features: Features,
+        found: Proposals,
+        sizes: jax.Array,
+        scales: jax.Array | None = None,
+        *,
+        limit: int = 100,
+        score_threshold: float = 0.05,
+        iou_threshold: float = 0.5,
+    ) -> Detections:
+        """Return the objects that proposals become.
+
+        Scores are of the mean of all rounds' logits, boxes of the last round, masks the mean of all rounds'. Of the
+        pairs of a proposal and a class with a score above ``score_threshold`` those are left without a better box of
+        the same class that overlaps them by more than ``iou_threshold``.
+
+        Args:
+            features: of the batch.
+            found: proposals.
+            sizes: as for :meth:`detect`, and so the next two.
+            scales: see there.
+            limit: see there.
+            score_threshold: from 0 to 1.
+            iou_threshold: from 0 to 1.
+
+        Source: mmdet 3.3.0 ``mmdet/models/roi_heads/standard_roi_head.py``.
+        """
+        *before, (rois, logits, deltas) = self.rounds_of(features, found, sizes)
+        logits = functools.reduce(jnp.add, [one[1] for one in before], logits) / len(self.rounds)
+        scores = jnp.where(found.valid[..., None], jax.nn.softmax(logits)[..., :-1], 0)
+        coder = self.rounds[-1].coder
+
+        def of_image(boxes: jax.Array, deltas: jax.Array, scores: jax.Array, size: jax.Array) -> tuple:
+            boxes = clip(coder.decode(boxes[:, None], deltas), size)
+            best = multiclass_nms(boxes, scores, score_threshold, iou_threshold, limit=limit)
+            return best.boxes, best.scores, best.labels, best.count
+
+        boxes, scores, labels, count = jax.vmap(of_image)(rois, deltas, scores, sizes)
+        masks = [nnx.sigmoid(self.of_masks(i, features.levels, boxes, labels)) for i in range(len(self.rounds))]
+        masks = functools.reduce(jnp.add, masks) / len(masks)
+        if scales is not None:
+            boxes = boxes / jnp.tile(scales, 2)[:, None].astype(boxes.dtype)
+        there = jnp.arange(limit) < count[:, None]
+        return Detections(boxes, scores, jnp.where(there, labels, -1), count, masks)
+
+    def rounds_of(
+        self, features: Features, found: Proposals, sizes: jax.Array
+    ) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
+        """Return what every round begins with and says: boxes (B, P, 4), logits (B, P, K + 1), deltas (B, P, K, 4)."""
+        boxes, rounds = found.boxes, []
+        for number, one in enumerate(self.rounds):
+            logits, deltas = self.of_boxes(number, features.levels, boxes, found.valid)
+            rounds.append((boxes, logits, deltas))
+            unknown = jnp.full(boxes.shape[:2], self.num_classes)
+            boxes = refined(one.coder, boxes, unknown, logits, deltas, sizes)
+        return rounds
+
+    def of_boxes(
+        self, number: int, levels: Sequence[jax.Array], boxes: jax.Array, valid: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Return a round's logits (B, R, K + 1) and deltas (B, R, K, 4) of boxes (B, R, 4), float32 or wider."""
+        logits, deltas = self.box_heads[number](_regions(levels, boxes, BOX_SIZE), valid.ravel())
+        return _wide(logits, boxes), _wide(deltas, boxes)
+
+    def of_masks(self, number: int, levels: Sequence[jax.Array], boxes: jax.Array, labels: jax.Array) -> jax.Array:
+        """Return a round's logits (B, R, M, M) of the masks of boxes (B, R, 4) of classes (B, R), float32 or wider."""
+        maps = self.mask_heads[number](_regions(levels, boxes, MASK_SIZE))
+        return _wide(of_class(maps, labels.ravel()), boxes)
+
+
+def _regions(levels: Sequence[jax.Array], boxes: jax.Array, size: int) -> jax.Array:
+    """Return what a pyramid holds in boxes (B, R, 4): (B * R, S, S, C). The coarsest level is for proposals alone."""
+    of_image = lambda levels, boxes: extract(levels, boxes, STRIDES[:-1], size)  # noqa: E731
+    held = jax.vmap(of_image)(list(levels[:-1]), boxes)
+    return held.reshape(-1, *held.shape[2:])
+
+
+def _wide(x: jax.Array, boxes: jax.Array) -> jax.Array:
+    """Return (B * R, ...) as (B, R, ...), float32 or wider."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32)).reshape(*boxes.shape[:2], *x.shape[1:])
+
+
+def _of_label(deltas: jax.Array, labels: jax.Array) -> jax.Array:
+    """Return of deltas (B, R, K, 4) those of each region's label (B, R): (B, R, 4); of background any."""
+    own = jnp.minimum(labels, deltas.shape[2] - 1)
+    return jnp.take_along_axis(deltas, own[..., None, None], 2)[:, :, 0]
+
+
+def refined(
+    coder: DeltaCoder, boxes: jax.Array, labels: jax.Array, logits: jax.Array, deltas: jax.Array, sizes: jax.Array
+) -> jax.Array:
+    """Return where a round moves boxes (B, R, 4), within images of ``sizes`` (B, 2), without a gradient.
+
+    Args:
+        coder: of the round.
+        boxes: what it began with.
+        labels: (B, R) integers; K, the background's, stands for the class that the logits hold for the likeliest.
+        logits: (B, R, K + 1).
+        deltas: (B, R, K, 4).
+        sizes: height and width.
+
+    Source: mmdet 3.3.0 ``mmdet/models/roi_heads/bbox_heads/bbox_head.py``, ``refine_bboxes``.
+    """
+    logits, deltas = jax.lax.stop_gradient((logits, deltas))
+    likeliest = logits[..., :-1].argmax(-1)
+    labels = jnp.where(labels == deltas.shape[2], likeliest, labels)
+    return jax.vmap(clip)(coder.decode(boxes, _of_label(deltas, labels)), sizes)
+
+
+def _box_loss(one: Round, of: Regions, deltas: jax.Array, wanted: jax.Array, count: jax.Array) -> jax.Array:
+    """Return the loss of the boxes of positive regions: of deltas (B, S, 4) that should lead to ``wanted``."""
+    whole = jnp.asarray([0, 0, 1, 1], of.boxes.dtype)  # stands for boxes that have no object
+    positive = of.positive[..., None]
+    boxes, wanted = jnp.where(positive, of.boxes, whole), jnp.where(positive, wanted, whole)
+    if one.giou is None:
+        return mean_over(l1(deltas, one.coder.encode(boxes, wanted)), positive, count)
+    return mean_over(giou(one.coder.decode(boxes, deltas), wanted), of.positive, count) * one.giou
+
+
+def head_rows(model: RCNN) -> list[Row]:
+    """Return the official names of pyramid and heads, as mmdet's checkpoints have them."""
+    rows = below("neck", "neck", fpn(len(model.neck.laterals), len(model.neck.extra)))
+    rows += below("rpn", "rpn_head", rpn_head())
+    for i, (boxes, masks) in enumerate(zip(model.box_heads, model.mask_heads, strict=True)):
+        number = f".{i}" if len(model.rounds) > 1 else ""
+        layers = box_head(BOX_SIZE, len(boxes.convs), len(boxes.fcs))
+        rows += below(f"box_heads.{i}", f"roi_head.bbox_head{number}", layers)
+        rows += below(f"mask_heads.{i}", f"roi_head.mask_head{number}", mask_head(len(masks.convs)))
+    return rows
+
+
+class MaskRCNN(RCNN):
+    """Mask R-CNN, in one round.
+
+    Settings are mmdet's ``configs/swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py``, on which the detectors of
+    EfficientVMamba, VMamba and MSVMamba are built.
+    """
+
+    rounds = (Round(DeltaCoder((0.1, 0.1, 0.2, 0.2)), Matcher(positive=0.5, negative=0.5, minimum=0.5)),)
+
+
+def _round(overlap: float, weight: float, *stds: float) -> Round:
+    return Round(DeltaCoder(stds), Matcher(positive=overlap, negative=overlap, minimum=None), weight, giou=10.0)
+
+
+class CascadeMaskRCNN(RCNN):
+    """Cascade Mask R-CNN, in three rounds that ask for more and more overlap.
+
+    Settings are those of MambaVision's ``object_detection/configs/mamba_vision`` at 7860a50.
+    """
+
+    rounds = (
+        _round(0.5, 1.0, 0.1, 0.1, 0.2, 0.2),
+        _round(0.6, 0.5, 0.05, 0.05, 0.1, 0.1),
+        _round(0.7, 0.25, 0.033, 0.033, 0.067, 0.067),
+    )
+    convs, fcs = 4, 1
+    smooth = 1 / 9
+    settings = Settings(trained=Limits(2000, 2000))
+    whole_anchors = True
+
+
+for _kind in (MaskRCNN, CascadeMaskRCNN):
+    register(_kind, lambda model: with_backbone(model, head_rows(model)))
