@@ -7,11 +7,15 @@
 """
 
 import argparse
+import os
+import platform
 import sys
 
 from evmamba_jax import cli, packaged
 
 _HELP = {"-h", "--help", "-help"}
+_TUNABLES, _LARGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
+_GLIBC = 2, 35  # the first that knows them
 
 
 def main(argv: list[str] | None = None, prog: str = "python -m evmamba_jax.train") -> int:
@@ -27,6 +31,8 @@ def _train(argv: list[str], prog: str) -> int | None:
         _parser(prog).print_help()
         if not rest:
             return 0 if wants_help else 2
+    if not wants_help:
+        _take_large_pages(argv)
     from evmamba_jax.training import parse_command, run
     from evmamba_jax.training.command import settings
 
@@ -35,6 +41,21 @@ def _train(argv: list[str], prog: str) -> int | None:
         print("\nkeys, with their values here:", *settings(config), sep="\n  ")
     else:
         run(config, workdir)
+
+
+def _take_large_pages(argv: list[str]) -> None:
+    """Start this command anew where that lets large arrays have large pages.
+
+    A step on a CPU makes and drops hundreds of megabytes. In pages of 4 kB a third of its processor time went to them;
+    with large ones it took a fifth less time. glibc reads the setting when a process starts, and only then.
+    """
+    kind, version = platform.libc_ver()
+    own = "jax" not in sys.modules and sys.argv[-len(argv) :] == argv  # this process is the command, and nothing else
+    if not (own and sys.executable and kind == "glibc" and _TUNABLES not in os.environ):
+        return
+    if tuple(map(int, version.split("."))) >= _GLIBC:
+        environment = {**os.environ, _TUNABLES: _LARGE_PAGES}
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:

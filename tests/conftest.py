@@ -24,6 +24,8 @@ os.environ["XLA_FLAGS"] = (
 if version("jaxlib").startswith("0.10."):
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 os.environ["JAX_PLATFORMS"] = "cpu"
+# The worker processes inherit it: large pages for large arrays, as training commands take them.
+os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
 # The controlling process makes the folder; the worker processes, and the commands that tests start, inherit its name.
 _OWN = "JAX_COMPILATION_CACHE_DIR" not in os.environ
 if _OWN:

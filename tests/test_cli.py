@@ -269,3 +269,17 @@ def test_what_the_package_shows():
     assert evmamba_jax.list_models("vim_t") == ["vim_t"]
     with pytest.raises(AttributeError, match="no attribute 'create_modle'"):
         _ = evmamba_jax.create_modle
+
+
+@pytest.mark.parametrize("given", ["", "glibc.malloc.arena_max=2"])
+@pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc's")
+def test_training_takes_large_pages_unless_memory_is_set_otherwise(given, tmp_path):
+    config = tmp_path / "told.py"
+    config.write_text("import os, sys\nprint(os.getpid(), os.environ.get('GLIBC_TUNABLES'), sys.argv[1:])\n1 / 0\n")
+    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    command = [sys.executable, "-m", "evmamba_jax.train", "--config", str(config), "--config.seed=3"]
+    environment |= {"GLIBC_TUNABLES": given} if given else {}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    told, _ = process.communicate(timeout=120)
+    words = ["--config", str(config), "--config.seed=3"]
+    assert told.splitlines()[0] == f"{process.pid} {given or 'glibc.malloc.hugetlb=1'} {words}"
