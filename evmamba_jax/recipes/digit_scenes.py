@@ -6,11 +6,13 @@ from evmamba_jax.data.dense_config import DenseData
 from evmamba_jax.training.config import Duration, ModelConfig, OptimConfig
 
 
-def recipe(data: type[DenseData], **more: Any) -> dict[str, Any]:
+def recipe(data: type[DenseData], *, lr: float, epochs: float, **more: Any) -> dict[str, Any]:
     """Return the fields that such configurations share.
 
     Args:
         data: the class of what they read.
+        lr: the highest learning rate.
+        epochs: length of the run.
         more: fields of it. Scenes come as they are: a digit mirrored or cut is none.
     """
     return dict(  # noqa: C408
@@ -32,10 +34,10 @@ def recipe(data: type[DenseData], **more: Any) -> dict[str, Any]:
             **more,
         ),
         optim=OptimConfig(
-            lr=6e-3, min_lr=0.0, warmup=Duration(steps=150), lr_changes="step", weight_decay=0.01, ema_decay=0.0
+            lr=lr, min_lr=0.0, warmup=Duration(steps=150), lr_changes="step", weight_decay=0.01, ema_decay=0.0
         ),
         batch_size=4,
-        duration=Duration(epochs=3),
+        duration=Duration(epochs=epochs),
         log_every=Duration(steps=100),
         eval_every=Duration(epochs=1),
         save_every=Duration(epochs=1),

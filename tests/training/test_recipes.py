@@ -42,7 +42,7 @@ def told(config) -> str:
     if config.duration.steps:
         images = config.duration.steps * config.batch_size
         return f"{config.duration.steps:,} iterations of {config.batch_size} images, {images:,} in all"
-    steps = int(config.duration.epochs) * (EXAMPLES[config.data.name] // config.batch_size)
+    steps = config.duration.in_steps(EXAMPLES[config.data.name] // config.batch_size)
     images = steps * config.batch_size
     epochs = f"{config.duration.epochs:g} epoch{'s' * (config.duration.epochs != 1)}"
     return f"{epochs}: {steps:,} steps of {config.batch_size:,} images, {images:,} in all"
