@@ -1,11 +1,11 @@
 """A data set with boxes or label maps on the disk: ``OUT/NAME`` with array_record files, sizes and ``info.json``.
 
-train-00000-of-00012.array_record   tf.train.Example: image (the file's own bytes), id, upright, and
-                                    image_id and objects (JSON by columns), or label_map (8-bit PNG, 255 ignored)
-train-sizes.npy                     int32 (N, 2): height and width of each image, pixels
-train-objects.npy                   int32 (N, 2), boxes only: objects of each image, and those that are no crowds
-info.json                           written last: without it the set is unfinished
-plan.json                           while it is written: the hash of all inputs, which decides what is kept
+- ``train-00000-of-00012.array_record``: a ``tf.train.Example`` with image (the file's own bytes), id, upright, and
+  image_id and objects (JSON by columns), or label_map (8-bit PNG, 255 ignored).
+- ``train-sizes.npy``: int32 (N, 2), height and width of each image, pixels.
+- ``train-objects.npy``: int32 (N, 2), boxes only: objects of each image, and those that are no crowds.
+- ``info.json`` is written last: without it the set is unfinished.
+- ``plan.json`` is there while the set is written: the hash of all inputs, which decides what is kept.
 """
 
 import hashlib

@@ -43,7 +43,7 @@ def bilinear_part(
         top: the row of the whole result with which this one begins.
 
     Returns:
-        (*canvas, C), of the type of ``x``.
+        (H, W, C) with the H and W of ``canvas``, of the type of ``x``.
     """
     for axis in (0, 1):
         last, new = size[axis] - 1, jnp.arange(canvas[axis]) + (0 if axis else top)
