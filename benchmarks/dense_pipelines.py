@@ -120,7 +120,7 @@ def prepare(folder: Path) -> None:
 class Ours:
     """This package."""
 
-    packages = "numpy", "pillow", "simplejpeg"
+    packages = "numpy", "pillow", "simplejpeg", "opencv-python-headless"
 
     def __init__(self, folder: Path):
         from evmamba_jax.data.dense import open_dense

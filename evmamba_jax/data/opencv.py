@@ -209,6 +209,8 @@ def resize_nearest(labels: np.ndarray, height: int, width: int, window: Window |
 
 def mirrored(image: np.ndarray) -> np.ndarray:
     """Return an image (H, W, C) with left and right exchanged, contiguous."""
+    if cv2 is not None:
+        return cv2.flip(np.ascontiguousarray(image), 1).reshape(image.shape)
     turned = np.empty_like(image)
     for channel in range(image.shape[2]):  # many times as fast as all at once
         turned[..., channel] = image[:, ::-1, channel]
