@@ -113,8 +113,8 @@ def prepare(folder: Path) -> None:
 
 
 # --- The two sides ----------------------------------------------------------------------------------------------------
-# Each is a class: ``steps(what)`` is an endless iterator, of which a step makes one example, and ``pixels(request)``
-# yields images (H, W, 3), red first, that the other side has to give too.
+# Each is a class. ``steps(what)`` iterates without end, and each step makes one example. ``pixels(request)`` yields
+# images (H, W, 3), red first. The other side has to give the same.
 
 
 class Ours:
@@ -388,7 +388,7 @@ def serve(side: str, folder: Path) -> None:
 
 
 def part_steps(side, folder: Path, what: str):
-    """Return an endless iterator of which a step does one part of the work for an image."""
+    """Return an endless iterator. Each step does one part of the work for an image."""
     parts = side.parts()
     inputs = [path.read_bytes() for path in sorted((folder / "boxes").glob("*.jpg"))]
     if what != "decode":

@@ -4,7 +4,7 @@ Published AP: 39.1, with 19.0M parameters (arXiv:2403.09977, table 3). Not yet r
 images, 1,407,168 in all.
 
 Neither this detector's files nor its settings were released. Pyramid and head of 224 channels are inferred from the
-published size; drop path 0.2 and mixed precision are those of EfficientVMamba's own Mask R-CNN.
+published size. Drop path 0.2 and mixed precision come from EfficientVMamba's own Mask R-CNN.
 """
 
 from evmamba_jax.recipes.retinanet import recipe

@@ -2,8 +2,8 @@
 
 No published AP. Not yet run here. 12 epochs: 87,948 steps of 16 images, 1,407,168 in all.
 
-Nothing is published of this detector: drop path and precision are those of the official Mask R-CNN over the same
-backbone, the rest is the recipe for EfficientVMamba's.
+Nobody has published this detector. Drop path and precision come from the official Mask R-CNN over the same backbone.
+The rest is the recipe for EfficientVMamba's.
 """
 
 from evmamba_jax.recipes.retinanet import recipe

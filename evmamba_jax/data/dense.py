@@ -1,5 +1,6 @@
 """Random access to data sets with boxes or label maps: prepared here, or COCO as TFDS prepares it."""
 
+import abc
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,7 @@ _ROUNDED = 1e-3  # pixels that 32-bit fractions of a side may lose
 
 
 @dataclasses.dataclass(frozen=True)
-class DenseSplit:
+class DenseSplit(abc.ABC):
     """One split; ``split[i]`` gives an undecoded record.
 
     Every record has ``image`` (the file's bytes), ``id`` (its name) and ``upright``: the pixels that boxes and labels
@@ -73,8 +74,9 @@ class DenseSplit:
         with reading(self.name, f"{self.split}[{index}]"):
             return self._record(features_of(self.records[index]), index)
 
+    @abc.abstractmethod
     def _record(self, features: Mapping[str, Any], index: int) -> dict[str, Any]:
-        raise NotImplementedError
+        """Return a record, from the fields of its proto."""
 
 
 class LabelMapSplit(DenseSplit):

@@ -1,5 +1,6 @@
 """One image of a data set with boxes or label maps, checked and ready to be written."""
 
+import abc
 import dataclasses
 import hashlib
 import os
@@ -48,7 +49,7 @@ class Checked(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Item:
+class Item(abc.ABC):
     """One image; the kinds of data sets add their own.
 
     Attributes:
@@ -66,9 +67,9 @@ class Item:
     upright: bool
 
     @property
+    @abc.abstractmethod
     def size(self) -> int:
         """Bytes that the record takes, but for small things."""
-        raise NotImplementedError
 
     def identity(self) -> bytes:
         """Return what tells this item from every other: contents, not places and times."""

@@ -16,10 +16,10 @@ from PIL import Image
 from evmamba_jax.data import opencv
 from evmamba_jax.data.decoding import CorruptImageError, decode
 from evmamba_jax.data.dense_config import DenseData, SegmentationData
+from evmamba_jax.data.label_maps import IGNORED
 from evmamba_jax.data.opencv import Window, size_of
 from evmamba_jax.data.readers import Example, Shape, Size
 
-IGNORED = 255  # the label of pixels that do not count
 _REDRAWN = 10  # times that a crop is drawn anew
 _GRAIN = 128  # pixels: sides of label maps, and of bucketed images, are padded to multiples
 

@@ -48,7 +48,7 @@ def giou(predicted: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Return the cross entropy of classes of which one is right.
+    """Return the cross entropy where one class is right.
 
     Args:
         logits: (..., K), float32 or wider.

@@ -88,7 +88,7 @@ def roi_align(
 
 
 def levels_of(boxes: jax.Array, levels: int) -> jax.Array:
-    """Return of which of so many maps, from fine to coarse, each box (..., 4) is taken: (...) int32."""
+    """Return for each box (..., 4) the map that it is taken from, 0 the finest of ``levels``: (...) int32."""
     sides = boxes[..., 2:] - boxes[..., :2]
     side = jnp.sqrt(sides[..., 0] * sides[..., 1]) / FINEST + 1e-6
     # floor(log2(side)), without a logarithm that may miss a whole number.
