@@ -19,8 +19,8 @@ from evmamba_jax.data.kept import kept_arrays
 from evmamba_jax.data.sources import Description, Records, base_of, features_of, find_folder, open_records, reading
 from evmamba_jax.errors import UserError, nearest
 
-# What is known of a data set that is not here: classes and training images.
-KNOWN = {"coco": (coco_categories().names, 118_287), "ade20k": (tuple(map(str, range(150))), 20_210)}
+# What is known of a data set that is not here: classes and training images, of COCO those that show objects.
+KNOWN = {"coco": (coco_categories().names, 117_266), "ade20k": (tuple(map(str, range(150))), 20_210)}
 PREPARE = {
     "coco": "prepare coco --source DIR",
     "ade20k": "prepare ade20k --source ADEChallengeData2016",

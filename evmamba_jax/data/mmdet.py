@@ -160,12 +160,10 @@ def change(
         boxes = limited(boxes, size_of(image))
         seen = np.all(boxes[:, 2:] > boxes[:, :2], 1)
     boxes = resized_boxes(boxes, size_of(image), size)
-    if flip != "last":
-        return opencv.resize_bilinear(image, *size, out=out), boxes, seen
-    image = opencv.mirrored(opencv.resize_bilinear(image, *size))
-    if out is not None:
-        out[: size[0], : size[1]] = image
-    return image, mirrored_boxes(boxes, size[1]), seen
+    image = opencv.resize_bilinear(image, *size, out=out)
+    if flip == "last":
+        image, boxes = opencv.mirrored(image, out=image), mirrored_boxes(boxes, size[1])
+    return image, boxes, seen
 
 
 def mirrored_boxes(boxes: np.ndarray, width: int) -> np.ndarray:

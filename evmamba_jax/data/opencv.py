@@ -91,6 +91,9 @@ def resize_bilinear(
     """
     rows, columns = (window or Window(0, 0, height, width)).slices
     if cv2 is not None:
+        if window is None and out is not None:
+            resized = out[:height, :width]
+            return cv2.resize(np.ascontiguousarray(image), (width, height), resized, interpolation=cv2.INTER_LINEAR)
         whole = cv2.resize(np.ascontiguousarray(image), (width, height), interpolation=cv2.INTER_LINEAR)
         part = whole.reshape(height, width, *image.shape[2:])[rows, columns]
         if out is None:
@@ -207,11 +210,12 @@ def resize_nearest(labels: np.ndarray, height: int, width: int, window: Window |
     return np.take(np.take(labels, rows, 0), columns, 1)
 
 
-def mirrored(image: np.ndarray) -> np.ndarray:
-    """Return an image (H, W, C) with left and right exchanged, contiguous."""
+def mirrored(image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """Return an image (H, W, C) with left and right exchanged, in ``out``, which may be the image, or a new array."""
     if cv2 is not None:
-        return cv2.flip(np.ascontiguousarray(image), 1).reshape(image.shape)
-    turned = np.empty_like(image)
+        turned = cv2.flip(image if out is image else np.ascontiguousarray(image), 1, out)
+        return turned.reshape(image.shape)
+    turned = np.empty_like(image) if out is None else out
     for channel in range(image.shape[2]):  # many times as fast as all at once
         turned[..., channel] = image[:, ::-1, channel]
     return turned

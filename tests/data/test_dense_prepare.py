@@ -615,7 +615,7 @@ def test_the_command_prepares_own_label_maps(maps, capsys):
 
 def test_descriptions_without_data(tmp_path):
     names, length, _ = describe_dense("coco", tmp_path)
-    assert (len(names), names[79], length) == (80, "toothbrush", 118_287)
+    assert (len(names), names[79], length) == (80, "toothbrush", 117_266)
     names, length, _ = describe_dense("ade20k", tmp_path)
     assert (len(names), length) == (150, 20_210)
     with pytest.raises(UserError, match="data.name='birds' is not prepared in .* prepare boxes --name birds"):
