@@ -65,3 +65,17 @@ class Anchors:
             within = (jnp.arange(rows) < cells[0])[:, None] & (jnp.arange(columns) < cells[1])
             levels.append(jnp.repeat(within.ravel(), self.per_cell))
         return levels
+
+
+class Detectron2Anchors(Anchors):
+    """The same boxes as Detectron2 rounds them; the last bit often decides which of them are an object's best.
+
+    Source: hustvl/Vim ``det/detectron2/modeling/anchor_generator.py`` at dd0358a.
+    """
+
+    def base(self, level: int, dtype: Dtype) -> np.ndarray:
+        """Return the anchors (A, 4) of the first cell of a level."""
+        sides = self.strides[level] * np.asarray(self.scales, float)
+        widths = np.sqrt(sides[:, None] ** 2 / np.asarray(self.ratios, float)).ravel()
+        heights = np.tile(self.ratios, len(sides)) * widths
+        return np.stack([-widths / 2, -heights / 2, widths / 2, heights / 2], -1).astype(dtype)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 EPSILON = 1e-6  # the smallest area that is divided by
-LARGEST_DELTA = math.log(1000 / 16)  # of width and height, both ways
+LARGEST_DELTA = math.log(1000 / 16)  # of width and height
 
 
 def overlaps(a: jax.Array, b: jax.Array, mode: Literal["iou", "iof", "giou"] = "iou") -> jax.Array:
@@ -83,12 +83,14 @@ class DeltaCoder:
 
     Attributes:
         stds: what the four deltas are divided by.
+        smallest: the smallest delta of width and height that counts; Detectron2 has no limit.
 
     Source: Girshick et al., R-CNN (arXiv:1311.2524), appendix C; mmdet 3.3.0
     ``mmdet/models/task_modules/coders/delta_xywh_bbox_coder.py``.
     """
 
     stds: Sequence[float] = (1.0, 1.0, 1.0, 1.0)
+    smallest: float = -LARGEST_DELTA
 
     def encode(self, boxes: jax.Array, targets: jax.Array) -> jax.Array:
         """Return the deltas (..., 4) that lead from ``boxes`` (..., 4) to ``targets`` (..., 4), both with an area."""
@@ -98,11 +100,11 @@ class DeltaCoder:
         return deltas / jnp.asarray(self.stds, deltas.dtype)
 
     def decode(self, boxes: jax.Array, deltas: jax.Array) -> jax.Array:
-        """Return where the deltas (..., 4) lead from ``boxes`` (..., 4); sizes change by a factor of 62.5 at most."""
+        """Return where the deltas (..., 4) lead from ``boxes`` (..., 4); sizes grow by a factor of 62.5 at most."""
         deltas = deltas * jnp.asarray(self.stds, deltas.dtype)
         centre, size = _centre_and_size(boxes)
         centre = centre + size * deltas[..., :2]
-        half = size * jnp.exp(jnp.clip(deltas[..., 2:], -LARGEST_DELTA, LARGEST_DELTA)) * 0.5
+        half = size * jnp.exp(jnp.clip(deltas[..., 2:], self.smallest, LARGEST_DELTA)) * 0.5
         return jnp.concatenate([centre - half, centre + half], -1)
 
 
@@ -119,6 +121,11 @@ def clip(boxes: jax.Array, size: jax.Array) -> jax.Array:
     height, width = size[0], size[1]
     limits = jnp.stack([width, height, width, height]).astype(boxes.dtype)
     return jnp.clip(boxes, 0, limits)
+
+
+def has_area(boxes: jax.Array) -> jax.Array:
+    """Return which boxes (..., 4) have one."""
+    return (boxes[..., 2:] > boxes[..., :2]).all(-1)
 
 
 def within(boxes: jax.Array, size: jax.Array) -> jax.Array:

@@ -7,15 +7,16 @@ from typing import Any, Literal
 from flax import nnx
 from flax.typing import Dtype
 
-from evmamba_jax.detection import rcnn, retinanet
+from evmamba_jax.detection import mask_rcnn, rcnn, retinanet, vim_cascade
 from evmamba_jax.errors import UserError, one_of
 from evmamba_jax.heads.backbone import build_backbone
 
 # By name the class, and what makes its anchors of the side of the smallest square one.
 DETECTORS = {
     "retinanet": (retinanet.RetinaNet, retinanet.anchors_of),
-    "mask_rcnn": (rcnn.MaskRCNN, rcnn.anchors_of),
-    "cascade_mask_rcnn": (rcnn.CascadeMaskRCNN, rcnn.anchors_of),
+    "mask_rcnn": (mask_rcnn.MaskRCNN, rcnn.anchors_of),
+    "cascade_mask_rcnn": (mask_rcnn.CascadeMaskRCNN, rcnn.anchors_of),
+    "vim_cascade": (vim_cascade.VimCascade, vim_cascade.anchors_of),
 }
 # Of MambaVision: the last two stages have one window for images of up to 1792 pixels a side.
 WINDOWS = (8, 8, 112, 56)
@@ -40,7 +41,8 @@ def create_detector(
     B, and of about 208 and 224 for T and S.
 
     Args:
-        name: "retinanet", "mask_rcnn" or "cascade_mask_rcnn"; the last two learn from masks and find some.
+        name: "retinanet", "mask_rcnn", "cascade_mask_rcnn" or "vim_cascade"; all but the first learn from masks and
+            find some. The last is Vim's, and takes backbones of one map size alone.
         backbone: one of :func:`evmamba_jax.list_models`. It is built with a norm for each of its four maps, as the
             official detectors have it; of Vim, which has none of these officially, as its segmenters have it.
             MambaVision takes the windows of its detectors unless ``window_size`` says otherwise.
@@ -68,7 +70,8 @@ def create_detector(
     if octave_base_scale is not None and not octave_base_scale > 0:
         raise UserError(f"octave_base_scale={octave_base_scale!r} is not allowed: it must be above 0")
     rngs = nnx.Rngs(0) if rngs is None else rngs
-    under = build_backbone(backbone, window_size=WINDOWS, options=backbone_options, dtype=dtype, rngs=rngs)
+    body = {"window_size": WINDOWS, "pyramid": detector.pyramid_of(width), "options": backbone_options}
+    under = build_backbone(backbone, **body, dtype=dtype, rngs=rngs)
     anchors = anchors_of() if octave_base_scale is None else anchors_of(octave_base_scale)
     model = detector(*under, num_classes, width=width, anchors=anchors, dtype=dtype, rngs=rngs)
     model.eval()

@@ -1,6 +1,6 @@
 """What all detectors have: a backbone with four maps, and detections of fixed shapes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -42,9 +42,19 @@ class Detector(nnx.Module):
         pyramid: makes maps of these strides from a backbone that has one size.
     """
 
-    def __init__(self, backbone: Any, pyramid: PlainPyramid | None):
+    def __init__(self, backbone: Any, pyramid: Callable[..., Any] | None):
         self.backbone = backbone
         self.pyramid = pyramid
+
+    @classmethod
+    def pyramid_of(cls, width: int) -> Callable[..., Any]:
+        """Return what makes the pyramid of a backbone that has one size, from its channels and stride.
+
+        Args:
+            width: channels of the levels.
+        """
+        del width
+        return PlainPyramid
 
     def __call__(self, images: jax.Array, *, key: jax.Array | None = None) -> Any:
         """Return the raw outputs.

@@ -12,7 +12,7 @@ from evmamba_jax.detection.boxes import clip
 from evmamba_jax.detection.regions import weights
 
 
-def shares(masks: jax.Array, index: jax.Array, boxes: jax.Array, size: int) -> jax.Array:
+def shares(masks: jax.Array, index: jax.Array, boxes: jax.Array, size: int, ends: jax.Array | None = None) -> jax.Array:
     """Return how much of each bin of some boxes is of an object.
 
     Args:
@@ -20,12 +20,15 @@ def shares(masks: jax.Array, index: jax.Array, boxes: jax.Array, size: int) -> j
         index: (R,) the object of each box.
         boxes: (R, 4) in pixels of the masks, float32 or float64.
         size: S.
+        ends: (2,) height and width of the image, beyond which a mask goes on as it ends there; None: of the masks.
 
     Returns:
         (R, S, S) from 0 to 1, of the type of ``boxes``.
     """
     x0, y0, x1, y1 = jnp.moveaxis(boxes, -1, 0)
-    rows, columns = weights(y0, y1, masks.shape[1], size), weights(x0, x1, masks.shape[2], size)
+    height, width = (None, None) if ends is None else ends
+    rows = weights(y0, y1, masks.shape[1], size, end=height)
+    columns = weights(x0, x1, masks.shape[2], size, end=width)
 
     def of_region(region: tuple[jax.Array, ...]) -> jax.Array:
         rows, columns, number = region
@@ -36,14 +39,20 @@ def shares(masks: jax.Array, index: jax.Array, boxes: jax.Array, size: int) -> j
     return jax.lax.map(of_region, (rows, columns, index), batch_size=16)
 
 
-def mask_targets(masks: jax.Array, index: jax.Array, boxes: jax.Array, size: int) -> jax.Array:
+def mask_targets(
+    masks: jax.Array, index: jax.Array, boxes: jax.Array, size: int, ends: jax.Array | None = None
+) -> jax.Array:
     """Return the bins (R, S, S), booleans, of which an object has half or more; arguments as for :func:`shares`.
 
-    Boxes are limited to the masks.
+    mmdet's masks are padded with the images, and boxes are limited to them. Detectron2's end with the image, and no box
+    is limited; with ``ends`` it is so.
 
-    Source: mmdet 3.3.0 ``mmdet/structures/mask/mask_target.py``.
+    Source: mmdet 3.3.0 ``mmdet/structures/mask/mask_target.py``; hustvl/Vim ``det/detectron2/structures/masks.py`` at
+    dd0358a, ``BitMasks``.
     """
-    return shares(masks, index, clip(boxes, jnp.asarray(masks.shape[1:])), size) >= 0.5
+    if ends is None:
+        boxes = clip(boxes, jnp.asarray(masks.shape[1:]))
+    return shares(masks, index, boxes, size, ends) >= 0.5
 
 
 def paste(masks: np.ndarray, boxes: np.ndarray, height: int, width: int) -> np.ndarray:

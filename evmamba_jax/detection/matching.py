@@ -42,21 +42,25 @@ class Matcher:
     """Matches anchors with objects by the largest overlap.
 
     Afterwards every object gets the anchors that overlap it most, all of them in a tie, even if another object overlaps
-    them more; of two objects the later one gets them.
+    them more; of two objects the later one gets them. Without ``reassigns`` they are for the object that overlaps them
+    most all the same.
 
     Attributes:
         positive: overlap from which on an anchor is for its object.
         negative: overlap below which it is background; between the two it is left out.
         minimum: overlap that an object needs to get its best anchors; None leaves this rule out. With 0 an object that
             touches no anchor gets all that touch none, as in the official code.
+        reassigns: False as in Detectron2.
         ignored: share of its area in one ignored region above which an anchor is left out; None: regions do nothing.
 
-    Source: mmdet 3.3.0 ``mmdet/models/task_modules/assigners/max_iou_assigner.py``.
+    Source: mmdet 3.3.0 ``mmdet/models/task_modules/assigners/max_iou_assigner.py``; hustvl/Vim
+    ``det/detectron2/modeling/matcher.py`` at dd0358a.
     """
 
     positive: float
     negative: float
     minimum: float | None = 0.0
+    reassigns: bool = True
     ignored: float | None = None
 
     def __call__(
@@ -89,14 +93,15 @@ class Matcher:
 
         best = overlap.max(0)
         background = jnp.where((best >= 0) & (best < threshold(self.negative)), 0, -1)
-        index = jnp.where(best >= threshold(self.positive), overlap.argmax(0) + 1, background)
+        nearest = overlap.argmax(0) + 1
+        index = jnp.where(best >= threshold(self.positive), nearest, background)
         if self.minimum is not None:
             most = overlap.max(1)
             given = valid & (most >= threshold(self.minimum))
             chosen = (overlap == most[:, None]) & given[:, None]
             number = jnp.arange(1, len(boxes) + 1)[:, None]
             last = jnp.where(chosen, number, 0).max(0)
-            index = jnp.where(last > 0, last, index)
+            index = jnp.where(last > 0, last if self.reassigns else nearest, index)
         any_object = valid.any()
         index = jnp.where(any_object, index, 0)
         best = jnp.where(any_object, best, 0)

@@ -69,16 +69,20 @@ class Targets(NamedTuple):
         """(B, N) True for anchors that are background."""
         return self.counted & ~self.positive
 
-    def only(self, positive: jax.Array, negative: jax.Array) -> "Targets":
-        """Return what is left when of the anchors only these (B, N) are taken."""
-        count = sum(jnp.maximum(kind.sum(1), 1).sum() for kind in (positive, negative))
-        return self._replace(counted=positive | negative, positive=positive, count=jnp.asarray(count))
+    def only(self, positive: jax.Array, negative: jax.Array, count: int | None = None) -> "Targets":
+        """Return what is left when of the anchors only these (B, N) are taken.
+
+        Losses are then divided by ``count``, or by how many are taken where it is None.
+        """
+        taken = sum(jnp.maximum(kind.sum(1), 1).sum() for kind in (positive, negative))
+        count = jnp.asarray(taken if count is None else count)
+        return self._replace(counted=positive | negative, positive=positive, count=count)
 
 
 def targets(
     raw: Raw,
     objects: Objects,
-    padded: jax.Array,
+    padded: jax.Array | None,
     anchors: Anchors,
     matcher: Matcher,
     sizes: jax.Array | None = None,
@@ -91,7 +95,7 @@ def targets(
         raw: of the batch.
         objects: boxes (B, G, 4), labels and valid (B, G).
         padded: (B, 2) integers: height and width of every image, each padded to a multiple of 32 by itself. Anchors of
-            cells beyond take no part.
+            cells beyond take no part. None: all do.
         anchors: of the model.
         matcher: which anchors are for which objects.
         sizes: (B, 2) height and width of every image, where anchors that reach beyond it take no part; None: they do.
@@ -99,9 +103,11 @@ def targets(
     dtype = jnp.promote_types(raw.deltas[0].dtype, jnp.float32)
     places = jnp.concatenate(anchors.boxes(raw.sizes, dtype))
 
-    def of_image(objects: Objects, image: jax.Array, size: jax.Array | None) -> tuple[jax.Array, ...]:
+    def of_image(objects: Objects, image: jax.Array | None, size: jax.Array | None) -> tuple[jax.Array, ...]:
         boxes, labels, valid = objects.boxes.astype(dtype), objects.labels, objects.valid
-        inside = jnp.concatenate(anchors.inside(raw.sizes, image))
+        inside = jnp.ones(len(places), bool)
+        if image is not None:
+            inside = jnp.concatenate(anchors.inside(raw.sizes, image))
         if size is not None:
             inside = inside & within(places, size)
         index = matcher(places, boxes, valid, inside=inside).index

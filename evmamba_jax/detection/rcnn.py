@@ -1,4 +1,4 @@
-"""R-CNNs: proposals of a pyramid, then class, box and mask of each, in one round or several.
+"""What R-CNNs share: proposals of a pyramid, then class, box and mask of each, in one round or several.
 
 Source: He et al., Mask R-CNN (arXiv:1703.06870); Cai and Vasconcelos, Cascade R-CNN (arXiv:1906.09756); mmdet 3.3.0.
 """
@@ -6,7 +6,7 @@ Source: He et al., Mask R-CNN (arXiv:1703.06870); Cai and Vasconcelos, Cascade R
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,23 +15,19 @@ from flax.typing import Dtype
 
 from evmamba_jax.detection import proposals as rpn
 from evmamba_jax.detection.anchors import Anchors
-from evmamba_jax.detection.boxes import DeltaCoder, clip
-from evmamba_jax.detection.detector import Detections, Detector, sizes_of, with_backbone
-from evmamba_jax.detection.losses import binary_cross_entropy, cross_entropy, giou, l1, mean_over, of_class, smooth_l1
+from evmamba_jax.detection.boxes import DeltaCoder, clip, has_area
+from evmamba_jax.detection.detector import Detections, Detector, sizes_of
+from evmamba_jax.detection.losses import binary_cross_entropy, cross_entropy, giou, l1, mean_over, of_class
 from evmamba_jax.detection.masks import mask_targets
 from evmamba_jax.detection.matching import Matcher, Objects
 from evmamba_jax.detection.nms import multiclass_nms
 from evmamba_jax.detection.per_anchor import Raw
-from evmamba_jax.detection.proposals import Limits, Proposals, proposals
+from evmamba_jax.detection.proposals import Limits, Proposals, Rules, proposals
 from evmamba_jax.detection.regions import extract
 from evmamba_jax.detection.sampling import Chosen, Regions, Sampler, candidates, regions
 from evmamba_jax.errors import UserError
 from evmamba_jax.heads.fpn import FPN
-from evmamba_jax.heads.maps import PlainPyramid
 from evmamba_jax.heads.rcnn import BoxHead, MaskHead, RPNHead
-from evmamba_jax.weights.convert import register
-from evmamba_jax.weights.detectors import box_head, fpn, mask_head, rpn_head
-from evmamba_jax.weights.layers import Row, below
 
 STRIDES = (4, 8, 16, 32, 64)
 BOX_SIZE, MASK_SIZE = 7, 14  # sides of what the heads see of a region
@@ -85,16 +81,22 @@ class Round:
         matcher: of its candidates with objects.
         weight: of its losses.
         giou: weight of GIoU's loss of the decoded boxes; None takes L1 of the deltas.
+        sampled: False takes all regions of the round before as it moves them, those that are objects too, but for the
+            ones that it leaves without an area.
     """
 
     coder: DeltaCoder
     matcher: Matcher
     weight: float = 1.0
     giou: float | None = None
+    sampled: bool = True
 
 
 class Losses(NamedTuple):
-    """The losses: of proposals (L,) for each level, of regions (T,) for each round; their sum is what is trained."""
+    """The losses: of proposals (L,) for each level, of regions (T,) for each round; their sum is what is trained.
+
+    Masks have one for each round with a mask head.
+    """
 
     rpn_classes: jax.Array
     rpn_boxes: jax.Array
@@ -115,13 +117,13 @@ class Trained(NamedTuple):
         regions: S of an image.
         logits: (B, S, K + 1).
         boxes: (B, S, 4) the boxes of the regions' objects; of no meaning for background.
-        masks: (B, P, M, M) booleans, of the first regions, which are those of objects.
+        masks: (B, P, M, M) booleans, of the first regions, which are those of objects; None without a mask head.
     """
 
     regions: Regions
     logits: jax.Array
     boxes: jax.Array
-    masks: jax.Array
+    masks: jax.Array | None
 
 
 class RCNN(Detector):
@@ -138,19 +140,37 @@ class RCNN(Detector):
         settings: numbers of boxes; None: the published ones.
         dtype: compute type of all these. Boxes, scores and losses are float32 or wider whatever it says.
         rngs: source of the initial values.
+
+    Attributes:
+        rounds: how each is trained.
+        rules: how proposals are.
+        settings: numbers of boxes, the published ones unless given.
+        masked: how many rounds, from the first on, have a mask head.
+        rpn_head: makes the head of proposals.
+        box_head: makes that of a round.
+        mask_head: makes its mask head.
+        fixed_count: whether losses of proposals are divided by the anchors that ``settings`` ask for, not by those that
+            there are.
+        gradient_share: how much of the gradient of box heads reaches the pyramid.
+        mean_of: what is averaged over rounds into scores.
+        masks_end: whether masks end with the image, not with what it is padded to.
     """
 
     rounds: Sequence[Round]
-    convs, fcs = 0, 2  # layers of the box heads
-    smooth: float | None = None  # where the L1 loss of proposals' boxes becomes a parabola; None: nowhere
-    settings = Settings()  # the published ones
-    whole_anchors = False  # whether only anchors that lie wholly in the image are trained
+    rules = Rules()
+    settings = Settings()
+    masked = 1
+    rpn_head, box_head, mask_head = RPNHead, BoxHead, MaskHead
+    fixed_count = False
+    gradient_share = 1.0
+    mean_of: Literal["logits", "probabilities"] = "logits"
+    masks_end = False
 
     def __init__(
         self,
         backbone: Any,
         widths: Sequence[int],
-        pyramid: PlainPyramid | None,
+        pyramid: Callable[..., Any] | None,
         num_classes: int,
         *,
         width: int = 256,
@@ -166,17 +186,20 @@ class RCNN(Detector):
         self.anchors = anchors
         if settings is not None:
             self.settings = settings
-        self.neck = FPN(widths, width, levels=len(anchors.strides), **layer)
-        self.rpn = RPNHead(anchors.per_cell, width, width, **layer)
+        self.neck = self.neck_of(widths, width, **layer)
+        self.rpn = self.rpn_head(anchors.per_cell, width, width, **layer)
         self.box_heads = nnx.List(
-            BoxHead(num_classes, width, fc_width, size=BOX_SIZE, convs=self.convs, fcs=self.fcs, **layer)
-            for _ in self.rounds
+            self.box_head(num_classes, width, fc_width, size=BOX_SIZE, **layer) for _ in self.rounds
         )
-        self.mask_heads = nnx.List(MaskHead(num_classes, width, width, **layer) for _ in self.rounds)
+        self.mask_heads = nnx.List(self.mask_head(num_classes, width, width, **layer) for _ in range(self.masked))
+
+    def neck_of(self, widths: Sequence[int], width: int, **layer: Any) -> Callable[..., list[jax.Array]] | None:
+        """Return what makes levels of ``width`` channels of maps of ``widths``; None where maps are levels."""
+        return FPN(widths, width, levels=len(STRIDES), **layer)
 
     def outputs(self, maps: Sequence[jax.Array]) -> Features:
         """Return pyramid and proposals of the backbone's maps [(B, h, w, C), ...]."""
-        levels = self.neck(maps)
+        levels = list(maps) if self.neck is None else self.neck(maps)
         return Features(levels, Raw(*self.rpn(levels)))
 
     def loss(
@@ -212,7 +235,10 @@ class RCNN(Detector):
             padded,
             padded if sizes is None else sizes,
             by(self.settings.anchors, first),
-            [by(self.settings.regions, one) for one in rest],
+            [
+                by(self.settings.regions, key) if of.sampled else Chosen
+                for of, key in zip(self.rounds, rest, strict=True)
+            ],
         )
         return losses
 
@@ -235,8 +261,12 @@ class RCNN(Detector):
             limit: D, detections of an image at most.
         """
         features, sizes = self(images), sizes_of(images, sizes)
-        found = proposals(features.raw, sizes, self.anchors, self.settings.tested)
+        found = self.proposals(features, sizes, self.settings.tested)
         return self.detections(features, found, sizes, scales, limit=limit)
+
+    def proposals(self, features: Features, sizes: jax.Array, limits: Limits) -> Proposals:
+        """Return the proposals of a batch of images of ``sizes`` (B, 2)."""
+        return proposals(features.raw, sizes, self.anchors, limits, self.rules.coder)
 
     def trained(
         self,
@@ -255,46 +285,50 @@ class RCNN(Detector):
             padded: see there.
             sizes: see there.
             choose_anchors: takes some of the positive and negative anchors (B, N).
-            choose_regions: of each round: takes some of the positive and negative candidates (B, G + P).
+            choose_regions: of each round: takes some of the positive and negative candidates (B, G + P), or (B, S) of
+                a round that is not sampled.
 
         Raises:
             UserError: objects without masks.
         """
         if objects.masks is None:
             raise UserError("objects have no masks, and this detector learns from them: give (B, G, H, W)")
-        anchors = rpn.targets(features.raw, objects, padded, self.anchors, sizes if self.whole_anchors else None)
-        anchors = anchors.only(*choose_anchors(anchors.positive, anchors.negative))
-        found = proposals(features.raw, sizes, self.anchors, self.settings.trained)
-        boxes, valid = found.boxes, found.valid
-        losses, stages = [], []
+        anchors = rpn.targets(features.raw, objects, padded, sizes, self.anchors, self.rules)
+        count = self.settings.anchors.count * len(sizes) if self.fixed_count else None
+        anchors = anchors.only(*choose_anchors(anchors.positive, anchors.negative), count)
+        boxes, _, valid = self.proposals(features, sizes, self.settings.trained)
+        of_classes, of_boxes, of_masks, stages = [], [], [], []
         for number, (one, choose) in enumerate(zip(self.rounds, choose_regions, strict=True)):
-            every = candidates(objects, boxes, valid, one.matcher)
+            every = candidates(objects, boxes, valid, one.matcher, add=one.sampled)
             chosen = choose(every.index > 0, every.index == 0)
             of = regions(every, chosen, objects, self.settings.regions.count, self.num_classes)
             logits, deltas = self.of_boxes(number, features.levels, of.boxes, of.valid)
             wanted = jnp.take_along_axis(objects.boxes, of.number[..., None], 1).astype(of.boxes.dtype)
             count = of.valid.sum()
-            of_classes = mean_over(cross_entropy(logits, of.labels), of.valid, count)
-            of_boxes = _box_loss(one, of, _of_label(deltas, of.labels), wanted, count)
-            of_masks, masks = self._mask_loss(number, features.levels, of, objects.masks)
-            losses.append([loss * one.weight for loss in (of_classes, of_boxes, of_masks)])
+            of_classes.append(one.weight * mean_over(cross_entropy(logits, of.labels), of.valid, count))
+            of_boxes.append(one.weight * _box_loss(one, of, _of_label(deltas, of.labels), wanted, count))
+            masks = None
+            if number < self.masked:
+                loss, masks = self._mask_loss(number, features.levels, of, objects.masks, sizes)
+                of_masks.append(one.weight * loss)
             stages.append(Trained(of, logits, wanted, masks))
-            # What the next round begins with: the boxes as this one moves them, without the objects themselves.
-            boxes, valid = refined(one.coder, of.boxes, of.labels, logits, deltas, sizes), of.valid & ~of.added
-        distance = l1 if self.smooth is None else functools.partial(smooth_l1, beta=self.smooth)
-        of_proposals = rpn.losses(features.raw, anchors, distance)
-        return Losses(*of_proposals, *(jnp.stack(kind) for kind in zip(*losses, strict=True))), stages
+            # What the next round begins with.
+            boxes = refined(one.coder, of.boxes, of.labels, logits, deltas, sizes)
+            again = self.rounds[min(number + 1, len(self.rounds) - 1)].sampled
+            valid = of.valid & (~of.added if again else has_area(boxes))
+        of_proposals = rpn.losses(features.raw, anchors, self.rules)
+        return Losses(*of_proposals, *map(jnp.stack, (of_classes, of_boxes, of_masks))), stages
 
     def _mask_loss(
-        self, number: int, levels: Sequence[jax.Array], of: Regions, masks: jax.Array
+        self, number: int, levels: Sequence[jax.Array], of: Regions, masks: jax.Array, sizes: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """Return the loss of the masks of a round's positive regions, and what these masks should be."""
         first = slice(self.settings.regions.positives)
         positive = of.positive[:, first]
         logits = self.of_masks(number, levels, of.boxes[:, first], jnp.where(positive, of.labels[:, first], 0))
         size = logits.shape[-1]
-        cut = jax.vmap(lambda masks, index, boxes: mask_targets(masks, index, boxes, size))
-        wanted = cut(masks, of.number[:, first], of.boxes[:, first])
+        cut = jax.vmap(lambda masks, index, boxes, ends: mask_targets(masks, index, boxes, size, ends))
+        wanted = cut(masks, of.number[:, first], of.boxes[:, first], sizes if self.masks_end else None)
         each = binary_cross_entropy(logits, wanted)
         return mean_over(each, positive[..., None, None], positive.sum() * size**2), wanted
 
@@ -311,7 +345,7 @@ class RCNN(Detector):
     ) -> Detections:
         """Return the objects that proposals become.
 
-        Scores are of the mean of all rounds' logits, boxes of the last round, masks the mean of all rounds'. Of the
+        Scores are the mean of all rounds', boxes those of the last round, masks the mean of all mask heads'. Of the
         pairs of a proposal and a class with a score above ``score_threshold`` those are left without a better box of
         the same class that overlaps them by more than ``iou_threshold``.
 
@@ -326,19 +360,24 @@ class RCNN(Detector):
 
         Source: mmdet 3.3.0 ``mmdet/models/roi_heads/standard_roi_head.py``.
         """
-        *before, (rois, logits, deltas) = self.rounds_of(features, found, sizes)
-        logits = functools.reduce(jnp.add, [one[1] for one in before], logits) / len(self.rounds)
-        scores = jnp.where(found.valid[..., None], jax.nn.softmax(logits)[..., :-1], 0)
+        rounds = self.rounds_of(features, found, sizes)
+        rois, _, deltas = rounds[-1]
+        logits = [one[1] for one in rounds]
+        if self.mean_of == "logits":
+            scores = jax.nn.softmax(_mean(logits))
+        else:
+            scores = _mean([jax.nn.softmax(one) for one in logits])
+        scores = jnp.where(found.valid[..., None], scores[..., :-1], 0)
         coder = self.rounds[-1].coder
 
         def of_image(boxes: jax.Array, deltas: jax.Array, scores: jax.Array, size: jax.Array) -> tuple:
             boxes = clip(coder.decode(boxes[:, None], deltas), size)
+            boxes = jnp.broadcast_to(boxes, (*scores.shape, 4))
             best = multiclass_nms(boxes, scores, score_threshold, iou_threshold, limit=limit)
             return best.boxes, best.scores, best.labels, best.count
 
         boxes, scores, labels, count = jax.vmap(of_image)(rois, deltas, scores, sizes)
-        masks = [nnx.sigmoid(self.of_masks(i, features.levels, boxes, labels)) for i in range(len(self.rounds))]
-        masks = functools.reduce(jnp.add, masks) / len(masks)
+        masks = _mean([nnx.sigmoid(self.of_masks(i, features.levels, boxes, labels)) for i in range(self.masked)])
         if scales is not None:
             boxes = boxes / jnp.tile(scales, 2)[:, None].astype(boxes.dtype)
         there = jnp.arange(limit) < count[:, None]
@@ -347,7 +386,7 @@ class RCNN(Detector):
     def rounds_of(
         self, features: Features, found: Proposals, sizes: jax.Array
     ) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
-        """Return what every round begins with and says: boxes (B, P, 4), logits (B, P, K + 1), deltas (B, P, K, 4)."""
+        """Return what every round begins with and says: boxes (B, P, 4), logits (B, P, K + 1), deltas (B, P, D, 4)."""
         boxes, rounds = found.boxes, []
         for number, one in enumerate(self.rounds):
             logits, deltas = self.of_boxes(number, features.levels, boxes, found.valid)
@@ -359,8 +398,15 @@ class RCNN(Detector):
     def of_boxes(
         self, number: int, levels: Sequence[jax.Array], boxes: jax.Array, valid: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """Return a round's logits (B, R, K + 1) and deltas (B, R, K, 4) of boxes (B, R, 4), float32 or wider."""
-        logits, deltas = self.box_heads[number](_regions(levels, boxes, BOX_SIZE), valid.ravel())
+        """Return a round's logits (B, R, K + 1) and deltas (B, R, D, 4) of boxes (B, R, 4), float32 or wider.
+
+        D is K, or 1 where one box serves all classes.
+        """
+        held = _regions(levels, boxes, BOX_SIZE)
+        if self.gradient_share < 1:
+            still = jax.lax.stop_gradient(held)
+            held = still + self.gradient_share * (held - still)
+        logits, deltas = self.box_heads[number](held, valid.ravel())
         return _wide(logits, boxes), _wide(deltas, boxes)
 
     def of_masks(self, number: int, levels: Sequence[jax.Array], boxes: jax.Array, labels: jax.Array) -> jax.Array:
@@ -381,8 +427,12 @@ def _wide(x: jax.Array, boxes: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32)).reshape(*boxes.shape[:2], *x.shape[1:])
 
 
+def _mean(arrays: Sequence[jax.Array]) -> jax.Array:
+    return functools.reduce(jnp.add, arrays) / len(arrays)
+
+
 def _of_label(deltas: jax.Array, labels: jax.Array) -> jax.Array:
-    """Return of deltas (B, R, K, 4) those of each region's label (B, R): (B, R, 4); of background any."""
+    """Return of deltas (B, R, D, 4) those of each region's label (B, R): (B, R, 4); of background any."""
     own = jnp.minimum(labels, deltas.shape[2] - 1)
     return jnp.take_along_axis(deltas, own[..., None, None], 2)[:, :, 0]
 
@@ -397,14 +447,14 @@ def refined(
         boxes: what it began with.
         labels: (B, R) integers; K, the background's, stands for the class that the logits hold for the likeliest.
         logits: (B, R, K + 1).
-        deltas: (B, R, K, 4).
+        deltas: (B, R, K, 4), or (B, R, 1, 4) where one box serves all classes.
         sizes: height and width.
 
     Source: mmdet 3.3.0 ``mmdet/models/roi_heads/bbox_heads/bbox_head.py``, ``refine_bboxes``.
     """
     logits, deltas = jax.lax.stop_gradient((logits, deltas))
     likeliest = logits[..., :-1].argmax(-1)
-    labels = jnp.where(labels == deltas.shape[2], likeliest, labels)
+    labels = jnp.where(labels == logits.shape[-1] - 1, likeliest, labels)
     return jax.vmap(clip)(coder.decode(boxes, _of_label(deltas, labels)), sizes)
 
 
@@ -416,50 +466,3 @@ def _box_loss(one: Round, of: Regions, deltas: jax.Array, wanted: jax.Array, cou
     if one.giou is None:
         return mean_over(l1(deltas, one.coder.encode(boxes, wanted)), positive, count)
     return mean_over(giou(one.coder.decode(boxes, deltas), wanted), of.positive, count) * one.giou
-
-
-def head_rows(model: RCNN) -> list[Row]:
-    """Return the official names of pyramid and heads, as mmdet's checkpoints have them."""
-    rows = below("neck", "neck", fpn(len(model.neck.laterals), len(model.neck.extra)))
-    rows += below("rpn", "rpn_head", rpn_head())
-    for i, (boxes, masks) in enumerate(zip(model.box_heads, model.mask_heads, strict=True)):
-        number = f".{i}" if len(model.rounds) > 1 else ""
-        layers = box_head(BOX_SIZE, len(boxes.convs), len(boxes.fcs))
-        rows += below(f"box_heads.{i}", f"roi_head.bbox_head{number}", layers)
-        rows += below(f"mask_heads.{i}", f"roi_head.mask_head{number}", mask_head(len(masks.convs)))
-    return rows
-
-
-class MaskRCNN(RCNN):
-    """Mask R-CNN, in one round.
-
-    Settings are mmdet's ``configs/swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py``, on which the detectors of
-    EfficientVMamba, VMamba and MSVMamba are built.
-    """
-
-    rounds = (Round(DeltaCoder((0.1, 0.1, 0.2, 0.2)), Matcher(positive=0.5, negative=0.5, minimum=0.5)),)
-
-
-def _round(overlap: float, weight: float, *stds: float) -> Round:
-    return Round(DeltaCoder(stds), Matcher(positive=overlap, negative=overlap, minimum=None), weight, giou=10.0)
-
-
-class CascadeMaskRCNN(RCNN):
-    """Cascade Mask R-CNN, in three rounds that ask for more and more overlap.
-
-    Settings are those of MambaVision's ``object_detection/configs/mamba_vision`` at 7860a50.
-    """
-
-    rounds = (
-        _round(0.5, 1.0, 0.1, 0.1, 0.2, 0.2),
-        _round(0.6, 0.5, 0.05, 0.05, 0.1, 0.1),
-        _round(0.7, 0.25, 0.033, 0.033, 0.067, 0.067),
-    )
-    convs, fcs = 4, 1
-    smooth = 1 / 9
-    settings = Settings(trained=Limits(2000, 2000))
-    whole_anchors = True
-
-
-for _kind in (MaskRCNN, CascadeMaskRCNN):
-    register(_kind, lambda model: with_backbone(model, head_rows(model)))

@@ -18,7 +18,14 @@ CHUNK = 64  # regions at a time: each takes S rows of the finest map in between
 
 
 def weights(
-    low: jax.Array, high: jax.Array, cells: int, size: int, *, samples: int = 0, aligned: bool = True
+    low: jax.Array,
+    high: jax.Array,
+    cells: int,
+    size: int,
+    *,
+    samples: int = 0,
+    aligned: bool = True,
+    end: jax.Array | None = None,
 ) -> jax.Array:
     """Return how much each cell of an axis counts for each bin of some boxes.
 
@@ -33,6 +40,7 @@ def weights(
         samples: of a bin; 0 takes as many as it has cells, rounded up.
         aligned: cells are squares whose middles are at a half; False takes them for points at whole numbers, and boxes
             are at least one cell long.
+        end: () how many cells of the axis are there, the others being padding; None: all.
 
     Returns:
         (R, S, N) of the type of ``low``. It has no gradient by the boxes.
@@ -46,11 +54,12 @@ def weights(
     count = jnp.full(length.shape, samples, jnp.int32) if samples else _samples(length, size)
     begin = low[:, None] + jnp.arange(size, dtype=dtype) * step[:, None]
     places = jnp.arange(cells, dtype=dtype)
+    end = jnp.asarray(cells if end is None else end, dtype)
 
     def add(i: jax.Array, total: jax.Array) -> jax.Array:
         at = begin + ((i + 0.5) * step / jnp.maximum(count, 1).astype(dtype))[:, None]
-        counts = (at >= -1) & (at <= cells) & (i < count)[:, None]
-        at = jnp.clip(at, 0, cells - 1)
+        counts = (at >= -1) & (at <= end) & (i < count)[:, None]
+        at = jnp.clip(at, 0, end - 1)
         share = jnp.maximum(1 - jnp.abs(at[..., None] - places), 0)
         return total + jnp.where(counts[..., None], share, 0)
 

@@ -15,7 +15,7 @@ from flax.typing import Dtype
 
 from evmamba_jax.detection import per_anchor
 from evmamba_jax.detection.anchors import Anchors
-from evmamba_jax.detection.boxes import clip
+from evmamba_jax.detection.boxes import clip, has_area
 from evmamba_jax.detection.detector import Detections, Detector, sizes_of, with_backbone
 from evmamba_jax.detection.losses import l1, sigmoid_focal
 from evmamba_jax.detection.matching import Matcher, Objects
@@ -184,7 +184,7 @@ def detections(
         boxes = jnp.concatenate(boxes)
         boxes = boxes / jnp.tile(scale, 2).astype(boxes.dtype)
         scores, labels = (jnp.concatenate([level[part] for level in found]) for part in (0, 2))
-        valid = (scores > 0) & (boxes[:, 2:] > boxes[:, :2]).all(1)
+        valid = (scores > 0) & has_area(boxes)
         index, count = batched_nms(boxes, scores, labels, iou_threshold, limit=limit, valid=valid)
         there = jnp.arange(limit) < count
         return Detections(

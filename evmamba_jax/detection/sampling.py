@@ -59,12 +59,14 @@ class Candidates(NamedTuple):
     """Boxes that may be trained on: the objects themselves, then what was proposed.
 
     Attributes:
-        boxes: (B, G + P, 4).
-        index: (B, G + P) the number of an object from 1, 0 for background, -1 for what takes no part.
+        boxes: (B, N, 4).
+        index: (B, N) the number of an object from 1, 0 for background, -1 for what takes no part.
+        added: (B, N) True for the objects themselves.
     """
 
     boxes: jax.Array
     index: jax.Array
+    added: jax.Array
 
 
 class Regions(NamedTuple):
@@ -87,7 +89,9 @@ class Regions(NamedTuple):
     added: jax.Array
 
 
-def candidates(objects: Objects, boxes: jax.Array, valid: jax.Array, matcher: Matcher) -> Candidates:
+def candidates(
+    objects: Objects, boxes: jax.Array, valid: jax.Array, matcher: Matcher, *, add: bool = True
+) -> Candidates:
     """Return objects and boxes with what they are for.
 
     Args:
@@ -95,33 +99,38 @@ def candidates(objects: Objects, boxes: jax.Array, valid: jax.Array, matcher: Ma
         boxes: (B, P, 4), float32 or float64.
         valid: (B, P) False for padding.
         matcher: which boxes are for which objects.
+        add: False leaves the objects themselves out.
 
     Source: mmdet 3.3.0 ``mmdet/models/task_modules/samplers/base_sampler.py``.
     """
     own = jnp.where(objects.valid[..., None], objects.boxes, 0).astype(boxes.dtype)
     match = jax.vmap(lambda boxes, own, there, valid: matcher(boxes, own, there, inside=valid).index)
-    themselves = jnp.where(objects.valid, jnp.arange(1, own.shape[1] + 1), -1).astype(jnp.int32)
     index = match(boxes, own, objects.valid, valid)
-    return Candidates(jnp.concatenate([own, boxes], 1), jnp.concatenate([themselves, index], 1))
+    found = Candidates(boxes, index, jnp.zeros_like(valid))
+    if not add:
+        return found
+    themselves = jnp.where(objects.valid, jnp.arange(1, own.shape[1] + 1), -1).astype(jnp.int32)
+    added = Candidates(own, themselves, objects.valid)
+    return jax.tree.map(lambda *both: jnp.concatenate(both, 1), added, found)
 
 
 def regions(of: Candidates, chosen: Chosen, objects: Objects, count: int, classes: int) -> Regions:
     """Return the candidates that were chosen, at most ``count`` of an image; ``classes`` is the background's label."""
 
-    def of_image(boxes: jax.Array, index: jax.Array, chosen: Chosen, labels: jax.Array) -> Regions:
+    def of_image(of: Candidates, chosen: Chosen, labels: jax.Array) -> Regions:
         rank = jnp.where(chosen.positive, 0, jnp.where(chosen.negative, 1, 2))
         rank = jnp.pad(rank, (0, max(0, count - len(rank))), constant_values=2)
         place = jnp.argsort(rank)[:count]  # stable: candidates keep their order
-        rank, place = rank[place], jnp.minimum(place, len(boxes) - 1)
+        rank, place = rank[place], jnp.minimum(place, len(of.boxes) - 1)
         positive, valid = rank == 0, rank < 2
-        number = jnp.where(positive, index[place] - 1, 0)
+        number = jnp.where(positive, of.index[place] - 1, 0)
         return Regions(
-            jnp.where(valid[:, None], boxes[place], 0),
+            jnp.where(valid[:, None], of.boxes[place], 0),
             number,
             jnp.where(positive, labels[number], classes).astype(jnp.int32),
             positive,
             valid,
-            positive & (place < len(labels)),
+            positive & of.added[place],
         )
 
-    return jax.vmap(of_image)(*of, chosen, objects.labels)
+    return jax.vmap(of_image)(of, chosen, objects.labels)

@@ -1,7 +1,7 @@
 """Backbones as segmenters and detectors have them: four maps at strides of 4, 8, 16 and 32 pixels."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -28,13 +28,14 @@ class Backbone(NamedTuple):
 
     body: Any
     channels: list[int]
-    pyramid: PlainPyramid | None
+    pyramid: Any
 
 
 def build_backbone(
     name: str,
     *,
     window_size: tuple[int, ...],
+    pyramid: Callable[..., Any] = PlainPyramid,
     options: Mapping[str, Any] | None,
     dtype: Dtype | None,
     rngs: nnx.Rngs,
@@ -47,6 +48,7 @@ def build_backbone(
     Args:
         name: one of :func:`evmamba_jax.list_models`.
         window_size: of MambaVision, for each stage, unless ``options`` say otherwise.
+        pyramid: makes that pyramid from channels and stride of the maps.
         options: of the backbone.
         dtype: compute type.
         rngs: source of the initial values.
@@ -68,5 +70,5 @@ def build_backbone(
     if isinstance(body.config, StagedConfig):
         return Backbone(body, [body.config.width * 2**i for i in range(body.config.STAGES)], None)
     stride = getattr(body.config, "stride", body.config.patch_size)
-    pyramid = PlainPyramid(body.config.width, stride, dtype=dtype, rngs=rngs)
-    return Backbone(body, [body.config.width] * 4, pyramid)
+    width = body.config.width
+    return Backbone(body, [width] * 4, pyramid(width, stride, dtype=dtype, rngs=rngs))

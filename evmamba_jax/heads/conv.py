@@ -1,33 +1,48 @@
 """What heads are made of: a convolution with norm and ReLU, and the classifier of each pixel."""
 
+import functools
 import math
+from typing import Any
 
 import jax
 from flax import nnx
-from flax.typing import Dtype
+from flax.typing import Dtype, Initializer
 
 from evmamba_jax.layers import initializers as init
 from evmamba_jax.layers.drop_path import Drop
-from evmamba_jax.layers.norm import BatchNorm
+from evmamba_jax.layers.norm import BatchNorm, LayerNorm
+
+# Over channels, as Detectron2's "LN" is.
+ChannelNorm = functools.partial(LayerNorm, epsilon=1e-6)
 
 
-class ConvNormReLU(nnx.Module):
-    """A square convolution without bias that keeps the size, BatchNorm, ReLU.
+class ConvNorm(nnx.Module):
+    """A square convolution without bias that keeps the size, then a norm.
 
     Args:
         c_in: channels of the input.
         c_out: channels of the output.
         size: side of the kernel, odd.
+        norm: makes the norm of so many channels.
+        kernel_init: of the kernel; None: Kaiming's normal by the fan out.
         dtype: compute type; the norm's statistics are float32 or wider.
-        rngs: source of the initial values, Kaiming normal by the fan out.
-
-    Source: mmcv's ``ConvModule`` as mmseg's heads and mmdet's box heads configure it.
+        rngs: source of the initial values.
     """
 
-    def __init__(self, c_in: int, c_out: int, size: int, *, dtype: Dtype | None, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        size: int,
+        *,
+        norm: Any = BatchNorm,
+        kernel_init: Initializer | None = None,
+        dtype: Dtype | None,
+        rngs: nnx.Rngs,
+    ):
         layer = {
             "use_bias": False,
-            "kernel_init": init.normal(math.sqrt(2 / (c_out * size * size))),
+            "kernel_init": kernel_init or init.normal(math.sqrt(2 / (c_out * size * size))),
             "dtype": dtype,
             "rngs": rngs,
         }
@@ -35,11 +50,23 @@ class ConvNormReLU(nnx.Module):
             self.conv = nnx.Linear(c_in, c_out, **layer)
         else:
             self.conv = nnx.Conv(c_in, c_out, (size, size), padding=size // 2, **layer)
-        self.norm = BatchNorm(c_out, dtype=dtype, rngs=rngs)
+        self.norm = norm(c_out, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, counted: jax.Array | None = None) -> jax.Array:
-        """Map (B, H, W, c_in) to (B, H, W, c_out); the norm's statistics are of the rows that are ``counted`` (B,)."""
-        return nnx.relu(self.norm(self.conv(x), counted))
+        """Map (B, H, W, c_in) to (B, H, W, c_out); BatchNorm's statistics are of the rows that are ``counted`` (B,)."""
+        x = self.conv(x)
+        return self.norm(x, counted) if isinstance(self.norm, BatchNorm) else self.norm(x)
+
+
+class ConvNormReLU(ConvNorm):
+    """A ConvNorm, then ReLU.
+
+    Source: mmcv's ``ConvModule`` as mmseg's heads and mmdet's box heads configure it.
+    """
+
+    def __call__(self, x: jax.Array, counted: jax.Array | None = None) -> jax.Array:
+        """Do what ConvNorm does, and set negative values to 0."""
+        return nnx.relu(super().__call__(x, counted))
 
 
 class Dropout2d(Drop):

@@ -5,6 +5,9 @@ Backbones of four stages give these maps themselves, with ``out_norms=True`` thr
 Source: hustvl/Vim ``seg/backbone/vim.py`` at dd0358a, after BEiT's segmenter.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -54,18 +57,37 @@ class Deconv(nnx.Module):
 
 
 class Enlarge(nnx.Module):
-    """Twice or four times the size: a Deconv, and for four times BatchNorm, GELU and another."""
+    """Twice or four times the size: a Deconv, and for four times a norm, GELU and another.
 
-    def __init__(self, width: int, factor: int, *, dtype: Dtype | None, rngs: nnx.Rngs):
+    Args:
+        widths: channels of the input, and of what each Deconv gives.
+        norm: makes the norm of so many channels.
+        dtype: compute type.
+        rngs: source of the initial values.
+    """
+
+    def __init__(self, widths: Sequence[int], *, norm: Any = BatchNorm, dtype: Dtype | None, rngs: nnx.Rngs):
         layer = {"dtype": dtype, "rngs": rngs}
-        self.conv1 = Deconv(width, width, **layer)
-        self.norm = BatchNorm(width, **layer) if factor == 4 else None
-        self.conv2 = Deconv(width, width, **layer) if factor == 4 else None
+        self.conv1 = Deconv(widths[0], widths[1], **layer)
+        self.norm = norm(widths[1], **layer) if len(widths) == 3 else None
+        self.conv2 = Deconv(widths[1], widths[2], **layer) if len(widths) == 3 else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Map (B, H, W, C) to (B, factor H, factor W, C)."""
+        """Map (B, H, W, C) to (B, factor H, factor W, C of the last)."""
         x = self.conv1(x)
         return x if self.norm is None or self.conv2 is None else self.conv2(gelu(self.norm(x)))
+
+
+def check_stride(stride: int) -> None:
+    """Raise a UserError unless maps of this stride can be made into maps of STRIDES."""
+    if stride not in (4, 8, 16):
+        raise UserError(f"maps every {stride} pixels make no pyramid of {STRIDES}: take a stride of 4, 8 or 16")
+
+
+def reduced(x: jax.Array, side: int) -> jax.Array:
+    """Return the maximum of each ``side`` x ``side`` cells of (B, H, W, C); cells beyond the last whole one are left
+    out."""
+    return nnx.max_pool(x, (side, side), (side, side))
 
 
 class PlainPyramid(nnx.Module):
@@ -82,12 +104,10 @@ class PlainPyramid(nnx.Module):
     """
 
     def __init__(self, width: int, stride: int, *, dtype: Dtype | None = None, rngs: nnx.Rngs):
-        if stride not in (4, 8, 16):
-            raise UserError(f"maps every {stride} pixels make no pyramid of {STRIDES}: take a stride of 4, 8 or 16")
+        check_stride(stride)
         self.stride = stride
-        self.enlarge = nnx.List(
-            [Enlarge(width, stride // wanted, dtype=dtype, rngs=rngs) for wanted in STRIDES if wanted < stride]
-        )
+        widths = [[width] * (stride // wanted).bit_length() for wanted in STRIDES if wanted < stride]
+        self.enlarge = nnx.List([Enlarge(own, dtype=dtype, rngs=rngs) for own in widths])
 
     def __call__(self, maps: list[jax.Array]) -> list[jax.Array]:
         """Map four (B, H, W, C) to four of other sizes; cells beyond the last whole one are left out."""
@@ -96,7 +116,6 @@ class PlainPyramid(nnx.Module):
             if wanted < self.stride:
                 x = self.enlarge[i](x)
             elif wanted > self.stride:
-                side = wanted // self.stride
-                x = nnx.max_pool(x, (side, side), (side, side))
+                x = reduced(x, wanted // self.stride)
             made.append(x)
         return made

@@ -2,25 +2,28 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from einops import rearrange
 from flax import nnx
-from flax.typing import Dtype
+from flax.typing import Dtype, Initializer
 
-from evmamba_jax.heads.conv import ConvNormReLU
+from evmamba_jax.heads.conv import ConvNorm, ConvNormReLU
 from evmamba_jax.heads.maps import Deconv
 from evmamba_jax.layers import initializers as init
+from evmamba_jax.layers.norm import BatchNorm
 
 
 class RPNHead(nnx.Module):
-    """One 3x3 convolution with ReLU, then a linear layer each: whether there is an object, and deltas of its box.
+    """3x3 convolutions with ReLU, then a linear layer each: whether there is an object, and deltas of its box.
 
     Args:
         anchors: A of every pixel.
         in_width: channels of the levels.
-        width: channels between.
+        width: channels of the convolutions.
+        convs: how many there are.
         dtype: compute type.
         rngs: source of the initial values: kernels N(0, .01), biases 0.
 
@@ -28,9 +31,12 @@ class RPNHead(nnx.Module):
     ``mmdet/models/dense_heads/rpn_head.py``.
     """
 
-    def __init__(self, anchors: int, in_width: int, width: int, *, dtype: Dtype | None = None, rngs: nnx.Rngs):
+    def __init__(
+        self, anchors: int, in_width: int, width: int, *, convs: int = 1, dtype: Dtype | None = None, rngs: nnx.Rngs
+    ):
         layer = {"kernel_init": init.normal(0.01), "bias_init": init.zeros, "dtype": dtype, "rngs": rngs}
-        self.conv = nnx.Conv(in_width, width, (3, 3), padding=1, **layer)
+        inputs = [in_width, *[width] * (convs - 1)]
+        self.convs = nnx.List(nnx.Conv(c, width, (3, 3), padding=1, **layer) for c in inputs)
         self.cls = nnx.Linear(width, anchors, **layer)
         self.reg = nnx.Linear(width, anchors * 4, **layer)
 
@@ -39,23 +45,37 @@ class RPNHead(nnx.Module):
 
         The channels of an anchor follow each other.
         """
-        hidden = [nnx.relu(self.conv(x)) for x in levels]
-        return [self.cls(x) for x in hidden], [self.reg(x) for x in hidden]
+        for conv in self.convs:
+            levels = [nnx.relu(conv(x)) for x in levels]
+        return [self.cls(x) for x in levels], [self.reg(x) for x in levels]
+
+
+def xavier(c_in: int, c_out: int) -> Initializer:
+    """Return Xavier's uniform rule for a linear layer."""
+    return init.within(math.sqrt(6 / (c_in + c_out)))
+
+
+def xavier_fill(c_in: int, c_out: int) -> Initializer:
+    """Return what Detectron2 (``c2_xavier_fill``) takes for Xavier's rule: uniform by the inputs alone."""
+    del c_out
+    return init.within(math.sqrt(3 / c_in))
 
 
 class BoxHead(nnx.Module):
-    """Layers with ReLU, then a linear one each: logits of classes and background, deltas for each class.
+    """Layers with ReLU, then a linear one each: logits of classes and background, deltas for each class or for all.
 
     Args:
         num_classes: K, without a background.
         in_width: channels C of the regions.
         width: channels of the fully connected layers.
         size: side S of the regions.
-        convs: how many 3x3 convolutions with BatchNorm, of C channels, come first.
+        convs: how many 3x3 convolutions with a norm, of C channels, come first.
+        norm: makes the norm of so many channels.
         fcs: how many fully connected layers follow.
+        fc_init: the rule of their kernels, by their channels.
+        class_agnostic: one box serves all classes.
         dtype: compute type.
-        rngs: source of the initial values: kernels of fully connected layers Xavier's uniform, of classes N(0, .01), of
-            deltas N(0, .001); biases 0.
+        rngs: source of the initial values: kernels of classes N(0, .01), of deltas N(0, .001); biases 0.
 
     Source: mmdet 3.3.0 ``mmdet/models/roi_heads/bbox_heads/convfc_bbox_head.py``.
     """
@@ -68,24 +88,25 @@ class BoxHead(nnx.Module):
         *,
         size: int = 7,
         convs: int = 0,
+        norm: Any = BatchNorm,
         fcs: int = 2,
+        fc_init: Callable[[int, int], Initializer] = xavier,
+        class_agnostic: bool = False,
         dtype: Dtype | None = None,
         rngs: nnx.Rngs,
     ):
-        def linear(c_in: int, c_out: int, deviation: float | None = None) -> nnx.Linear:
-            drawn = init.within(math.sqrt(6 / (c_in + c_out))) if deviation is None else init.normal(deviation)
-            return nnx.Linear(c_in, c_out, kernel_init=drawn, bias_init=init.zeros, dtype=dtype, rngs=rngs)
-
-        self.convs = nnx.List(ConvNormReLU(in_width, in_width, 3, dtype=dtype, rngs=rngs) for _ in range(convs))
+        layer = {"dtype": dtype, "rngs": rngs}
+        linear = functools.partial(nnx.Linear, bias_init=init.zeros, **layer)
+        self.convs = nnx.List(ConvNormReLU(in_width, in_width, 3, norm=norm, **layer) for _ in range(convs))
         inputs = [size * size * in_width, *[width] * (fcs - 1)]
-        self.fcs = nnx.List(linear(c, width) for c in inputs)
-        self.cls = linear(width, num_classes + 1, 0.01)
-        self.reg = linear(width, num_classes * 4, 0.001)
+        self.fcs = nnx.List(linear(c, width, kernel_init=fc_init(c, width)) for c in inputs)
+        self.cls = linear(width, num_classes + 1, kernel_init=init.normal(0.01))
+        self.reg = linear(width, 4 if class_agnostic else num_classes * 4, kernel_init=init.normal(0.001))
 
     def __call__(self, regions: jax.Array, counted: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Map regions (R, S, S, C) to logits (R, K + 1), the background last, and deltas (R, K, 4).
+        """Map regions (R, S, S, C) to logits (R, K + 1), the background last, and deltas (R, K or 1, 4).
 
-        Norms in training mode have the statistics of the regions that are ``counted`` (R,).
+        BatchNorm in training mode has the statistics of the regions that are ``counted`` (R,).
         """
         for conv in self.convs:
             regions = conv(regions, counted)
@@ -103,6 +124,8 @@ class MaskHead(nnx.Module):
         in_width: channels C of the regions.
         width: channels of the convolutions.
         depth: of the convolutions before the transposed one.
+        norm: makes the norm of so many channels, which follows each of these convolutions; None: they have a bias.
+        logits_init: of the last kernel; None: as the others.
         dtype: compute type.
         rngs: source of the initial values: Kaiming's normal kernels by the fan out, biases 0.
 
@@ -117,15 +140,24 @@ class MaskHead(nnx.Module):
         width: int = 256,
         *,
         depth: int = 4,
+        norm: Any = None,
+        logits_init: Initializer | None = None,
         dtype: Dtype | None = None,
         rngs: nnx.Rngs,
     ):
-        layer = {"bias_init": init.zeros, "dtype": dtype, "rngs": rngs}
+        layer = {"dtype": dtype, "rngs": rngs}
+        with_bias = {"bias_init": init.zeros, **layer}
         fan_out = lambda pixels, channels: init.normal(math.sqrt(2 / (pixels * channels)))  # noqa: E731
-        conv = functools.partial(nnx.Conv, kernel_size=(3, 3), padding=1, kernel_init=fan_out(9, width), **layer)
+        if norm is None:
+            conv = functools.partial(
+                nnx.Conv, kernel_size=(3, 3), padding=1, kernel_init=fan_out(9, width), **with_bias
+            )
+        else:
+            conv = functools.partial(ConvNorm, size=3, norm=norm, **layer)
         self.convs = nnx.List(conv(c, width) for c in [in_width, *[width] * (depth - 1)])
-        self.upsample = Deconv(width, width, kernel_init=fan_out(4, width), **layer)
-        self.logits = nnx.Linear(width, num_classes, kernel_init=fan_out(1, num_classes), **layer)
+        self.upsample = Deconv(width, width, kernel_init=fan_out(4, width), **with_bias)
+        logits_init = logits_init or fan_out(1, num_classes)
+        self.logits = nnx.Linear(width, num_classes, kernel_init=logits_init, **with_bias)
 
     def __call__(self, regions: jax.Array) -> jax.Array:
         """Map regions (R, S, S, C) to logits (R, 2S, 2S, K)."""
