@@ -42,7 +42,7 @@ class Detector(nnx.Module):
         pyramid: makes maps of these strides from a backbone that has one size.
     """
 
-    def __init__(self, backbone: Any, pyramid: Callable[..., Any] | None):
+    def __init__(self, backbone: Any, pyramid: Any):
         self.backbone = backbone
         self.pyramid = pyramid
 

@@ -9,7 +9,7 @@ from evmamba_jax.detection.boxes import DeltaCoder
 from evmamba_jax.detection.detector import with_backbone
 from evmamba_jax.detection.matching import Matcher
 from evmamba_jax.detection.proposals import Limits, Rules
-from evmamba_jax.detection.rcnn import BOX_SIZE, RCNN, Round, Settings
+from evmamba_jax.detection.rcnn import BOX_SIZE, RCNN, Heads, Round, Settings
 from evmamba_jax.heads.rcnn import BoxHead
 from evmamba_jax.weights.convert import register
 from evmamba_jax.weights.detectors import box_head, fpn, mask_head, rpn_head
@@ -44,7 +44,7 @@ class CascadeMaskRCNN(RCNN):
     rules = Rules(beta=1 / 9, trained="within")
     settings = Settings(trained=Limits(2000, 2000))
     masked = 3
-    box_head = staticmethod(functools.partial(BoxHead, convs=4, fcs=1))
+    heads = Heads(box=functools.partial(BoxHead, convs=4, fcs=1))
 
 
 def head_rows(model: RCNN) -> list[Row]:

@@ -75,8 +75,8 @@ class Targets(NamedTuple):
         Losses are then divided by ``count``, or by how many are taken where it is None.
         """
         taken = sum(jnp.maximum(kind.sum(1), 1).sum() for kind in (positive, negative))
-        count = jnp.asarray(taken if count is None else count)
-        return self._replace(counted=positive | negative, positive=positive, count=count)
+        by = jnp.asarray(taken if count is None else count)
+        return self._replace(counted=positive | negative, positive=positive, count=by)
 
 
 def targets(

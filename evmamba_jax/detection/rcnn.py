@@ -92,6 +92,15 @@ class Round:
     sampled: bool = True
 
 
+@dataclasses.dataclass(frozen=True)
+class Heads:
+    """What makes the heads: of proposals, of boxes for each round, of masks."""
+
+    rpn: Callable[..., RPNHead] = RPNHead
+    box: Callable[..., BoxHead] = BoxHead
+    mask: Callable[..., MaskHead] = MaskHead
+
+
 class Losses(NamedTuple):
     """The losses: of proposals (L,) for each level, of regions (T,) for each round; their sum is what is trained.
 
@@ -146,9 +155,7 @@ class RCNN(Detector):
         rules: how proposals are.
         settings: numbers of boxes, the published ones unless given.
         masked: how many rounds, from the first on, have a mask head.
-        rpn_head: makes the head of proposals.
-        box_head: makes that of a round.
-        mask_head: makes its mask head.
+        heads: what makes these.
         fixed_count: whether losses of proposals are divided by the anchors that ``settings`` ask for, not by those that
             there are.
         gradient_share: how much of the gradient of box heads reaches the pyramid.
@@ -160,7 +167,7 @@ class RCNN(Detector):
     rules = Rules()
     settings = Settings()
     masked = 1
-    rpn_head, box_head, mask_head = RPNHead, BoxHead, MaskHead
+    heads = Heads()
     fixed_count = False
     gradient_share = 1.0
     mean_of: Literal["logits", "probabilities"] = "logits"
@@ -170,7 +177,7 @@ class RCNN(Detector):
         self,
         backbone: Any,
         widths: Sequence[int],
-        pyramid: Callable[..., Any] | None,
+        pyramid: Any,
         num_classes: int,
         *,
         width: int = 256,
@@ -187,13 +194,13 @@ class RCNN(Detector):
         if settings is not None:
             self.settings = settings
         self.neck = self.neck_of(widths, width, **layer)
-        self.rpn = self.rpn_head(anchors.per_cell, width, width, **layer)
+        self.rpn = self.heads.rpn(anchors.per_cell, width, width, **layer)
         self.box_heads = nnx.List(
-            self.box_head(num_classes, width, fc_width, size=BOX_SIZE, **layer) for _ in self.rounds
+            self.heads.box(num_classes, width, fc_width, size=BOX_SIZE, **layer) for _ in self.rounds
         )
-        self.mask_heads = nnx.List(self.mask_head(num_classes, width, width, **layer) for _ in range(self.masked))
+        self.mask_heads = nnx.List(self.heads.mask(num_classes, width, width, **layer) for _ in range(self.masked))
 
-    def neck_of(self, widths: Sequence[int], width: int, **layer: Any) -> Callable[..., list[jax.Array]] | None:
+    def neck_of(self, widths: Sequence[int], width: int, **layer: Any) -> Any:
         """Return what makes levels of ``width`` channels of maps of ``widths``; None where maps are levels."""
         return FPN(widths, width, levels=len(STRIDES), **layer)
 

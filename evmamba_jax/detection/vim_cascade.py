@@ -18,7 +18,7 @@ from evmamba_jax.detection.anchors import Anchors, Detectron2Anchors
 from evmamba_jax.detection.boxes import DeltaCoder
 from evmamba_jax.detection.matching import Matcher
 from evmamba_jax.detection.proposals import Rules
-from evmamba_jax.detection.rcnn import BOX_SIZE, RCNN, STRIDES, Round
+from evmamba_jax.detection.rcnn import BOX_SIZE, RCNN, STRIDES, Heads, Round
 from evmamba_jax.errors import UserError
 from evmamba_jax.heads.conv import ChannelNorm
 from evmamba_jax.heads.rcnn import BoxHead, MaskHead, RPNHead, xavier_fill
@@ -58,11 +58,11 @@ class VimCascade(RCNN):
         coder=DeltaCoder(smallest=-math.inf),
         trained="all",
     )
-    rpn_head = staticmethod(functools.partial(RPNHead, convs=2))
-    box_head = staticmethod(
-        functools.partial(BoxHead, convs=4, norm=ChannelNorm, fcs=1, fc_init=xavier_fill, class_agnostic=True)
+    heads = Heads(
+        rpn=functools.partial(RPNHead, convs=2),
+        box=functools.partial(BoxHead, convs=4, norm=ChannelNorm, fcs=1, fc_init=xavier_fill, class_agnostic=True),
+        mask=functools.partial(MaskHead, norm=ChannelNorm, logits_init=init.normal(0.001)),
     )
-    mask_head = staticmethod(functools.partial(MaskHead, norm=ChannelNorm, logits_init=init.normal(0.001)))
     fixed_count = True
     gradient_share = 1 / 3
     mean_of = "probabilities"

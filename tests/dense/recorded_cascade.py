@@ -6,7 +6,7 @@ from pathlib import Path
 from recorded_cases import Compared
 from recorded_maskrcnn import compare_rcnn
 
-from evmamba_jax.detection.rcnn import CascadeMaskRCNN
+from evmamba_jax.detection.mask_rcnn import CascadeMaskRCNN
 
 PLACES = ("keep_all_bn_eval", "keep_all", "sampled")
 

@@ -22,13 +22,14 @@ from recorded_retinanet import (
 )
 
 from evmamba_jax.arrays import merge, split
+from evmamba_jax.detection import mask_rcnn
 from evmamba_jax.detection import proposals as rpn
-from evmamba_jax.detection import rcnn
 from evmamba_jax.detection.boxes import within
+from evmamba_jax.detection.mask_rcnn import MaskRCNN
 from evmamba_jax.detection.masks import paste
 from evmamba_jax.detection.matching import Objects
-from evmamba_jax.detection.proposals import Limits, proposals
-from evmamba_jax.detection.rcnn import ANCHORS, BOX_SIZE, RCNN, STRIDES, Features, MaskRCNN, Settings
+from evmamba_jax.detection.proposals import Limits
+from evmamba_jax.detection.rcnn import ANCHORS, BOX_SIZE, RCNN, STRIDES, Features, Settings
 from evmamba_jax.detection.regions import extract
 from evmamba_jax.detection.sampling import Chosen, Sampler
 
@@ -69,7 +70,7 @@ def compare_rcnn(folder: Path, name: str, kind: type[RCNN], places: tuple[str, .
     doc, dtype = recorded.doc, np.float64 if x64 else np.float32
     objects = with_masks(recorded, padded_objects(recorded, len(doc["images"]), dtype))
     model = detector(doc, kind, objects.labels.shape[1])
-    rows = rcnn.head_rows(model)
+    rows = mask_rcnn.head_rows(model)
     yield fill_recorded(f"{name} names", doc, model, rows, dtype)
     model.eval()
     structure, params, stats = split(model)
@@ -80,10 +81,9 @@ def compare_rcnn(folder: Path, name: str, kind: type[RCNN], places: tuple[str, .
     def begin(params):
         features = merge(structure, params, stats).outputs(maps)
         train, test = (
-            proposals(features.raw, sizes, ANCHORS, limits)
-            for limits in (model.settings.trained, model.settings.tested)
+            model.proposals(features, sizes, limits) for limits in (model.settings.trained, model.settings.tested)
         )
-        anchors = rpn.targets(features.raw, objects, padded, ANCHORS, sizes if model.whole_anchors else None)
+        anchors = rpn.targets(features.raw, objects, padded, sizes, ANCHORS, model.rules)
         return features, anchors, train, test
 
     features, everything, train, test = begin(params)
@@ -102,7 +102,7 @@ def compare_rcnn(folder: Path, name: str, kind: type[RCNN], places: tuple[str, .
 
     boxes = np.concatenate(ANCHORS.boxes(features.raw.sizes, dtype))
     inside = [np.concatenate(ANCHORS.inside(features.raw.sizes, one)) for one in padded]
-    if model.whole_anchors:
+    if model.rules.trained == "within":
         inside = [own & np.asarray(within(boxes, size)) for own, size in zip(inside, sizes, strict=True)]
     slots = [np.flatnonzero(own) for own in inside]
     steps: dict[bool, Any] = {}

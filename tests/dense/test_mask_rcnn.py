@@ -15,9 +15,10 @@ from recorded_retinanet import GivenMaps
 from evmamba_jax.arrays import merge, split
 from evmamba_jax.detection import Objects, create_detector
 from evmamba_jax.detection.anchors import Anchors
+from evmamba_jax.detection.mask_rcnn import CascadeMaskRCNN, MaskRCNN
 from evmamba_jax.detection.per_anchor import Raw
 from evmamba_jax.detection.proposals import Limits, proposals
-from evmamba_jax.detection.rcnn import ANCHORS, CascadeMaskRCNN, MaskRCNN, Settings, refined
+from evmamba_jax.detection.rcnn import ANCHORS, Settings, refined
 from evmamba_jax.detection.sampling import Candidates, Chosen, Sampler, candidates, regions
 from evmamba_jax.errors import UserError
 from evmamba_jax.layers.norm import BatchNorm
@@ -58,6 +59,7 @@ def test_objects_come_first_and_regions_by_kind():
     np.testing.assert_array_equal(found.boxes[0, 2:4], [[0] * 4, [50, 50, 60, 60]])
 
     take = Chosen(found.index > 0, (found.index == 0) & (jnp.arange(8) != 3))
+    np.testing.assert_array_equal(found.added, [[True, True, False] + [False] * 5])
     chosen = jax.jit(regions, static_argnums=(3, 4))(Candidates(*found), take, objects, 7, 5)
     np.testing.assert_array_equal(chosen.positive, [[True] * 4 + [False] * 3])
     np.testing.assert_array_equal(chosen.valid, [[True] * 5 + [False] * 2])
