@@ -48,11 +48,11 @@ def worst_of(folder: Path, kinds: Mapping[str, str]) -> Iterator[Compared]:
 
     Args:
         folder: of recorded files.
-        kinds: the kinds, whose modules ``recorded_KIND`` compare, with the file that has each one's cases.
+        kinds: the kinds, whose modules ``recorded_KIND`` compare, with the pattern of the files that have their cases.
     """
     for kind, file in kinds.items():
         worst: dict[str, Compared] = {}
-        if not (folder / f"{file}.json").exists():
+        if not any(folder.glob(f"{file}.json")):
             continue
         module = importlib.import_module(f"recorded_{kind}")
         for one in module.compare(folder, bool(jax.config.jax_enable_x64)):

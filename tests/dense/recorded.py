@@ -5,6 +5,7 @@ Prints a line a case, then what there is no model for yet, and at last how many 
 recorded in the files of that kind; its ``compare(folder, x64)`` yields ``Compared``.
 """
 
+import fnmatch
 import json
 import sys
 from pathlib import Path
@@ -15,11 +16,13 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 from recorded_cases import worst_of  # noqa: E402
 
 SHARED = HERE.parents[2] / "shared" / "dense"
-# With the file that has the kind's cases.
+# With the files that have the kind's cases.
 KINDS = {
     "retinanet": "retinanet",
     "maskrcnn": "maskrcnn",
     "cascade": "cascade",
+    "vimdet": "vimdet",
+    "whole": "whole_*",
     "upernet": "upernet",
     "detection_ops": "ops",
     "segmentation_ops": "ops",
@@ -29,7 +32,7 @@ KINDS = {
 def left_out(folder: Path, cases: set[str]) -> list[str]:
     """Return the files of a folder, and the cases of ``ops``, of which nothing is among the compared ``cases``."""
     files = sorted(path.stem for path in folder.glob("*.json"))
-    missing = [file for file in files if file not in KINDS.values()]
+    missing = [file for file in files if not any(fnmatch.fnmatch(file, kind) for kind in KINDS.values())]
     if "ops" in files:
         missing += [case for case in json.loads((folder / "ops.json").read_text())["cases"] if case not in cases]
     return missing

@@ -212,8 +212,8 @@ def compare_gradients(
     by_name = {row.official: row for row in rows}
     norms, firsts = [], []
     for name in recorded.doc[f"{place}grad_names"]:
-        if name.startswith("input map "):
-            gradient = channels_first(of_maps[int(name.split()[-1])])
+        if name.startswith("input map"):  # with a number where there are several
+            gradient = channels_first(of_maps[int(name.removeprefix("input map") or 0)])
         else:
             row = by_name[name]
             gradient = row.layout.to_official(np.asarray(of_params[row.ours]))
