@@ -18,8 +18,6 @@ DETECTORS = {
     "cascade_mask_rcnn": (mask_rcnn.CascadeMaskRCNN, rcnn.anchors_of),
     "vim_cascade": (vim_cascade.VimCascade, vim_cascade.anchors_of),
 }
-# Of MambaVision: the last two stages have one window for images of up to 1792 pixels a side.
-WINDOWS = (8, 8, 112, 56)
 
 
 def create_detector(
@@ -44,8 +42,9 @@ def create_detector(
         name: "retinanet", "mask_rcnn", "cascade_mask_rcnn" or "vim_cascade"; all but the first learn from masks and
             find some. The last is Vim's, and takes backbones of one map size alone.
         backbone: one of :func:`evmamba_jax.list_models`. It is built with a norm for each of its four maps, as the
-            official detectors have it; of Vim, which has none of these officially, as its segmenters have it.
-            MambaVision takes the windows of its detectors unless ``window_size`` says otherwise.
+            official detectors have it; of Vim under any but its own, as its segmenters have it. MambaVision takes the
+            windows of its detectors, Vim under "vim_cascade" a rotary embedding and images of 1024 pixels, unless
+            ``backbone_options`` say otherwise.
         num_classes: of objects; there is no background among them.
         pretrained: a place as :func:`evmamba_jax.create_model` takes it, of a whole detector's weights, or of a
             classifier's, which fill the backbone alone. ``official`` is the released classifier.
@@ -70,7 +69,7 @@ def create_detector(
     if octave_base_scale is not None and not octave_base_scale > 0:
         raise UserError(f"octave_base_scale={octave_base_scale!r} is not allowed: it must be above 0")
     rngs = nnx.Rngs(0) if rngs is None else rngs
-    body = {"window_size": WINDOWS, "pyramid": detector.pyramid_of(width), "options": backbone_options}
+    body = {"official": detector.body, "pyramid": detector.pyramid_of(width), "options": backbone_options}
     under = build_backbone(backbone, **body, dtype=dtype, rngs=rngs)
     anchors = anchors_of() if octave_base_scale is None else anchors_of(octave_base_scale)
     model = detector(*under, num_classes, width=width, anchors=anchors, dtype=dtype, rngs=rngs)

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from evmamba_jax.errors import UserError
+from evmamba_jax.heads.backbone import Families
 from evmamba_jax.heads.maps import PlainPyramid
+from evmamba_jax.models.mambavision import MambaVisionConfig
 from evmamba_jax.weights.convert import table
 from evmamba_jax.weights.layers import Row, below
 from evmamba_jax.weights.upernet import plain_pyramid
@@ -40,7 +42,13 @@ class Detector(nnx.Module):
     Args:
         backbone: a module whose ``features(images, key=key)`` gives maps of strides 4, 8, 16 and 32.
         pyramid: makes maps of these strides from a backbone that has one size.
+
+    Attributes:
+        body: options that families of backbones have under the official detectors.
     """
+
+    # The last two stages have one window for images of up to 1792 pixels a side.
+    body: Families = ((MambaVisionConfig, {"window_size": (8, 8, 112, 56)}),)
 
     def __init__(self, backbone: Any, pyramid: Any):
         self.backbone = backbone

@@ -24,6 +24,7 @@ from evmamba_jax.heads.conv import ChannelNorm
 from evmamba_jax.heads.rcnn import BoxHead, MaskHead, RPNHead, xavier_fill
 from evmamba_jax.heads.simple_pyramid import SimplePyramid
 from evmamba_jax.layers import initializers as init
+from evmamba_jax.models.vim import Vim, VimConfig
 from evmamba_jax.weights.convert import register, table
 from evmamba_jax.weights.detectors import simple_pyramid, vim_heads
 from evmamba_jax.weights.layers import Row, below
@@ -63,6 +64,7 @@ class VimCascade(RCNN):
         box=functools.partial(BoxHead, convs=4, norm=ChannelNorm, fcs=1, fc_init=xavier_fill, class_agnostic=True),
         mask=functools.partial(MaskHead, norm=ChannelNorm, logits_init=init.normal(0.001)),
     )
+    body = ((VimConfig, {"image_size": 1024, "rope": True}),)
     fixed_count = True
     gradient_share = 1 / 3
     mean_of = "probabilities"
@@ -74,6 +76,9 @@ class VimCascade(RCNN):
                 "vim_cascade makes its pyramid from maps of one size, and this backbone has four: take mask_rcnn or "
                 "cascade_mask_rcnn"
             )
+        if isinstance(backbone, Vim):
+            # The last norm, of which no map is made; officially it is gone too.
+            backbone.norm = None  # pyrefly: ignore[bad-assignment]
         super().__init__(backbone, widths, pyramid, *args, **options)
 
     @classmethod
@@ -91,4 +96,5 @@ def head_rows(model: VimCascade) -> list[Row]:
     return [*of_pyramid, *vim_heads(BOX_SIZE, len(model.rounds))]
 
 
-register(VimCascade, lambda model: [*below("backbone", "backbone.net", table(model.backbone)), *head_rows(model)])
+_BODY = "backbone.net"
+register(VimCascade, lambda model: [*below("backbone", _BODY, table(model.backbone)), *head_rows(model)], _BODY)

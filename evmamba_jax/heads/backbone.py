@@ -1,7 +1,7 @@
 """Backbones as segmenters and detectors have them: four maps at strides of 4, 8, 16 and 32 pixels."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -9,10 +9,10 @@ from flax.typing import Dtype
 
 from evmamba_jax.errors import UserError
 from evmamba_jax.heads.maps import PlainPyramid
-from evmamba_jax.layers.backbone import StagedConfig
-from evmamba_jax.models.mambavision import MambaVisionConfig
+from evmamba_jax.layers.backbone import BackboneConfig, StagedConfig
 from evmamba_jax.models.registry import build_model, configuration
 
+Families = Sequence[tuple[type[BackboneConfig], Mapping[str, Any]]]
 # Options of a backbone that its place decides.
 _DECIDED = ("num_classes", "out_norms", "class_token")
 
@@ -34,7 +34,7 @@ class Backbone(NamedTuple):
 def build_backbone(
     name: str,
     *,
-    window_size: tuple[int, ...],
+    official: Families,
     pyramid: Callable[..., Any] = PlainPyramid,
     options: Mapping[str, Any] | None,
     dtype: Dtype | None,
@@ -47,7 +47,7 @@ def build_backbone(
 
     Args:
         name: one of :func:`evmamba_jax.list_models`.
-        window_size: of MambaVision, for each stage, unless ``options`` say otherwise.
+        official: options of families, by their configurations, that hold unless ``options`` say otherwise.
         pyramid: makes that pyramid from channels and stride of the maps.
         options: of the backbone.
         dtype: compute type.
@@ -61,12 +61,13 @@ def build_backbone(
         if option in options:
             raise UserError(f"option {option!r} of a backbone under heads is decided by them: leave it out")
     config = configuration(name)
-    official: dict[str, Any] = {"out_norms": True} if isinstance(config, StagedConfig) else {}
+    given: dict[str, Any] = {"out_norms": True} if isinstance(config, StagedConfig) else {}
     if "class_token" in {field.name for field in dataclasses.fields(config)}:
-        official["class_token"] = False
-    if isinstance(config, MambaVisionConfig):
-        official["window_size"] = window_size
-    body = build_model(name, rngs=rngs, dtype=dtype, num_classes=0, **(official | options))
+        given["class_token"] = False
+    for family, own in official:
+        if isinstance(config, family):
+            given |= own
+    body = build_model(name, rngs=rngs, dtype=dtype, num_classes=0, **(given | options))
     if isinstance(body.config, StagedConfig):
         return Backbone(body, [body.config.width * 2**i for i in range(body.config.STAGES)], None)
     stride = getattr(body.config, "stride", body.config.patch_size)

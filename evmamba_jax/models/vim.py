@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -197,6 +197,35 @@ class VimMixer(nnx.Module):
         return [Group("", inner, (*members, Member("out_proj.kernel", 0, weight=True)))]
 
 
+_PRETRAINED_GRID = 14  # patches of a side, to which positions of rotary embeddings are scaled
+
+
+def rotary_angles(grid: Grid, channels: int, dtype: Dtype) -> jax.Array:
+    """Return the angles (rows, columns, C / 2) by which a rotary embedding turns pairs of channels.
+
+    Those of the first half of the pairs grow with the row, those of the second with the column, each at another rate.
+
+    Source: hustvl/Vim ``vim/rope.py`` at dd0358a, ``VisionRotaryEmbeddingFast``.
+    """
+    rates = 10000.0 ** -(jnp.arange(0, channels // 2, 2, dtype=dtype) / (channels // 2))
+    along = lambda count: jnp.arange(count, dtype=dtype)[:, None] / count * _PRETRAINED_GRID * rates  # noqa: E731
+    shape = (grid.rows, grid.columns, len(rates))
+    down, right = along(grid.rows)[:, None], along(grid.columns)[None]
+    return jnp.concatenate([jnp.broadcast_to(angles, shape) for angles in (down, right)], -1)
+
+
+class RotaryBlock(Block):
+    """A block that turns the sequence before all else, so that its channels tell where a token stands."""
+
+    def __call__(self, x: jax.Array, key: jax.Array | None = None, *, grid: Grid, **given: Any) -> jax.Array:
+        """Map (B, L, C) to (B, L, C); arguments as for Block."""
+        angles = rotary_angles(grid, x.shape[-1], x.dtype).reshape(x.shape[1], -1)
+        cos, sin = jnp.cos(angles), jnp.sin(angles)
+        even, odd = x[..., 0::2], x[..., 1::2]
+        turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], -1)
+        return super().__call__(turned.reshape(x.shape), key, grid=grid, **given)
+
+
 def _insert(tokens: jax.Array, one: jax.Array, at: int) -> jax.Array:
     return jnp.concatenate([tokens[:, :at], one, tokens[:, at:]], 1)
 
@@ -270,6 +299,8 @@ class VimConfig(PlainConfig):
             as the official code has it, or "middle", where it is; see :func:`resize_pos_embed`.
         class_token: False leaves it out, as the official backbones for detection and segmentation do; the mean over
             the patches then enters the head.
+        rope: turn the sequence by a rotary embedding before every block, as the official detector does; without class
+            token alone.
         local: what mixes neighbours before each scan. "causal", the published model: a convolution over the ``d_conv``
             tokens passed last. The others see the 3x3 neighbours on the grid of patches, and the class token passes
             them by: "separable", a depthwise convolution; "inverted_residual", MobileNetV2's block of one.
@@ -277,7 +308,7 @@ class VimConfig(PlainConfig):
 
     Raises:
         UserError: no blocks, an image_size below one patch, an unknown pos_embed_class_token or local, a squeeze_excite
-            above the width.
+            above the width, a rope with a class token or a width that is no multiple of 4.
     """
 
     stride: int = ranged(16, least=1)
@@ -288,8 +319,17 @@ class VimConfig(PlainConfig):
     mamba_dt_init_backward: bool = False
     pos_embed_class_token: Place = "first"
     class_token: bool = True
+    rope: bool = False
     local: Local = "causal"
     local_ratio: int = ranged(6, least=1)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.rope and (self.class_token or self.width % 4):
+            raise UserError(
+                f"rope=True with class_token={self.class_token} and width={self.width} is not allowed: "
+                "it needs class_token=False, and a width that is a multiple of 4"
+            )
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
         """(rows, columns) of the patches of an image of this size."""
@@ -334,7 +374,8 @@ class Vim(PlainBackbone):
         def block(drop_path: float) -> Block:
             # No dtype: the norm of the residual stream keeps its width; the mixer's projection narrows it.
             mixer = VimMixer(width, depth=config.depth, **options, **layer)
-            return Block(width, mixer, None, drop_path=drop_path, norm=RMSNorm, dtype=None, rngs=rngs)
+            kind = RotaryBlock if config.rope else Block
+            return kind(width, mixer, None, drop_path=drop_path, norm=RMSNorm, dtype=None, rngs=rngs)
 
         (rates,) = drop_path_rates(config.drop_path_rate, [config.depth])
         self.blocks = nnx.List([block(rate) for rate in rates])
@@ -374,7 +415,8 @@ class Vim(PlainBackbone):
         """Return the residual stream after each quarter of the blocks as maps [(B, h, w, C), ...], without class token.
 
         All four are of one size, and float32 or wider. With ``class_token=False`` they are the maps of the official
-        backbone for segmentation (use_residual_as_feature, last_layer_process "add") without rotary embedding.
+        backbone for segmentation (use_residual_as_feature, last_layer_process "add") without rotary embedding; with
+        ``rope=True`` the last is the one of the official backbone for detection.
 
         Args:
             images: (B, H, W, in_channels) normalised floats, H and W at least ``patch_size``.

@@ -9,6 +9,7 @@ from flax.typing import Dtype
 
 from evmamba_jax.errors import one_of
 from evmamba_jax.heads.backbone import build_backbone
+from evmamba_jax.models.mambavision import MambaVisionConfig
 from evmamba_jax.segmentation.upernet import UperNet, UperNetConfig
 
 SEGMENTERS = {"upernet": UperNet}
@@ -60,7 +61,8 @@ def create_segmenter(
     rngs = rngs or nnx.Rngs(0)
     # The last two are windows of whole crops: 1024 pixels, of S 2560 and 1792.
     windows = (8, 8, 160, 56) if backbone == "mambavision_s" else (8, 8, 64, 32)
-    under = build_backbone(backbone, window_size=windows, options=backbone_options, dtype=dtype, rngs=rngs)
+    official = ((MambaVisionConfig, {"window_size": windows}),)
+    under = build_backbone(backbone, official=official, options=backbone_options, dtype=dtype, rngs=rngs)
     model = kind(config, *under, rngs=rngs)
     model.eval()
     if pretrained is not None:

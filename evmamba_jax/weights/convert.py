@@ -29,26 +29,30 @@ class _Official(NamedTuple):
         table: makes the rows of a model.
         old_names: patterns of older names, with what they became.
         ours: options that only we have, by name with the value that the official code stands for.
+        buffers: makes, by official name, what the official model keeps and ours computes.
+        body: of a segmenter or detector: what the names of its backbone begin with.
     """
 
     table: Callable[[Any], list[Row]]
     old_names: Mapping[str, str] = {}
     ours: Mapping[str, Any] = {}
+    buffers: Callable[[Any], dict[str, np.ndarray]] = lambda model: {}
+    body: str = "backbone"
 
 
 _FAMILIES: dict[type[nnx.Module], _Official] = {
     EfficientVMamba: _Official(efficientvmamba.table, vmamba.OLD_NAMES),
     MambaVision: _Official(mambavision.table, ours=mambavision.OURS_ALONE),
     MSVMamba: _Official(msvmamba.table, vmamba.OLD_NAMES),
-    Vim: _Official(vim.table, ours={"squeeze_excite": None, "local": "causal"}),
+    Vim: _Official(vim.table, ours={"squeeze_excite": None, "local": "causal"}, buffers=vim.buffers),
     VMamba: _Official(vmamba.table, vmamba.OLD_NAMES),
     CourseVim: _Official(course_vim.table),
 }
 
 
-def register(kind: type[nnx.Module], table: Callable[[Any], list[Row]]) -> None:
-    """Enter the table of a segmenter or detector, whose ``backbone`` has official names that begin with that word."""
-    _FAMILIES[kind] = _Official(table)
+def register(kind: type[nnx.Module], table: Callable[[Any], list[Row]], body: str = "backbone") -> None:
+    """Enter the table of a segmenter or detector, whose ``backbone`` has official names that begin with ``body``."""
+    _FAMILIES[kind] = _Official(table, body=body)
 
 
 def from_torch(model: nnx.Module, state_dict: Mapping[str, np.ndarray], *, resize: bool = False) -> None:
@@ -57,9 +61,10 @@ def from_torch(model: nnx.Module, state_dict: Mapping[str, np.ndarray], *, resiz
     Args:
         model: an NNX module of :func:`evmamba_jax.create_model`, or a segmenter.
         state_dict: ``{official name: array}``, as :func:`load_torch_file` gives it, in the official layout.
-            BatchNorm's ``num_batches_tracked`` is ignored; every other name is used exactly once. Arrays are cast to
-            the type of our parameter, except that float64 stays float64 where JAX has 64 bits enabled. A model without
-            a head, such as a backbone, also takes the weights of a classifier; ``fit.py`` says what it leaves out.
+            BatchNorm's ``num_batches_tracked`` is ignored, and so are tables that follow from the options; every other
+            name is used exactly once. Arrays are cast to the type of our parameter, except that float64 stays float64
+            where JAX has 64 bits enabled. A model without a head, such as a backbone, also takes the weights of a
+            classifier; ``fit.py`` says what it leaves out.
         resize: also take Vim's position embedding of another image size or stride, resized, as fine-tuning needs it.
             It is refused otherwise, because nothing else tells the weights of such variants apart.
 
@@ -77,8 +82,8 @@ def by_path(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) -> dict[str
     given = dict(state_dict)
     for old, new in _old_names(model).items():
         given = {re.sub(old, new, name): array for name, array in given.items()}
-    paths = {row.official: row.ours for row in table(model)}
-    return {paths.get(name, name): array for name, array in given.items()}
+    paths, computed = {row.official: row.ours for row in table(model)}, _buffers(model)
+    return {paths.get(name, name): array for name, array in given.items() if name not in computed}
 
 
 def to_torch(model: nnx.Module) -> dict[str, np.ndarray]:
@@ -87,7 +92,7 @@ def to_torch(model: nnx.Module) -> dict[str, np.ndarray]:
     The inverse of :func:`from_torch`, to the bit. BatchNorm's ``num_batches_tracked``, which we do not keep, is 0.
     """
     ours = _arrays(model)
-    official = {}
+    official = _buffers(model)
     for row in table(model):
         if row.ours in ours:
             official[row.official] = row.layout.to_official(np.asarray(ours[row.ours]))
@@ -109,8 +114,14 @@ def _old_names(model: Any) -> dict[str, str]:
     own = _family(model).old_names
     if isinstance(model, Backbone):
         return dict(own)
-    below = _old_names(model.backbone)
-    return {re.sub(r"^\^", r"^backbone\\.", old): f"backbone.{new}" for old, new in below.items()}
+    below, body = _old_names(model.backbone), _family(model).body
+    return {re.sub(r"^\^", rf"^{body}\\.", old): f"{body}.{new}" for old, new in below.items()}
+
+
+def _buffers(model: Any) -> dict[str, np.ndarray]:
+    if isinstance(model, Backbone):
+        return _family(model).buffers(model)
+    return {f"{_family(model).body}.{name}": array for name, array in _buffers(model.backbone).items()}
 
 
 def _family(model: Any) -> _Official:

@@ -2,7 +2,8 @@
 
 - A model without a head takes a classifier and leaves its head out.
 - A backbone (``out_norms=True``) takes a classifier as the official detectors do: it leaves the last norm out too, and
-  its out norms keep their initial 1 and 0. Vim's backbone (``class_token=False``) leaves the class token out.
+  its out norms keep their initial 1 and 0. Vim's backbone (``class_token=False``) leaves the class token out, that of
+  its detector the last norm too.
 - To train on, a model also takes weights for another number of classes, and starts its head anew. Of a segmenter or
   detector the layers that tell classes start anew. Vim takes a position embedding of another grid of patches, and
   resizes it.
@@ -106,6 +107,8 @@ def fit_body(model: Any, arrays: Mapping[str, Any], *, resize: bool) -> dict[str
     if model.head is None:
         arrays = {path: array for path, array in arrays.items() if not path.startswith("head.")}
     if isinstance(model, Vim):
+        if model.norm is None:
+            arrays = {path: array for path, array in arrays.items() if not path.startswith("norm.")}
         return _position_embedding(model, arrays, resize)
     if (
         not isinstance(model, StagedBackbone)

@@ -3,7 +3,9 @@
 Source: the ``state_dict`` of ``VisionMamba`` in hustvl/Vim, ``vim/models_mamba.py`` at dd0358a.
 """
 
-from evmamba_jax.models.vim import Vim
+import numpy as np
+
+from evmamba_jax.models.vim import Grid, Vim, rotary_angles
 from evmamba_jax.weights.layers import CONV, CONV1D, LINEAR, SAME, Row, below, kernel, s6_alone
 
 MIXER = [
@@ -33,3 +35,13 @@ def table(model: Vim) -> list[Row]:
         Row("norm.scale", "norm_f.weight", SAME),
         *kernel("head", "head", LINEAR),
     ]
+
+
+def buffers(model: Vim) -> dict[str, np.ndarray]:
+    """Return what the official model keeps beside its weights, and ours computes: the tables of a rotary embedding."""
+    if not model.config.rope:
+        return {}
+    rows, columns = model.config.grid
+    angles = rotary_angles(Grid(rows, columns, None), model.config.width, np.float32)
+    angles = np.repeat(np.asarray(angles).reshape(-1, model.config.width // 2), 2, axis=-1)
+    return {"rope.freqs_cos": np.cos(angles), "rope.freqs_sin": np.sin(angles)}

@@ -63,6 +63,8 @@ def candidates(doc: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
         if patches is not None and "image_size" in fields:
             layers = {part.split(".layers.")[1].split(".")[0] for part in shapes if ".layers." in part}
             given |= {"depth": len(layers), "image_size": math.isqrt(patches) * fields["patch_size"]}
+            if "rope" in fields:
+                given |= {"rope": config.get("if_rope", True), "divide_out": config.get("if_divide_out", True)}
         yield name, {option: tuple(value) if isinstance(value, list) else value for option, value in given.items()}
 
 

@@ -13,6 +13,7 @@ from flax import nnx
 from official_weights import manifest, save_pth, weights_of
 from recorded_retinanet import GivenMaps
 
+from evmamba_jax import create_model
 from evmamba_jax.arrays import merge, split
 from evmamba_jax.detection import Objects, create_detector
 from evmamba_jax.detection.anchors import Anchors, Detectron2Anchors
@@ -162,10 +163,26 @@ def test_a_detector_is_built_by_name_with_official_names(tmp_path):
     if recorded.exists():
         heads = {name for name in shapes if not name.startswith("backbone.net.")}
         assert heads == json.loads(recorded.read_text())["state_dict"].keys()
-    given = weights_of(model)
+    assert "backbone.net.norm_f.weight" not in shapes
+    # The official file also has the tables of the rotary embedding, which it computes as its authors wrote it.
+    place = np.arange(4, dtype=np.float32) / 4 * 14 / 10000 ** (np.arange(0, 8, 2, dtype=np.float32) / 8)[:, None]
+    angles = np.repeat(place, 2, axis=0).T  # of 4 rows or columns, 8 channels
+    both = np.concatenate([np.repeat(angles, 4, axis=0), np.tile(angles, (4, 1))], 1)
+    tables = {f"backbone.net.rope.freqs_{of.__name__}": of(both) for of in (np.cos, np.sin)}
+    given = weights_of(model) | tables
     save_pth(tmp_path / "model_final.pth", {"model": given, "iteration": 184_374})
     filled = detector(pretrained=tmp_path / "model_final.pth")
-    chex.assert_trees_all_equal({name: to_torch(filled)[name] for name in given}, given)
+    back = to_torch(filled)
+    assert back.keys() == given.keys()
+    chex.assert_trees_all_close({name: back.pop(name) for name in tables}, tables, atol=1e-6)
+    chex.assert_trees_all_equal(back, {name: given[name] for name in back})
+    classifier = create_model("vim_t", **SMALL, num_classes=5)
+    save_pth(tmp_path / "classifier.pth", {"model": weights_of(classifier)})
+    from_classifier = detector(pretrained=tmp_path / "classifier.pth")
+    np.testing.assert_array_equal(
+        to_torch(from_classifier)["backbone.net.patch_embed.proj.weight"],
+        weights_of(classifier)["patch_embed.proj.weight"],
+    )
     with pytest.raises(UserError, match=r"1 missing: 'roi_heads.mask_head.deconv.bias'"):
         from_torch(filled, {name: array for name, array in given.items() if "deconv.bias" not in name})
 

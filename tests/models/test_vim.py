@@ -170,7 +170,21 @@ def below(p, prefix):
     return {name.removeprefix(prefix): a for name, a in p.items() if name.startswith(prefix)}
 
 
-def slow_vim(p, image, pos_embed, *, stride, class_token, halve):
+def slow_rotation(x, rows, columns):
+    """Turn each pair of channels of (L, C) by its angle, one after the other."""
+    channels, turned = x.shape[1], np.zeros_like(x)
+    for token in range(rows * columns):
+        for pair in range(channels // 2):
+            of_row = pair < channels // 4
+            place = token // columns / rows if of_row else token % columns / columns
+            angle = 14 * place / 10000 ** (2 * (pair % (channels // 4)) / (channels // 2))
+            a, b = x[token, 2 * pair : 2 * pair + 2]
+            turned[token, 2 * pair] = a * math.cos(angle) - b * math.sin(angle)
+            turned[token, 2 * pair + 1] = b * math.cos(angle) + a * math.sin(angle)
+    return turned
+
+
+def slow_vim(p, image, pos_embed, *, stride, class_token, halve, rope):
     """Return the logits and the residual stream (L, C) after every block, for one image."""
     size = p["patch_embed.kernel"].shape[0]
     rows, columns = ((side - size) // stride + 1 for side in image.shape[:2])
@@ -188,6 +202,7 @@ def slow_vim(p, image, pos_embed, *, stride, class_token, halve):
     x = x + pos_embed[0]
     streams = []
     while block := below(p, f"blocks.{len(streams)}."):
+        x = slow_rotation(x, rows, columns) if rope else x
         u, z = np.split(rms_norm(x, block["norm.scale"]) @ block["mixer.in_proj.kernel"], 2, axis=-1)
         place = {"grid": (rows, columns), "middle": middle if class_token else None}
         y = slow_direction(below(block, "mixer.forward."), u, reverse=False, **place) * silu(z)
@@ -241,12 +256,13 @@ def slow_resize(pos_embed, old, new, class_token):
         ({"divide_out": False}, (27, 13), (6, 3)),
         ({"pos_embed_class_token": "middle", "depth": 1}, (12, 23), (3, 5)),
         ({"class_token": False}, (21, 16), (5, 4)),
+        ({"class_token": False, "rope": True}, (21, 16), (5, 4)),
         ({"local": "separable", "squeeze_excite": 4}, (27, 13), (6, 3)),
         ({"local": "inverted_residual", "local_ratio": 2}, (12, 23), (3, 5)),
         ({"local": "inverted_residual", "class_token": False, "squeeze_excite": 1}, (16, 16), (4, 4)),
     ],
     ids=[
-        *("plain", "overlapping", "resized", "resized with the middle", "without class token"),
+        *("plain", "overlapping", "resized", "resized with the middle", "without class token", "rotary"),
         *("separable", "inverted residual", "inverted residual without class token"),
     ],
 )
@@ -285,6 +301,7 @@ def test_model_equals_a_slow_loop(options, size, grid):
             stride=options.get("stride", 4),
             class_token=class_token,
             halve=options.get("divide_out", True),
+            rope=options.get("rope", False),
         )
         np.testing.assert_allclose(logits[i], wanted, rtol=0, atol=1e-11 * abs(wanted).max())
         assert len(streams) == depth
@@ -372,6 +389,7 @@ def test_wrong_images_are_refused(shape, message):
             "pos_embed_class_token='centre' is not allowed: it must be 'first' or 'middle'",
         ),
         ({"img_size": 32}, "unknown option 'img_size' of model vim_t, did you mean 'image_size'?"),
+        ({"rope": True}, "rope=True with class_token=True and width=8 is not allowed: it needs class_token=False"),
     ],
 )
 def test_wrong_options_are_refused(options, message):
