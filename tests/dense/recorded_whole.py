@@ -50,26 +50,32 @@ def kind_of(doc: Mapping[str, Any]) -> str:
     return KINDS[doc["config_used"]["type"]]
 
 
-def candidates(doc: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def candidates(doc: Mapping[str, Any], family: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield backbones by name, with options, of which one has the recorded names and shapes."""
     config = doc.get("config_used", {}).get("backbone", {})
     shapes = shapes_of(doc)
-    patches = next((shape[1] for name, shape in shapes.items() if name.endswith("pos_embed")), None)
-    for name in list_models():
+    patches, width = next((shape[1:] for name, shape in shapes.items() if name.endswith("pos_embed")), (None, None))
+    # Those of the family that the file is named after come first.
+    for name in sorted(list_models(), key=lambda name: type(configuration(name)).__name__.lower() != f"{family}config"):
         fields = dataclasses.asdict(configuration(name))
         given = {ours: config[theirs] for theirs, ours in OPTIONS.items() if theirs in config and ours in fields}
         if name.startswith("mambavision") and "window_size" in config:
             given["window_size"] = tuple(config["window_size"])
         if patches is not None and "image_size" in fields:
             layers = {part.split(".layers.")[1].split(".")[0] for part in shapes if ".layers." in part}
-            given |= {"depth": len(layers), "image_size": math.isqrt(patches) * fields["patch_size"]}
+            given |= {"depth": len(layers), "image_size": math.isqrt(patches) * fields["patch_size"], "width": width}
+            given["d_state"] = next(shape[1] for part, shape in shapes.items() if part.endswith("A_log"))
             if "rope" in fields:
                 given |= {"rope": config.get("if_rope", True), "divide_out": config.get("if_divide_out", True)}
         yield name, {option: tuple(value) if isinstance(value, list) else value for option, value in given.items()}
 
 
-def detector(doc: Mapping[str, Any]) -> Any:
+def detector(doc: Mapping[str, Any], family: str) -> Any:
     """Return the recorded detector, without weights.
+
+    Args:
+        doc: what is recorded.
+        family: of the backbone, where it is searched first.
 
     Raises:
         ValueError: no registered backbone has these names and shapes.
@@ -77,7 +83,7 @@ def detector(doc: Mapping[str, Any]) -> Any:
     kind, shapes = kind_of(doc), shapes_of(doc)
     width, classes, each, background = SIZES[kind]
     options = {"width": shapes[width][0], "num_classes": shapes[classes][0] // each - background}
-    for name, given in candidates(doc):
+    for name, given in candidates(doc, family):
         if kind == "vim_cascade" and not name.startswith("vim"):
             continue
         model = nnx.eval_shape(
@@ -114,7 +120,7 @@ def compare(folder: Path, x64: bool) -> Iterator[Compared]:
 def compare_file(recorded: Whole, name: str) -> Iterator[Compared]:
     """Yield every difference from one file; in float64 an array that nothing is compared with is one."""
     doc, dtype = recorded.doc, np.float64 if recorded.x64 else np.float32
-    model = detector(doc)
+    model = detector(doc, name.split("_")[1])
     yield fill_recorded(f"{name} names", doc, model, table(model), dtype)
     model.eval()
     about, given, test = doc["image"], doc["input"], doc.get("config_used", {}).get("test_cfg", {})
