@@ -9,7 +9,8 @@ from evmamba_jax.detection.boxes import DeltaCoder
 from evmamba_jax.detection.detector import with_backbone
 from evmamba_jax.detection.matching import Matcher
 from evmamba_jax.detection.proposals import Limits, Rules
-from evmamba_jax.detection.rcnn import BOX_SIZE, RCNN, Heads, Round, Settings
+from evmamba_jax.detection.rcnn import BOX_SIZE, RCNN, Heads, Settings
+from evmamba_jax.detection.rounds import Round
 from evmamba_jax.heads.rcnn import BoxHead
 from evmamba_jax.weights.convert import register
 from evmamba_jax.weights.detectors import box_head, fpn, mask_head, rpn_head

@@ -15,15 +15,16 @@ from flax.typing import Dtype
 
 from evmamba_jax.detection import proposals as rpn
 from evmamba_jax.detection.anchors import Anchors
-from evmamba_jax.detection.boxes import DeltaCoder, clip, has_area
+from evmamba_jax.detection.boxes import clip, has_area
 from evmamba_jax.detection.detector import Detections, Detector, sizes_of
-from evmamba_jax.detection.losses import binary_cross_entropy, cross_entropy, giou, l1, mean_over, of_class
+from evmamba_jax.detection.losses import binary_cross_entropy, cross_entropy, mean_over, of_class
 from evmamba_jax.detection.masks import mask_targets
-from evmamba_jax.detection.matching import Matcher, Objects
+from evmamba_jax.detection.matching import Objects
 from evmamba_jax.detection.nms import multiclass_nms
 from evmamba_jax.detection.per_anchor import Raw
 from evmamba_jax.detection.proposals import Limits, Proposals, Rules, proposals
 from evmamba_jax.detection.regions import extract
+from evmamba_jax.detection.rounds import Round, box_loss, of_label, refined
 from evmamba_jax.detection.sampling import Chosen, Regions, Sampler, candidates, regions
 from evmamba_jax.errors import UserError
 from evmamba_jax.heads.fpn import FPN
@@ -70,26 +71,6 @@ class Features(NamedTuple):
 
     levels: list[jax.Array]
     raw: Raw
-
-
-@dataclasses.dataclass(frozen=True)
-class Round:
-    """How a round is trained.
-
-    Attributes:
-        coder: of its boxes.
-        matcher: of its candidates with objects.
-        weight: of its losses.
-        giou: weight of GIoU's loss of the decoded boxes; None takes L1 of the deltas.
-        sampled: False takes all regions of the round before as it moves them, those that are objects too, but for the
-            ones that it leaves without an area.
-    """
-
-    coder: DeltaCoder
-    matcher: Matcher
-    weight: float = 1.0
-    giou: float | None = None
-    sampled: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,8 +285,10 @@ class RCNN(Detector):
         count = self.settings.anchors.count * len(sizes) if self.fixed_count else None
         anchors = anchors.only(*choose_anchors(anchors.positive, anchors.negative), count)
         boxes, _, valid = self.proposals(features, sizes, self.settings.trained)
+        added = jnp.zeros_like(valid)
         of_classes, of_boxes, of_masks, stages = [], [], [], []
         for number, (one, choose) in enumerate(zip(self.rounds, choose_regions, strict=True)):
+            valid = valid & (~added if one.sampled else has_area(boxes))
             every = candidates(objects, boxes, valid, one.matcher, add=one.sampled)
             chosen = choose(every.index > 0, every.index == 0)
             of = regions(every, chosen, objects, self.settings.regions.count, self.num_classes)
@@ -313,7 +296,7 @@ class RCNN(Detector):
             wanted = jnp.take_along_axis(objects.boxes, of.number[..., None], 1).astype(of.boxes.dtype)
             count = of.valid.sum()
             of_classes.append(one.weight * mean_over(cross_entropy(logits, of.labels), of.valid, count))
-            of_boxes.append(one.weight * _box_loss(one, of, _of_label(deltas, of.labels), wanted, count))
+            of_boxes.append(one.weight * box_loss(one, of, of_label(deltas, of.labels), wanted, count))
             masks = None
             if number < self.masked:
                 loss, masks = self._mask_loss(number, features.levels, of, objects.masks, sizes)
@@ -321,8 +304,7 @@ class RCNN(Detector):
             stages.append(Trained(of, logits, wanted, masks))
             # What the next round begins with.
             boxes = refined(one.coder, of.boxes, of.labels, logits, deltas, sizes)
-            again = self.rounds[min(number + 1, len(self.rounds) - 1)].sampled
-            valid = of.valid & (~of.added if again else has_area(boxes))
+            valid, added = of.valid, of.added
         of_proposals = rpn.losses(features.raw, anchors, self.rules)
         return Losses(*of_proposals, *map(jnp.stack, (of_classes, of_boxes, of_masks))), stages
 
@@ -436,40 +418,3 @@ def _wide(x: jax.Array, boxes: jax.Array) -> jax.Array:
 
 def _mean(arrays: Sequence[jax.Array]) -> jax.Array:
     return functools.reduce(jnp.add, arrays) / len(arrays)
-
-
-def _of_label(deltas: jax.Array, labels: jax.Array) -> jax.Array:
-    """Return of deltas (B, R, D, 4) those of each region's label (B, R): (B, R, 4); of background any."""
-    own = jnp.minimum(labels, deltas.shape[2] - 1)
-    return jnp.take_along_axis(deltas, own[..., None, None], 2)[:, :, 0]
-
-
-def refined(
-    coder: DeltaCoder, boxes: jax.Array, labels: jax.Array, logits: jax.Array, deltas: jax.Array, sizes: jax.Array
-) -> jax.Array:
-    """Return where a round moves boxes (B, R, 4), within images of ``sizes`` (B, 2), without a gradient.
-
-    Args:
-        coder: of the round.
-        boxes: what it began with.
-        labels: (B, R) integers; K, the background's, stands for the class that the logits hold for the likeliest.
-        logits: (B, R, K + 1).
-        deltas: (B, R, K, 4), or (B, R, 1, 4) where one box serves all classes.
-        sizes: height and width.
-
-    Source: mmdet 3.3.0 ``mmdet/models/roi_heads/bbox_heads/bbox_head.py``, ``refine_bboxes``.
-    """
-    logits, deltas = jax.lax.stop_gradient((logits, deltas))
-    likeliest = logits[..., :-1].argmax(-1)
-    labels = jnp.where(labels == logits.shape[-1] - 1, likeliest, labels)
-    return jax.vmap(clip)(coder.decode(boxes, _of_label(deltas, labels)), sizes)
-
-
-def _box_loss(one: Round, of: Regions, deltas: jax.Array, wanted: jax.Array, count: jax.Array) -> jax.Array:
-    """Return the loss of the boxes of positive regions: of deltas (B, S, 4) that should lead to ``wanted``."""
-    whole = jnp.asarray([0, 0, 1, 1], of.boxes.dtype)  # stands for boxes that have no object
-    positive = of.positive[..., None]
-    boxes, wanted = jnp.where(positive, of.boxes, whole), jnp.where(positive, wanted, whole)
-    if one.giou is None:
-        return mean_over(l1(deltas, one.coder.encode(boxes, wanted)), positive, count)
-    return mean_over(giou(one.coder.decode(boxes, deltas), wanted), of.positive, count) * one.giou

@@ -18,7 +18,8 @@ from evmamba_jax.detection.anchors import Anchors, Detectron2Anchors
 from evmamba_jax.detection.boxes import DeltaCoder
 from evmamba_jax.detection.matching import Matcher
 from evmamba_jax.detection.proposals import Rules
-from evmamba_jax.detection.rcnn import BOX_SIZE, RCNN, STRIDES, Heads, Round
+from evmamba_jax.detection.rcnn import BOX_SIZE, RCNN, STRIDES, Heads
+from evmamba_jax.detection.rounds import Round
 from evmamba_jax.errors import UserError
 from evmamba_jax.heads.conv import ChannelNorm
 from evmamba_jax.heads.rcnn import BoxHead, MaskHead, RPNHead, xavier_fill

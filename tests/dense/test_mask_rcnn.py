@@ -18,7 +18,8 @@ from evmamba_jax.detection.anchors import Anchors
 from evmamba_jax.detection.mask_rcnn import CascadeMaskRCNN, MaskRCNN
 from evmamba_jax.detection.per_anchor import Raw
 from evmamba_jax.detection.proposals import Limits, proposals
-from evmamba_jax.detection.rcnn import ANCHORS, Settings, refined
+from evmamba_jax.detection.rcnn import ANCHORS, Settings
+from evmamba_jax.detection.rounds import refined
 from evmamba_jax.detection.sampling import Candidates, Chosen, Sampler, candidates, regions
 from evmamba_jax.errors import UserError
 from evmamba_jax.layers.norm import BatchNorm
