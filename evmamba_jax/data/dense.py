@@ -114,6 +114,16 @@ class BoxSplit(DenseSplit):
         """Whether an image has an object that is no crowd, bool (N,)."""
         return self.objects[:, 1] > 0
 
+    @property
+    def has_outlines(self) -> bool:
+        """Whether any object that is no crowd has an outline; records are read until one has."""
+        records = (self[int(index)] for index in np.flatnonzero(self.has_objects))
+        return any(
+            outline is not None and not crowd
+            for record in records
+            for outline, crowd in zip(record["segmentations"], record["crowd"], strict=True)
+        )
+
     def with_objects(self) -> "BoxSplit":
         """Return the images to train on: those with an object that is no crowd, and sides of 32 pixels or more."""
         chosen = np.flatnonzero(self.has_objects & (self.sizes.min(1) >= _SMALLEST))
@@ -154,6 +164,8 @@ class _Chosen:
 
 class TfdsCocoSplit(BoxSplit):
     """A split of TFDS's ``coco``: no segmentations; boxes and areas as TFDS rounds them."""
+
+    has_outlines = False
 
     def _record(self, features: Mapping[str, Any], index: int) -> dict[str, Any]:
         height, width = self.sizes[index].tolist()

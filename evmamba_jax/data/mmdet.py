@@ -1,18 +1,20 @@
-"""Images with boxes as mmdetection prepares them, to the pixel.
+"""Images with boxes and masks as mmdetection prepares them, to the pixel.
 
-Source: mmdet 3.3.0 ``datasets/transforms/transforms.py``, ``datasets/coco.py`` and ``configs/_base_/datasets``;
-``configs/swin/mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco.py``.
+Source: mmdet 3.3.0 ``datasets/transforms/transforms.py``, ``datasets/coco.py``, ``structures/mask/structures.py``
+(``BitmapMasks``) and ``configs/_base_/datasets``; ``configs/swin/mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco.py``.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from evmamba_jax.data import opencv
+from evmamba_jax.data import opencv, outlines
 from evmamba_jax.data.dense_config import DetectionData
 from evmamba_jax.data.mmseg import pixels_of, up_to
-from evmamba_jax.data.opencv import Window, size_of
+from evmamba_jax.data.opencv import Window, nearest_places, size_of
+from evmamba_jax.data.outlines import Outline
 from evmamba_jax.data.readers import Example, Shape, Size
 
 MULTIPLE = 32  # of the sides of images, once they are padded
@@ -45,11 +47,17 @@ class BoxedImages:
     the image as it is shown, without crowds. For evaluation, those of the image as it is stored, with ``crowd`` bool
     (G,), ``area`` float32 (G,) and ``scale`` float32 (2,), by which width and height were resized.
 
+    With masks, examples for training also have ``masks`` uint8 (G, H, W / 8) of the image as it is shown, eight pixels
+    of a row in a byte, as ``numpy.packbits(masks, -1)`` has them: 13.4 MB of 100 objects in 800 x 1344 pixels. Objects
+    without an outline are then left out, which mmdet ignores.
+
     Attributes:
         config: of the data.
+        masks: whether there are any.
     """
 
     config: DetectionData
+    masks: bool = False
 
     def decode(self, record: Any) -> tuple[np.ndarray, Any]:
         """Return the image (H, W, 3), uint8, and the record."""
@@ -74,14 +82,25 @@ class BoxedImages:
         return Geometry("first" if mirrored else "", before, window, size)
 
     def train(self, decoded: Any, rng: np.random.Generator) -> Example:
-        """Return the image resized, perhaps cropped and mirrored, and what of its objects is seen."""
+        """Return the image resized, perhaps cropped and mirrored, and what of its objects is seen.
+
+        Raises:
+            UserError: there are to be masks, and pycocotools is not installed.
+        """
         image, record = decoded
         geometry = self.geometry(size_of(image), rng)
         counted = ~record["crowd"]
+        if self.masks:
+            counted &= np.array([outline is not None for outline in record["segmentations"]], bool)
         shown = _black(canvas(geometry.size, self.config.scale))
         _, boxes, seen = change(image, record["boxes"][counted].astype(np.float32), geometry, shown)
         labels = record["labels"][counted][seen]
-        return {"image": shown, "size": np.array(geometry.size, np.int32)} | self._objects(boxes[seen], labels)
+        example = {"image": shown, "size": np.array(geometry.size, np.int32)} | self._objects(boxes[seen], labels)
+        if not self.masks:
+            return example
+        own = [record["segmentations"][number] for number in np.flatnonzero(counted)[seen]]
+        masks = packed_masks(own, size_of(image), geometry, size_of(shown))
+        return example | {"masks": _filled(masks, self.config.max_objects)}
 
     def train_shape(self, size: Size, rng: np.random.Generator) -> Shape:
         """Return height and width of the padded image."""
@@ -115,18 +134,21 @@ class BoxedImages:
         none = np.zeros((0, 4)), np.zeros(0)
         example: Example = {"image": _black((height, width)), "size": np.array([height, width], np.int32)}
         if training:
-            return example | self._objects(*none)
+            masks = {"masks": np.zeros((self.config.max_objects, height, width // 8), np.uint8)} if self.masks else {}
+            return example | self._objects(*none) | masks
         return example | self._objects(*none, crowd=none[1], area=none[1]) | {"scale": np.ones(2, np.float32)}
 
     def _objects(self, boxes: np.ndarray, labels: np.ndarray, **more: np.ndarray) -> Example:
-        most = self.config.max_objects
         types = {"boxes": np.float32, "labels": np.int32, "valid": bool, "crowd": bool, "area": np.float32}
-        filled: Example = {}
-        for name, values in {"boxes": boxes, "labels": labels, "valid": np.ones(len(labels)), **more}.items():
-            array = np.zeros((most, *values.shape[1:]), types[name])
-            array[: len(values)] = values
-            filled[name] = array
-        return filled
+        objects = {"boxes": boxes, "labels": labels, "valid": np.ones(len(labels)), **more}
+        return {name: _filled(array.astype(types[name]), self.config.max_objects) for name, array in objects.items()}
+
+
+def _filled(values: np.ndarray, most: int) -> np.ndarray:
+    """Return values with zeros behind them, ``most`` in all."""
+    filled = np.zeros((most, *values.shape[1:]), values.dtype)
+    filled[: len(values)] = values
+    return filled
 
 
 def _black(size: Size) -> np.ndarray:
@@ -164,6 +186,47 @@ def change(
     if flip == "last":
         image, boxes = opencv.mirrored(image, out=image), mirrored_boxes(boxes, size[1])
     return image, boxes, seen
+
+
+def packed_masks(own: Sequence[Outline], old: Size, geometry: Geometry, new: Size) -> np.ndarray:
+    """Return the masks of outlines after a change of their image, uint8 (G, H, W / 8), eight pixels in a byte.
+
+    Masks are resized to the nearest pixel, and so each pixel is one of the image as it is stored.
+
+    Args:
+        own: of the objects.
+        old: height and width of their image as it is stored.
+        geometry: the change.
+        new: height and width of the padded image; the width is a multiple of 8.
+    """
+    rows, columns = places(old, geometry)
+    packed = np.zeros((len(own), new[0], new[1] // 8), np.uint8)
+    for bits, outline in zip(packed, own, strict=True):
+        text = outlines.to_text(outline, *old)
+        x, y, w, h = outlines.box_of(text)
+        # Only the rows and columns in which the object is.
+        held = np.flatnonzero((rows >= y) & (rows < y + h))
+        across = np.flatnonzero((columns >= x) & (columns < x + w))
+        if not len(held) or not len(across):
+            continue
+        mask = outlines.to_mask(text, *old).T  # whose columns lie in one piece
+        pixels = np.zeros((len(held), new[1]), np.uint8)
+        pixels[:, across[0] : across[-1] + 1] = np.take(np.take(mask, columns[across], 0), rows[held], 1).T
+        bits[held[0] : held[-1] + 1] = np.packbits(pixels, 1)
+    return packed
+
+
+def places(size: Size, geometry: Geometry) -> tuple[np.ndarray, np.ndarray]:
+    """Return the row and the column of an image of a size from which each one of a changed mask comes, integers."""
+    flip, before, window, final = geometry
+    rows, columns = map(np.arange, size)
+    if flip == "first":
+        columns = columns[::-1]
+    if before is not None and window is not None:
+        down, right = map(nearest_places, size, before, window.slices)
+        rows, columns = rows[down], columns[right]
+    rows, columns = (of[nearest_places(len(of), new)] for of, new in zip((rows, columns), final, strict=True))
+    return rows, columns[::-1] if flip == "last" else columns
 
 
 def mirrored_boxes(boxes: np.ndarray, width: int) -> np.ndarray:

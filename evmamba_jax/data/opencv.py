@@ -201,13 +201,20 @@ def _places(old: int, new: int, part: slice, *, clamp: bool) -> tuple[np.ndarray
 
 def resize_nearest(labels: np.ndarray, height: int, width: int, window: Window | None = None) -> np.ndarray:
     """Resize labels or masks (H, W, ...) to (height, width, ...), or a window of it, as ``INTER_NEAREST`` does."""
-    rows, columns = (
-        np.minimum((np.arange(new)[part] * (1 / (new / old))).astype(np.int64), old - 1)
-        for old, new, part in zip(
-            labels.shape[:2], (height, width), (window or Window(0, 0, height, width)).slices, strict=True
-        )
-    )
+    parts = (window or Window(0, 0, height, width)).slices
+    rows, columns = map(nearest_places, labels.shape[:2], (height, width), parts)
     return np.take(np.take(labels, rows, 0), columns, 1)
+
+
+def nearest_places(old: int, new: int, part: slice = slice(None)) -> np.ndarray:
+    """Return where each pixel of a part of an axis comes from as ``INTER_NEAREST`` resizes it, integers.
+
+    Args:
+        old: length of the axis.
+        new: its length afterwards.
+        part: the pixels that are asked for.
+    """
+    return np.minimum((np.arange(new)[part] * (1 / (new / old))).astype(np.int64), old - 1)
 
 
 def mirrored(image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:

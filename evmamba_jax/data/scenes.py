@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from evmamba_jax.data.outlines import run_lengths
 from evmamba_jax.errors import UserError
 
 CLASSES, GROUND = tuple(map(str, range(10))), "ground"
@@ -65,7 +66,7 @@ class DigitScenes:
     """
 
     name = "digit_scenes/1.0.0"
-    most_objects = COUNTS[1]
+    most_objects, has_outlines = COUNTS[1], True
     fingerprint = None
 
     def __init__(self, split: str, *, ground: bool = False):
@@ -95,7 +96,7 @@ class DigitScenes:
         """Return a scene, by an index from 0 to len - 1.
 
         Records have ``image``, ``id`` and ``image_id``; with the ground ``label_map``; without it ``boxes``,
-        ``labels``, ``crowd`` (none is one) and ``area`` (pixels that are seen).
+        ``labels``, ``crowd`` (none is one), ``area`` (pixels that are seen) and ``segmentations`` (run lengths).
         """
         found = scene(self.split, index)
         record = {"image": found.image, "id": f"{self.split}[{index}]", "image_id": index}
@@ -103,7 +104,9 @@ class DigitScenes:
             return record | {"label_map": found.label_map}
         area = found.masks.sum((1, 2)).astype(float)
         crowd = np.zeros(len(area), bool)
-        return record | {"boxes": found.boxes, "labels": found.labels, "crowd": crowd, "area": area}
+        outlines = [run_lengths(mask) for mask in found.masks]
+        objects = {"boxes": found.boxes, "labels": found.labels, "crowd": crowd, "area": area}
+        return record | objects | {"segmentations": outlines}
 
 
 def scene(split: str, index: int) -> Scene:

@@ -125,6 +125,7 @@ def test_boxes_are_read_back_as_they_were(boxes, capsys):
     split = open_dense("own", folder.parent, "train")
     assert (split.kind, split.class_names, split.category_ids) == ("boxes", ("cat", "owl"), (3, 8))
     assert (len(split), split.most_objects, split.has_objects.tolist()) == (3, 2, [True, True, False])
+    assert split.has_outlines
     assert split.sizes.dtype == np.int32
     assert split.sizes.tolist() == [[20, 30]] * 3
     first, second, third = (split[i] for i in range(3))
@@ -142,6 +143,15 @@ def test_boxes_are_read_back_as_they_were(boxes, capsys):
     assert split.findings[0] == "train: 3 images of 2 classes, 3 objects"
     assert any("1 object is a crowd" in line for line in out)
     assert any("1 image has no object to train on; it is kept to evaluate: images/c.png" in line for line in out)
+
+
+def test_a_crowd_is_no_outline_to_learn_from(boxes):
+    boxes[1]["annotations"] = [
+        annotation(20, 4, segmentation=[]),
+        annotation(21, 7, segmentation=RLE, iscrowd=1),
+        annotation(22, 7, segmentation=[[1, 2, 3, 4]]),
+    ]
+    assert not open_dense("own", prepare_own(boxes).parent, "train").has_outlines
 
 
 def test_slices(boxes):
@@ -706,6 +716,7 @@ def test_tfds_coco(tfds_coco):
         assert (record["id"], record["segmentations"]) == (f"{number:012d}.jpg", [None] * len(wanted))
         assert split.has_objects[i] == (number != 3)
     assert split.most_objects == 2
+    assert not split.has_outlines
     assert "train: 1 objects lie outside or have a side below 1 pixel and are dropped" in split.findings
     assert set(split[0]) == {*BOX_FIELDS}
     assert describe_dense("coco/2017", tfds_coco)[1] == 3

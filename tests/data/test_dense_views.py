@@ -2,10 +2,12 @@
 
 import dataclasses
 
+import cv2
 import numpy as np
 import pytest
+from pycocotools import mask as coco_masks
 
-from evmamba_jax.data import mmdet, mmseg, opencv
+from evmamba_jax.data import mmdet, mmseg, opencv, outlines
 from evmamba_jax.data.dense_config import DetectionData, SegmentationData
 from evmamba_jax.data.loader import eval_batches, train_batches
 from evmamba_jax.data.opencv import Window
@@ -33,6 +35,8 @@ class Pictures:
         corner = rng.uniform(0, 20, (3, 2))
         boxes = np.concatenate([corner, corner + rng.uniform(4, 20, (3, 2))], 1)
         objects = {"boxes": boxes, "labels": np.arange(3), "crowd": np.array([False, False, True]), "area": boxes[:, 2]}
+        lines = [[[x0, y0, x1, y0, x1, y1]] for x0, y0, x1, y1 in boxes.tolist()]  # a triangle each
+        objects["segmentations"] = [lines[0] + [[1.5, 1, 9, 1, 9, 7.5, 1, 8]], outlines.run_lengths(labels > 1), None]
         record = {"id": str(index), "image": image, "label_map": labels, "upright": True, **objects}
         return record | ({"image": b"nothing"} if index in self.corrupt else {})
 
@@ -48,8 +52,12 @@ def segmentation(**fields):
     return LabelMapsOf(SegmentationData(image_size=48, scale=(160, 40), num_threads=2, **fields))
 
 
-def detection(**fields):
-    return mmdet.BoxedImages(DetectionData(scale=(96, 64), max_objects=4, num_threads=2, **fields))
+def detection(*, masks=False, **fields):
+    return mmdet.BoxedImages(DetectionData(scale=(96, 64), max_objects=4, num_threads=2, **fields), masks)
+
+
+def segments(**fields):
+    return detection(masks=True, **fields)
 
 
 LabelMapsOf = mmseg.LabelMaps
@@ -154,6 +162,60 @@ def test_boxes_follow_the_pixels_of_a_multi_scale_crop():
     assert crops == {True, False}
 
 
+def drawn(outline, size):
+    """Return the mask of polygons or run lengths, drawn by pycocotools alone, uint8."""
+    if isinstance(outline, dict):
+        return coco_masks.decode(coco_masks.frPyObjects(outline, *size))
+    return np.max([coco_masks.decode(coco_masks.frPyObjects([polygon], *size))[..., 0] for polygon in outline], 0)
+
+
+@pytest.mark.parametrize(("multi_scale", "scale"), [(False, (96, 64)), (True, (1333, 800))])
+def test_masks_are_changed_as_mmdet_changes_bitmaps(multi_scale, scale):
+    """Drawn whole, then mirrored, resized and cut one after the other by OpenCV, and padded at last."""
+    reader = mmdet.BoxedImages(DetectionData(multi_scale=multi_scale, scale=scale, max_objects=4), masks=True)
+    kinds = set()
+    for seed in range(8 if multi_scale else 4):
+        record = Pictures()[seed % 4]
+        if seed == 2:
+            record["crowd"][0] = True
+        size = record["image"].shape[:2]
+        found = reader.train(reader.decode(record), np.random.default_rng(seed))
+        flip, before, window, final = reader.geometry(size, np.random.default_rng(seed))
+        kinds.add((flip, window is None))
+        _, _, seen = mmdet.change(
+            record["image"], record["boxes"].astype(np.float32), mmdet.Geometry(flip, before, window, final)
+        )
+        of = [number for number in (0, 1) if seen[number] and not record["crowd"][number]]  # the last has no outline
+        masks = np.unpackbits(found["masks"], axis=-1)
+        assert masks.shape == (4, *found["image"].shape[:2])
+        for number, mask in zip(of, masks, strict=False):
+            wanted = drawn(record["segmentations"][number], size)
+            if flip == "first":
+                wanted = cv2.flip(wanted, 1)
+            if window is not None:
+                wanted = cv2.resize(wanted, before[::-1], interpolation=cv2.INTER_NEAREST)[window.slices]
+            wanted = cv2.resize(wanted, final[::-1], interpolation=cv2.INTER_NEAREST)
+            if flip == "last":
+                wanted = cv2.flip(wanted, 1)
+            np.testing.assert_array_equal(mask[: final[0], : final[1]], wanted)
+            assert mask.sum() == wanted.sum()  # nothing in the padding
+        assert not masks[len(of) :].any()
+        assert found["valid"].tolist() == [number < len(of) for number in range(4)]
+        assert found["labels"][: len(of)].tolist() == of
+    assert len(kinds) > 1
+
+
+def test_an_object_without_an_outline_is_left_out_only_where_masks_are_asked_for():
+    record = Pictures()[0]
+    record["segmentations"][0] = None
+    for reader, labels in ((detection(), [0, 1]), (segments(), [1])):
+        found = reader.train(reader.decode(record), np.random.default_rng(0))
+        assert found["labels"][found["valid"]].tolist() == labels
+        assert ("masks" in found) == reader.masks
+        blank = reader.blank(training=True, shape=found["image"].shape[:2])
+        assert {name: array.shape for name, array in blank.items()} == {name: a.shape for name, a in found.items()}
+
+
 def test_the_one_scale_is_mirrored_after_it_is_resized():
     """As mmdet's order is, which rounds other pixels than the reverse."""
     reader, record = detection(hflip=1.0), Pictures()[0]  # 60 x 80
@@ -229,7 +291,7 @@ def test_training_batches_have_one_shape_and_an_epoch_shows_each_image_about_onc
         assert len(set(seen)) >= 17  # of 20 places for 21 images
 
 
-@pytest.mark.parametrize("make", [segmentation, detection])
+@pytest.mark.parametrize("make", [segmentation, detection, segments])
 def test_training_batches_are_the_same_on_any_number_of_hosts_and_from_any_step(make):
     reader = make()
     alone = batches_of(reader, 8)
@@ -238,7 +300,8 @@ def test_training_batches_are_the_same_on_any_number_of_hosts_and_from_any_step(
             for name, array in ours.items():
                 np.testing.assert_array_equal(array, theirs[name])
     for ours, theirs in zip(alone[6:], batches_of(reader, 2, start=6), strict=True):
-        np.testing.assert_array_equal(ours["image"], theirs["image"])
+        for name, array in ours.items():
+            np.testing.assert_array_equal(array, theirs[name])
 
 
 def test_a_damaged_image_is_replaced_by_one_of_its_shape():
