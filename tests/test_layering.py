@@ -35,7 +35,7 @@ ROWS = {
     "analysis": "arrays cli errors layers models pallas_kernels",
     "weights": "arrays checkpoints cli errors layers lora models storage",
     "segmentation": "errors heads layers models ranges weights",
-    "detection": "errors heads layers models weights",
+    "detection": "data errors heads layers models weights",
     "factory": "models weights",
     "preprocessing": "data errors models",
     "evmamba_jax": "factory models preprocessing",
@@ -47,7 +47,7 @@ ROWS = {
                    tasks weights""",
     "train": "cli packaged training",
     "dense": "arrays data errors preprocessing tasks weights",
-    "answers": "detection errors reports storage",
+    "answers": "data detection errors reports storage",
     "predict": """answers arrays checkpoints cli data dense errors models preprocessing reports storage training
                   weights""",
     "verify": "cli config data errors models preprocessing storage tasks training",

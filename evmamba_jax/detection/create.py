@@ -29,6 +29,9 @@ def create_detector(
     ema: bool | Literal["better"] = "better",
     width: int = 256,
     octave_base_scale: float | None = None,
+    fc_width: int | None = None,
+    regions: int | None = None,
+    proposals: int | None = None,
     dtype: Dtype | None = None,
     rngs: nnx.Rngs | None = None,
     backbone_options: Mapping[str, Any] | None = None,
@@ -52,27 +55,39 @@ def create_detector(
         width: channels of pyramid and convolutions.
         octave_base_scale: side of the smallest square anchor of a level, in strides; less finds smaller objects. None
             is the official one: 4 of RetinaNet, 8 of the others.
+        fc_width: of detectors with regions, and so the next two: channels of the box heads; None is the official 1024.
+        regions: of an image that losses are taken of, 4 or more; a quarter of them are of objects. None: 512.
+        proposals: of a level and of an image. None: in training 2000 of a level and 1000 of an image, of
+            "cascade_mask_rcnn" 2000; otherwise 1000.
         dtype: compute type, e.g. ``jnp.bfloat16``; boxes, scores, losses and statistics are float32 or wider.
         rngs: source of the initial values; ``nnx.Rngs(0)`` when not given.
         backbone_options: of the backbone (``drop_path_rate``, ``in_channels``, its sizes, ...).
 
     Returns:
-        An NNX module with ``loss(images, objects)``, of the others also with a ``key``, and ``detect(images)``.
+        An NNX module with ``loss(images, objects, key=key)``, where RetinaNet needs no key, and ``detect(images)``.
 
     Raises:
         UserError: unknown name or option; sizes below 1; weights that are missing, damaged, or of another detector.
     """
     detector, anchors_of = one_of("detector", name, DETECTORS)
-    for option, number in {"num_classes": num_classes, "width": width}.items():
-        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-            raise UserError(f"{option}={number!r} is not allowed: it must be a whole number of at least 1")
+    of_regions = {"fc_width": fc_width, "regions": regions, "proposals": proposals}
+    given = {option: number for option, number in of_regions.items() if number is not None}
+    if given and detector.settings is None:
+        raise UserError(f"{next(iter(given))} is for detectors with regions, and {name!r} has none: leave it out")
+    for option, number in {"num_classes": num_classes, "width": width, **given}.items():
+        least = 4 if option == "regions" else 1
+        if not isinstance(number, int) or isinstance(number, bool) or number < least:
+            raise UserError(f"{option}={number!r} is not allowed: it must be a whole number of at least {least}")
     if octave_base_scale is not None and not octave_base_scale > 0:
         raise UserError(f"octave_base_scale={octave_base_scale!r} is not allowed: it must be above 0")
     rngs = nnx.Rngs(0) if rngs is None else rngs
     body = {"official": detector.body, "pyramid": detector.pyramid_of(width), "options": backbone_options}
     under = build_backbone(backbone, **body, dtype=dtype, rngs=rngs)
     anchors = anchors_of() if octave_base_scale is None else anchors_of(octave_base_scale)
-    model = detector(*under, num_classes, width=width, anchors=anchors, dtype=dtype, rngs=rngs)
+    own: dict[str, Any] = {} if fc_width is None else {"fc_width": fc_width}
+    if detector.settings is not None:
+        own["settings"] = detector.settings.limited(regions=regions, proposals=proposals)
+    model = detector(*under, num_classes, width=width, anchors=anchors, dtype=dtype, rngs=rngs, **own)
     model.eval()
     if pretrained is not None:
         # Orbax takes a second to import; only who reads weights waits for it.

@@ -1,7 +1,7 @@
 """What all detectors have: a backbone with four maps, and detections of fixed shapes."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,10 +45,14 @@ class Detector(nnx.Module):
 
     Attributes:
         body: options that families of backbones have under the official detectors.
+        losses: names of the losses that ``loss`` returns; with "masks" a detector learns from masks, and finds some.
+        settings: numbers of boxes; None of detectors that have no regions.
     """
 
     # The last two stages have one window for images of up to 1792 pixels a side.
     body: Families = ((MambaVisionConfig, {"window_size": (8, 8, 112, 56)}),)
+    losses: ClassVar[tuple[str, ...]]
+    settings: Any = None
 
     def __init__(self, backbone: Any, pyramid: Any):
         self.backbone = backbone
@@ -80,6 +84,11 @@ class Detector(nnx.Module):
             raise UserError(f"images are {size}: pad both sides with zeros to multiples of {MULTIPLE}")
         maps = self.backbone.features(images, key=key)
         return self.outputs(maps if self.pyramid is None else self.pyramid(maps))
+
+    @property
+    def class_layers(self) -> tuple[str, ...]:
+        """The paths of the layers that tell classes."""
+        raise NotImplementedError
 
     def outputs(self, maps: Sequence[jax.Array]) -> Any:
         """Return the raw outputs of the backbone's maps [(B, h, w, C), ...]."""

@@ -3,20 +3,48 @@
 Source: He et al., Mask R-CNN (arXiv:1703.06870), section 3.
 """
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.lax import Precision
 
+from evmamba_jax.data.outlines import of_mask
 from evmamba_jax.detection.boxes import clip
 from evmamba_jax.detection.regions import weights
 
 
-def shares(masks: jax.Array, index: jax.Array, boxes: jax.Array, size: int, ends: jax.Array | None = None) -> jax.Array:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PackedMasks:
+    """Masks, eight pixels of a row in a byte, as ``numpy.packbits(masks, -1)`` has them: an index unpacks one.
+
+    Attributes:
+        bits: (..., G, H, W / 8) uint8.
+    """
+
+    bits: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the masks."""
+        *others, width = self.bits.shape
+        return (*others, 8 * width)
+
+    def __getitem__(self, number: jax.Array) -> jax.Array:
+        """Return the masks of an index, uint8 (..., H, W), 0 and 1."""
+        return jnp.unpackbits(self.bits[number], axis=-1)
+
+
+def shares(
+    masks: jax.Array | PackedMasks, index: jax.Array, boxes: jax.Array, size: int, ends: jax.Array | None = None
+) -> jax.Array:
     """Return how much of each bin of some boxes is of an object.
 
     Args:
-        masks: (G, H, W) booleans or integers 0 and 1, of the objects of one image.
+        masks: (G, H, W) booleans or integers 0 and 1, of the objects of one image; or the same packed.
         index: (R,) the object of each box.
         boxes: (R, 4) in pixels of the masks, float32 or float64.
         size: S.
@@ -40,7 +68,7 @@ def shares(masks: jax.Array, index: jax.Array, boxes: jax.Array, size: int, ends
 
 
 def mask_targets(
-    masks: jax.Array, index: jax.Array, boxes: jax.Array, size: int, ends: jax.Array | None = None
+    masks: jax.Array | PackedMasks, index: jax.Array, boxes: jax.Array, size: int, ends: jax.Array | None = None
 ) -> jax.Array:
     """Return the bins (R, S, S), booleans, of which an object has half or more; arguments as for :func:`shares`.
 
@@ -71,14 +99,48 @@ def paste(masks: np.ndarray, boxes: np.ndarray, height: int, width: int) -> np.n
 
     Source: mmdet 3.3.0 ``mmdet/models/roi_heads/mask_heads/fcn_mask_head.py``, ``_do_paste_mask``.
     """
+    return _pasted(masks, boxes, np.arange(height), np.arange(width))
+
+
+def outlines(masks: np.ndarray, boxes: np.ndarray, height: int, width: int) -> list[dict[str, Any]]:
+    """Return the run lengths, in COCO's text, of masks that are pasted and of which half decides.
+
+    A mask is pasted on the pixels around its box alone, as mmdet does it on a CPU: elsewhere all is 0.
+
+    Args:
+        masks: as for :func:`paste`, and so the next three.
+        boxes: see there.
+        height: see there.
+        width: see there.
+
+    Raises:
+        UserError: pycocotools is not installed.
+    """
+    found = []
+    for mask, box in zip(masks, boxes, strict=True):
+        low, high = np.floor(box[:2]).astype(int) - 1, np.ceil(box[2:]).astype(int) + 1
+        columns, rows = (
+            np.arange(max(start, 0), min(stop, side))
+            for start, stop, side in zip(low, high, (width, height), strict=True)
+        )
+        whole = np.zeros((height, width), np.uint8, "F")
+        if len(rows) and len(columns):
+            part = _pasted(mask[None], box[None], rows, columns)[0] >= 0.5
+            whole[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = part
+        found.append(of_mask(whole))
+    return found
+
+
+def _pasted(masks: np.ndarray, boxes: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Return the pixels in some rows and columns of a picture on which masks are pasted."""
     x0, y0, x1, y1 = np.moveaxis(boxes.astype(masks.dtype), -1, 0)
-    rows, columns = _under(y0, y1, height, masks.shape[1]), _under(x0, x1, width, masks.shape[2])
-    return rows @ masks @ columns.transpose(0, 2, 1)
+    down, across = _under(y0, y1, rows, masks.shape[1]), _under(x0, x1, columns, masks.shape[2])
+    return down @ masks @ across.transpose(0, 2, 1)
 
 
-def _under(low: np.ndarray, high: np.ndarray, pixels: int, cells: int) -> np.ndarray:
-    """Return how much each cell of an axis counts for each pixel: (R, pixels, cells)."""
-    middles = np.arange(pixels, dtype=low.dtype) + low.dtype.type(0.5)
+def _under(low: np.ndarray, high: np.ndarray, pixels: np.ndarray, cells: int) -> np.ndarray:
+    """Return how much each cell of an axis counts for each of some pixels: (R, pixels, cells)."""
+    middles = pixels.astype(low.dtype) + low.dtype.type(0.5)
     with np.errstate(divide="ignore", invalid="ignore"):
         places = (middles - low[:, None]) / (high - low)[:, None] * 2 - 1
     places[np.isinf(places)] = 0  # a box without a side

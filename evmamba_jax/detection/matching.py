@@ -1,7 +1,7 @@
 """Which object an anchor is trained for."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +16,14 @@ class Objects(NamedTuple):
         boxes: (..., G, 4), x0 y0 x1 y1 in pixels of the image, each with an area.
         labels: (..., G) integers from 0.
         valid: (..., G) booleans, False for padding.
-        masks: (..., G, H, W) booleans or integers 0 and 1, as large as the padded images; None where nothing needs any.
+        masks: (..., G, H, W) booleans or integers 0 and 1, as large as the padded images, or the same as
+            :class:`evmamba_jax.detection.masks.PackedMasks`; None where nothing needs any.
     """
 
     boxes: jax.Array
     labels: jax.Array
     valid: jax.Array
-    masks: jax.Array | None = None
+    masks: Any = None
 
 
 class Matched(NamedTuple):

@@ -60,6 +60,18 @@ class Settings:
     trained: Limits = dataclasses.field(default=Limits(2000, 1000))
     tested: Limits = dataclasses.field(default=Limits(1000, 1000))
 
+    def limited(self, *, regions: int | None = None, proposals: int | None = None) -> "Settings":
+        """Return settings with other numbers of regions, a quarter of them of objects, and of proposals; None: these.
+
+        Args:
+            regions: that losses are taken of.
+            proposals: of a level and of an image, in training and otherwise.
+        """
+        own: dict[str, Any] = {} if regions is None else {"regions": Sampler(regions, regions // 4)}
+        if proposals is not None:
+            own |= dict.fromkeys(("trained", "tested"), Limits(proposals, proposals))
+        return dataclasses.replace(self, **own)
+
 
 class Features(NamedTuple):
     """The outputs from which all else follows.
@@ -144,6 +156,7 @@ class RCNN(Detector):
         masks_end: whether masks end with the image, not with what it is padded to.
     """
 
+    losses = Losses._fields
     rounds: Sequence[Round]
     rules = Rules()
     settings = Settings()
@@ -185,6 +198,12 @@ class RCNN(Detector):
         """Return what makes levels of ``width`` channels of maps of ``widths``; None where maps are levels."""
         return FPN(widths, width, levels=len(STRIDES), **layer)
 
+    @property
+    def class_layers(self) -> tuple[str, ...]:
+        """The paths of the layers that tell classes, or have something for each."""
+        of_boxes = [f"box_heads.{i}.{layer}" for i in range(len(self.box_heads)) for layer in ("cls", "reg")]
+        return (*of_boxes, *(f"mask_heads.{i}.logits" for i in range(len(self.mask_heads))))
+
     def outputs(self, maps: Sequence[jax.Array]) -> Features:
         """Return pyramid and proposals of the backbone's maps [(B, h, w, C), ...]."""
         levels = list(maps) if self.neck is None else self.neck(maps)
@@ -203,7 +222,7 @@ class RCNN(Detector):
 
         Args:
             images: as for a call.
-            objects: boxes (B, G, 4), labels and valid (B, G), masks (B, G, H, W).
+            objects: boxes (B, G, 4), labels and valid (B, G), masks (B, G, H, W), packed or not.
             padded: (B, 2) integers: height and width of every image, each padded to a multiple of 32 by itself. Anchors
                 of cells beyond take no part. None: the whole of ``images``.
             sizes: (B, 2) height and width of every image before padding, to which proposals are limited; None: as

@@ -66,6 +66,8 @@ class RetinaNet(Detector):
         rngs: source of the initial values.
     """
 
+    losses = Losses._fields
+
     def __init__(
         self,
         backbone: Any,
@@ -89,8 +91,19 @@ class RetinaNet(Detector):
         """Return the raw outputs of the backbone's maps [(B, h, w, C), ...]."""
         return Raw(*self.head(self.neck(maps)))
 
+    @property
+    def class_layers(self) -> tuple[str, ...]:
+        """The path of the layer that tells classes."""
+        return ("head.cls",)
+
     def loss(
-        self, images: jax.Array, objects: Objects, padded: jax.Array | None = None, *, key: jax.Array | None = None
+        self,
+        images: jax.Array,
+        objects: Objects,
+        padded: jax.Array | None = None,
+        sizes: jax.Array | None = None,
+        *,
+        key: jax.Array | None = None,
     ) -> Losses:
         """Return the losses of a batch.
 
@@ -99,6 +112,7 @@ class RetinaNet(Detector):
             objects: boxes (B, G, 4), labels and valid (B, G).
             padded: (B, 2) integers: height and width of every image, each padded to a multiple of 32 by itself. Anchors
                 of cells beyond take no part. None: the whole of ``images``.
+            sizes: of no influence here; detectors with proposals limit these to it.
             key: as for a call.
         """
         raw = self(images, key=key)

@@ -19,6 +19,7 @@ from evmamba_jax.detection.mask_rcnn import CascadeMaskRCNN, MaskRCNN
 from evmamba_jax.detection.per_anchor import Raw
 from evmamba_jax.detection.proposals import Limits, proposals
 from evmamba_jax.detection.rcnn import ANCHORS, Settings
+from evmamba_jax.detection.retinanet import RetinaNet
 from evmamba_jax.detection.rounds import refined
 from evmamba_jax.detection.sampling import Candidates, Chosen, Sampler, candidates, regions
 from evmamba_jax.errors import UserError
@@ -220,3 +221,25 @@ def test_anchors_are_the_published_ones_unless_asked_for():
     assert nnx.eval_shape(lambda: mask_rcnn(width=8, octave_base_scale=2.0)).anchors.scales == (2.0,)
     with pytest.raises(UserError, match="octave_base_scale=0"):
         mask_rcnn(octave_base_scale=0)
+
+
+def test_numbers_of_boxes_are_the_published_ones_unless_asked_for():
+    few = nnx.eval_shape(lambda: mask_rcnn(width=8, fc_width=16, regions=32, proposals=50))
+    assert few.settings == Settings(Sampler(256, 128), Sampler(32, 8), Limits(50, 50), Limits(50, 50))
+    assert few.box_heads[0].fcs[1].kernel.shape == (16, 16)
+    assert nnx.eval_shape(lambda: mask_rcnn(width=8, regions=32)).settings.trained == Limits(2000, 1000)
+    with pytest.raises(UserError, match="regions=3 is not allowed: it must be a whole number of at least 4"):
+        mask_rcnn(regions=3)
+    with pytest.raises(UserError, match="proposals is for detectors with regions, and 'retinanet' has none"):
+        create_detector("retinanet", backbone="evmamba_t", proposals=50)
+
+
+def test_layers_that_tell_classes_have_their_number():
+    for kind in (RetinaNet, MaskRCNN, CascadeMaskRCNN):
+        few, many = (
+            nnx.eval_shape(lambda: kind(GivenMaps(), [4] * 4, None, classes, width=4, rngs=nnx.Rngs(0)))  # noqa: B023
+            for classes in (2, 3)
+        )
+        shapes = [{path: array.shape for path, array in split(model).params.items()} for model in (few, many)]
+        differing = {path for path, shape in shapes[0].items() if shape != shapes[1][path]}
+        assert {f"{layer}.{part}" for layer in few.class_layers for part in ("kernel", "bias")} == differing

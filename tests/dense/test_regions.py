@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from evmamba_jax.data.outlines import to_mask
 from evmamba_jax.detection.boxes import overlaps
 from evmamba_jax.detection.losses import binary_cross_entropy, cross_entropy, giou, of_class, smooth_l1
-from evmamba_jax.detection.masks import mask_targets, paste
+from evmamba_jax.detection.masks import PackedMasks, mask_targets, outlines, paste
 from evmamba_jax.detection.regions import extract, levels_of, roi_align
 
 BOXES = np.asarray(
@@ -116,6 +117,31 @@ def test_mask_targets_are_half_or_more_of_a_bin():
     assert np.asarray(found)[0].all()
     for row in (*np.asarray(found)[1], *np.asarray(found)[2]):  # the third is limited to what the second is
         np.testing.assert_array_equal(row, [False, False, True, True])
+
+
+def test_packed_masks_have_the_targets_of_the_masks():
+    rng = np.random.default_rng(4)
+    masks = np.repeat(np.repeat(rng.random((2, 3, 5, 6)) < 0.5, 3, 2), 4, 3)  # patches, of two images
+    packed, index = PackedMasks(jnp.asarray(np.packbits(masks, -1))), jnp.asarray([[0, 2, 1, 2]] * 2)
+    corners = rng.uniform(-4, 10, (2, 4, 2))
+    boxes = jnp.asarray(np.concatenate([corners, corners + rng.uniform(3, 20, (2, 4, 2))], -1), jnp.float32)
+    run = jax.jit(jax.vmap(lambda masks, *x: mask_targets(masks, *x, 7)))
+    assert packed.shape == masks.shape
+    found = run(packed, index, boxes)
+    np.testing.assert_array_equal(found, run(jnp.asarray(masks), index, boxes))
+    assert 0.2 < np.asarray(found).mean() < 0.8
+
+
+def test_an_outline_is_where_a_pasted_mask_has_half():
+    rng = np.random.default_rng(3)
+    masks = rng.uniform(size=(6, 5, 5)).astype(np.float32)
+    masks[1], masks[5] = 1, 0
+    boxes = [[2.2, 1.7, 9.1, 8.3], [-4, -3, 30, 40], [5, 2, 6, 3.5], [0, 0, 13, 11], [20, 3, 25, 9], [1, 1, 9, 9]]
+    found = outlines(masks, np.asarray(boxes, np.float32), 11, 13)
+    wanted = paste(masks, np.asarray(boxes, np.float32), 11, 13) >= 0.5
+    assert [one["size"] for one in found] == [[11, 13]] * 6
+    np.testing.assert_array_equal([to_mask(one, 11, 13) for one in found], wanted)
+    assert wanted[[0, 1, 3]].any((1, 2)).all()  # otherwise there is nothing to compare
 
 
 def test_masks_are_pasted_as_pixel_by_pixel():
