@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from PIL import Image
 
+from evmamba_jax.data.outlines import resized
 from evmamba_jax.detection.evaluate import Found, corner_and_size, named_rows
 from evmamba_jax.errors import UserError, printable
 from evmamba_jax.reports.contact_sheet import contact_sheet, thumbnail
@@ -253,7 +254,7 @@ class LabelMaps(Answers):
 
 
 class FoundBoxes(Answers):
-    """Boxes with classes and scores, in pixels of their pictures."""
+    """Boxes with classes, scores and perhaps masks, in pixels of their pictures."""
 
     words, own, drawn = "finds boxes", ("score", "json"), 12
 
@@ -272,25 +273,26 @@ class FoundBoxes(Answers):
         """Return a row for each box, the surest first."""
         return [
             [k, self.class_names[k], f"{score:.6f}", *(f"{side:.1f}" for side in corner_and_size(box))]
-            for box, score, k in zip(*self._sure(answer), strict=True)
+            for box, score, k in zip(*answer.above(self._least)[:3], strict=True)
         ]
 
     def to_draw(self, title: str, image: np.ndarray, answer: Found) -> Any:
-        """Return an image not larger than it is drawn, its boxes and the title."""
+        """Return an image not larger than it is drawn, its boxes and masks, and the title."""
         step = max(1.0, max(image.shape) / _SIDE)
         small = _smaller(image, [max(1, round(side / step)) for side in image.shape[:2]])
-        sure = self._sure(answer)
-        return small, Boxes(sure.boxes / step, sure.labels, sure.scores), title
+        sure = answer.above(self._least)
+        masks = None if sure.outlines is None else resized(sure.outlines, *small.shape[:2])
+        return small, Boxes(sure.boxes / step, sure.labels, sure.scores, masks), title
 
     def lines(self, picture: Picture, image: np.ndarray, answer: Found) -> list[str]:
         """Return the surest boxes: corner, width and height in pixels."""
-        sure = self._sure(answer)
+        sure = answer.above(self._least)
         if self.args.json:
             self._rows += named_rows(str(picture.file), sure, self.class_names)
         if not len(sure.labels):
             return [f"  nothing with a score of {self._least} or more"]
         lines = []
-        for box, score, k in zip(*(column[: self.top] for column in sure), strict=True):
+        for box, score, k in zip(*(column[: self.top] for column in sure[:3]), strict=True):
             x, y, width, height = corner_and_size(box)
             lines.append(f"{self.share(score, k)}  at {x:.0f}, {y:.0f}: {width:.0f} x {height:.0f}")
         return lines + self.more(len(sure.labels))
@@ -307,9 +309,6 @@ class FoundBoxes(Answers):
                 file.write_text(json.dumps(self._rows), encoding="utf-8", errors="surrogateescape")
             lines.append(f"{self.args.json}: {len(self._rows)} boxes of {count} images")
         return lines
-
-    def _sure(self, answer: Found) -> Found:
-        return Found(*(column[answer.scores >= self._least] for column in answer))
 
 
 KINDS: dict[str, type[Answers]] = {"classes": Classes, "label_maps": LabelMaps, "boxes": FoundBoxes}

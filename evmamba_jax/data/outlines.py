@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from evmamba_jax.data.opencv import resize_nearest
 from evmamba_jax.errors import UserError
 
 Outline = list[list[float]] | dict[str, Any]
@@ -43,6 +44,24 @@ def to_text(outline: Outline, height: int, width: int) -> dict[str, Any]:
 def of_mask(mask: np.ndarray) -> dict[str, Any]:
     """Return the run lengths of a mask (H, W), booleans or uint8, in COCO's text; errors as for :func:`to_mask`."""
     return _in_text(_coco().encode(np.asfortranarray(mask, np.uint8)))
+
+
+def resized(outlines: Sequence[dict[str, Any] | None], height: int, width: int) -> np.ndarray:
+    """Return the masks of outlines where their image is shown in another size, booleans (N, height, width).
+
+    Args:
+        outlines: run lengths in COCO's text; None for a mask without pixels.
+        height: as the image is shown, pixels.
+        width: the same.
+
+    Raises:
+        UserError: as for :func:`to_mask`.
+    """
+    masks = np.zeros((len(outlines), height, width), bool)
+    for mask, outline in zip(masks, outlines, strict=True):
+        if outline is not None:
+            mask[:] = resize_nearest(to_mask(outline, *outline["size"]), height, width)
+    return masks
 
 
 def run_lengths(mask: np.ndarray) -> dict[str, Any]:

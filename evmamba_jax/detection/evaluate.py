@@ -1,12 +1,12 @@
-"""Average precision of boxes, by COCO's own code.
+"""Average precision of boxes and of masks, by COCO's own code.
 
 pycocotools and not a faster copy: it is what all published figures were made with.
 """
 
 import contextlib
 import io
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -24,27 +24,45 @@ class Truth(NamedTuple):
         labels: (G,) integers from 0.
         crowd: (G,) booleans: detections inside a crowd are neither right nor wrong.
         area: (G,) pixels that the object covers, by which it counts as small, medium or large.
+        outlines: (G,) run lengths in COCO's text, or None; None where only boxes count.
     """
 
     boxes: np.ndarray
     labels: np.ndarray
     crowd: np.ndarray
     area: np.ndarray
+    outlines: Sequence[dict[str, Any] | None] | None = None
 
     def scaled(self, scale: np.ndarray) -> "Truth":
-        """Return the objects of the image with width and height times ``scale``."""
+        """Return the objects of the image with width and height times ``scale``; outlines stay."""
         return self._replace(boxes=self.boxes * np.tile(scale, 2), area=self.area * np.prod(scale))
 
 
 class Found(NamedTuple):
-    """The detections of an image: boxes (D, 4), scores (D,), labels (D,)."""
+    """The detections of an image, the surest first.
+
+    Attributes:
+        boxes: (D, 4), x0, y0, x1, y1 in pixels.
+        scores: (D,) from 0 to 1.
+        labels: (D,) integers from 0.
+        outlines: (D,) run lengths in COCO's text; None of a detector that finds boxes alone.
+    """
 
     boxes: np.ndarray
     scores: np.ndarray
     labels: np.ndarray
+    outlines: Sequence[dict[str, Any]] | None = None
+
+    def above(self, score: float) -> "Found":
+        """Return the detections with this score or more."""
+        sure = self.scores >= score
+        outlines = self.outlines
+        if outlines is not None:
+            outlines = [outline for outline, kept in zip(outlines, sure, strict=True) if kept]
+        return Found(self.boxes[sure], self.scores[sure], self.labels[sure], outlines)
 
     def scaled(self, scale: np.ndarray) -> "Found":
-        """Return the detections of the image with width and height times ``scale``."""
+        """Return the detections of the image with width and height times ``scale``; outlines stay."""
         return self._replace(boxes=self.boxes * np.tile(scale, 2))
 
 
@@ -63,13 +81,17 @@ class Precision(NamedTuple):
     curves: np.ndarray
 
 
-def average_precision(truths: Sequence[Truth], found: Sequence[Found], classes: int) -> Precision:
+def average_precision(
+    truths: Sequence[Truth], found: Sequence[Found], classes: int, of: Literal["boxes", "outlines"] = "boxes"
+) -> Precision:
     """Return COCO's figures for images with their objects and detections.
 
     Args:
         truths: of each image.
         found: of each image.
         classes: K.
+        of: whether boxes or masks are to overlap. Objects without an outline do not count among masks, and the size of
+            a detection is that of its mask then.
 
     Raises:
         UserError: pycocotools is not installed.
@@ -85,33 +107,20 @@ def average_precision(truths: Sequence[Truth], found: Sequence[Found], classes: 
     with contextlib.redirect_stdout(io.StringIO()):
         coco: Any = COCO()
         coco.dataset = {
-            "images": [{"id": i} for i in range(len(truths))],
+            # COCO's code asks for sizes, which only polygons need.
+            "images": [{"id": i, "height": 0, "width": 0} for i in range(len(truths))],
             "categories": [{"id": k} for k in range(classes)],
-            "annotations": [
-                {
-                    "image_id": i,
-                    "category_id": int(label),
-                    "bbox": corner_and_size(box),
-                    "area": float(area),
-                    "iscrowd": int(crowd),
-                }
-                for i, truth in enumerate(truths)
-                for box, label, crowd, area in zip(*truth, strict=True)
-            ],
+            "annotations": [annotation for i, truth in enumerate(truths) for annotation in _annotations(i, truth, of)],
         }
         for number, annotation in enumerate(coco.dataset["annotations"], 1):
             annotation["id"] = number
         coco.createIndex()
-        rows = [
-            [i, *corner_and_size(box), float(score), int(label)]
-            for i, one in enumerate(found)
-            for box, score, label in zip(*one, strict=True)
-        ]
+        rows = [row for i, one in enumerate(found) for row in _results(i, one, of)]
         if not rows or not coco.dataset["annotations"]:
             nothing = {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}
-            by_class = np.where(_counted(truths, classes), 0.0, np.nan)
+            by_class = np.where(_counted(coco.dataset["annotations"], classes), 0.0, np.nan)
             return Precision(nothing, by_class, np.broadcast_to(by_class, (10, 101, classes)))
-        evaluation: Any = COCOeval(coco, coco.loadRes(np.array(rows)), "bbox")
+        evaluation: Any = COCOeval(coco, coco.loadRes(rows), "bbox" if of == "boxes" else "segm")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -122,9 +131,30 @@ def average_precision(truths: Sequence[Truth], found: Sequence[Found], classes: 
     return Precision(figures, 100 * curves.mean((0, 1)), curves)
 
 
-def _counted(truths: Sequence[Truth], classes: int) -> np.ndarray:
-    labels = [truth.labels[~truth.crowd] for truth in truths]
-    return np.bincount(np.concatenate(labels).astype(int), minlength=classes) > 0
+def _annotations(image: int, truth: Truth, of: str) -> Iterator[dict[str, Any]]:
+    """Yield the objects of an image as COCO's code takes them."""
+    for number, (box, label, crowd, area) in enumerate(zip(*truth[:4], strict=True)):
+        about = {"image_id": image, "category_id": int(label), "area": float(area), "iscrowd": int(crowd)}
+        if of == "boxes":
+            yield about | {"bbox": corner_and_size(box)}
+        elif truth.outlines is not None and truth.outlines[number] is not None:
+            yield about | {"segmentation": truth.outlines[number]}
+
+
+def _results(image: int, found: Found, of: str) -> Iterator[dict[str, Any]]:
+    """Yield the detections of an image as COCO's code takes them."""
+    for number, (box, score, label) in enumerate(zip(*found[:3], strict=True)):
+        about = {"image_id": image, "category_id": int(label), "score": float(score)}
+        if of == "boxes":
+            yield about | {"bbox": corner_and_size(box)}
+        elif found.outlines is not None:
+            yield about | {"segmentation": found.outlines[number]}
+
+
+def _counted(annotations: Sequence[Mapping[str, Any]], classes: int) -> np.ndarray:
+    """Return which classes have an object that is no crowd, booleans (K,)."""
+    labels = [annotation["category_id"] for annotation in annotations if not annotation["iscrowd"]]
+    return np.bincount(np.array(labels, int), minlength=classes) > 0
 
 
 def corner_and_size(box: np.ndarray) -> list[float]:
@@ -142,14 +172,9 @@ def result_rows(images: Sequence[int], found: Sequence[Found], source: Any) -> l
         source: the split: its records have an ``image_id``, and it has ``category_ids``.
     """
     return [
-        {
-            "image_id": image_id,
-            "category_id": source.category_ids[label],
-            "bbox": [round(side, 3) for side in corner_and_size(box)],
-            "score": float(score),
-        }
+        {"image_id": image_id, "category_id": source.category_ids[label], **row}
         for image_id, one in zip((source[i]["image_id"] for i in images), found, strict=True)
-        for box, score, label in zip(*one, strict=True)
+        for label, row in zip(one.labels, _rows(one), strict=True)
     ]
 
 
@@ -162,14 +187,16 @@ def named_rows(name: str, found: Found, class_names: Sequence[str]) -> list[dict
         class_names: in label order.
     """
     return [
-        {
-            "file_name": name,
-            "category_name": class_names[label],
-            "bbox": [round(side, 3) for side in corner_and_size(box)],
-            "score": float(score),
-        }
-        for box, score, label in zip(*found, strict=True)
+        {"file_name": name, "category_name": class_names[label], **row}
+        for label, row in zip(found.labels, _rows(found), strict=True)
     ]
+
+
+def _rows(found: Found) -> Iterator[dict[str, Any]]:
+    """Yield box, score and, where there is one, outline of each detection as COCO's files have them."""
+    for number, (box, score) in enumerate(zip(found.boxes, found.scores, strict=True)):
+        row = {"bbox": [round(side, 3) for side in corner_and_size(box)], "score": float(score)}
+        yield row if found.outlines is None else row | {"segmentation": found.outlines[number]}
 
 
 def pairwise_overlaps(a: np.ndarray, b: np.ndarray) -> np.ndarray:

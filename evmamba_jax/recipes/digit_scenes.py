@@ -1,8 +1,11 @@
 """The recipe of small models on scenes of digits, for whatever stands on their backbone."""
 
+import dataclasses
 from typing import Any
 
-from evmamba_jax.data.dense_config import DenseData
+from evmamba_jax.data.dense_config import DenseData, DetectionData
+from evmamba_jax.errors import one_of
+from evmamba_jax.tasks.detection import DetectionConfig, DetectorConfig
 from evmamba_jax.training.config import Duration, ModelConfig, OptimConfig
 
 
@@ -42,3 +45,37 @@ def recipe(data: type[DenseData], *, lr: float, epochs: float, **more: Any) -> d
         eval_every=Duration(epochs=1),
         save_every=Duration(epochs=1),
     )
+
+
+# By name the detector, the highest learning rate, and the length of the run in epochs.
+_DETECTORS = {
+    "retinanet": (DetectorConfig(width=48, octave_base_scale=2.0, detections=20), 3e-3, 4.5),
+    # Few boxes: of a scene's 8 digits at most all are of the size of the finest anchors.
+    "mask_rcnn": (
+        DetectorConfig(
+            name="mask_rcnn",
+            width=32,
+            fc_width=128,
+            octave_base_scale=4.0,
+            regions=32,
+            proposals=100,
+            detections=20,
+        ),
+        3e-3,
+        3.0,
+    ),
+}
+
+
+def detection(detector: str) -> DetectionConfig:
+    """Return the configuration of a detector of digits.
+
+    Args:
+        detector: "retinanet" or "mask_rcnn".
+
+    Raises:
+        UserError: another one.
+    """
+    about, lr, epochs = one_of("detector of digits", detector, _DETECTORS)
+    shared = recipe(DetectionData, lr=lr, epochs=epochs, max_objects=8)
+    return DetectionConfig(detector=dataclasses.replace(about), **shared)

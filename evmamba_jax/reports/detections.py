@@ -1,4 +1,4 @@
-"""Boxes on images: the truth beside what was found, or what was found alone."""
+"""Boxes and masks on images: the truth beside what was found, or what was found alone."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -17,11 +18,16 @@ _PANEL = 7.0  # inches of the width of a picture by itself
 
 
 class Boxes(NamedTuple):
-    """Boxes (N, 4), x0 y0 x1 y1, their labels (N,), and their scores (N,) or None for the truth."""
+    """Boxes (N, 4), x0 y0 x1 y1, their labels (N,), and their scores (N,) or None for the truth.
+
+    Attributes:
+        masks: (N, H, W) booleans, as large as the image, or None.
+    """
 
     boxes: np.ndarray
     labels: np.ndarray
     scores: np.ndarray | None = None
+    masks: np.ndarray | None = None
 
 
 @draws_names
@@ -44,13 +50,14 @@ def draw_detections(
         for axes, boxes, colour, title in zip(pair, (truth, found), (BLUE, ORANGE), ("truth", line), strict=True):
             axes.imshow(image, interpolation="nearest")
             axes.set_title(title, loc="left", fontsize=9, color=colour)
+            draw_masks(axes, boxes, COLOURS)
             draw_boxes(axes, boxes, colour, class_names)
     save(figure, path)
 
 
 @draws_names
 def draw_found_boxes(path: Path, examples: Sequence[tuple[np.ndarray, Boxes, str]], class_names: Sequence[str]) -> None:
-    """Draw pictures with the boxes found, in a colour for each class.
+    """Draw pictures with the boxes and masks found, in a colour for each class.
 
     Args:
         path: the picture, a .png file.
@@ -71,11 +78,25 @@ def draw_found_boxes(path: Path, examples: Sequence[tuple[np.ndarray, Boxes, str
         axes.set_anchor("NW")
         axes.set_title(short(title, 60), loc="left", fontsize=9)
         assert found.scores is not None
+        draw_masks(axes, found, [COLOURS[int(label) % len(COLOURS)] for label in found.labels])
         for label in np.unique(found.labels):
             own = found.labels == label
             colour = COLOURS[int(label) % len(COLOURS)]
             draw_boxes(axes, Boxes(found.boxes[own], found.labels[own], found.scores[own]), colour, class_names)
     save(figure, path)
+
+
+def draw_masks(axes: Axes, boxes: Boxes, colours: Sequence[str]) -> None:
+    """Draw masks, where there are some, half transparent over an image, in colours that come again and again.
+
+    Where masks overlap, the first is seen, which is the surest.
+    """
+    if boxes.masks is None or not len(boxes.masks):
+        return
+    over = np.zeros((*boxes.masks.shape[1:], 4))
+    for number in reversed(range(len(boxes.masks))):
+        over[boxes.masks[number]] = to_rgba(colours[number % len(colours)], 0.5)
+    axes.imshow(over, interpolation="nearest")
 
 
 def draw_boxes(axes: Axes, boxes: Boxes, colour: str, class_names: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""precision_recall.png: how precise detections are, the more of the objects they find."""
+"""precision_recall.png, mask_precision_recall.png: how precise detections are, the more of the objects they find."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from evmamba_jax.reports.drawing import BLUE, COLOURS, GREY, draws_names, save, short
 
-PRECISION_RECALL = "precision_recall.png"
+PRECISION_RECALL, MASK_PRECISION_RECALL = "precision_recall.png", "mask_precision_recall.png"
 _NAMED = len(COLOURS)  # classes with a line of their own colour and a name
 
 

@@ -162,6 +162,9 @@ class Task(abc.ABC):
     def see(self, source: Any) -> None:  # noqa: B027
         """Note what the loss needs to know of the training split, before the step is traced."""
 
+    def see_evaluated(self, source: Any) -> None:  # noqa: B027
+        """Note the split that evaluations read, before the first of them, for collectors that look up its records."""
+
     # Training, traced into the step.
 
     @abc.abstractmethod

@@ -55,7 +55,7 @@ class Composed(Task):
     example: ClassVar[str]
     truth: ClassVar[str]
     ground: ClassVar[bool] = False
-    layers: ClassVar[tuple[str, ...]]
+    layers: tuple[str, ...]
 
     @classmethod
     def validate(cls, config: Config) -> None:

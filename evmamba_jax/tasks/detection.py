@@ -1,13 +1,13 @@
-"""Object detection: a box and a class for every object; average precision as COCO counts it.
+"""Object detection: a box, a class and perhaps a mask for every object; average precision as COCO counts it.
 
 ``config.model`` names the backbone, ``config.detector`` what stands on it; the classes come from the data.
 """
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import jax
 import numpy as np
@@ -15,8 +15,11 @@ import numpy as np
 from evmamba_jax.config import Config
 from evmamba_jax.data.dense_config import DetectionData
 from evmamba_jax.data.mmdet import MULTIPLE, BoxedImages
+from evmamba_jax.data.opencv import size_of
+from evmamba_jax.data.outlines import resized, to_text
 from evmamba_jax.data.readers import Example, Size
 from evmamba_jax.detection import Objects, create_detector
+from evmamba_jax.detection.create import DETECTORS
 from evmamba_jax.detection.evaluate import (
     Found,
     Precision,
@@ -25,11 +28,12 @@ from evmamba_jax.detection.evaluate import (
     pairwise_overlaps,
     result_rows,
 )
+from evmamba_jax.detection.masks import PackedMasks, outlines
 from evmamba_jax.errors import UserError
 from evmamba_jax.ranges import chosen, free, ranged
 from evmamba_jax.reports.detections import DETECTIONS, Boxes, draw_detections
 from evmamba_jax.reports.per_class import PER_CLASS, per_cent, write_columns
-from evmamba_jax.reports.precision_recall import PRECISION_RECALL, draw_precision_recall
+from evmamba_jax.reports.precision_recall import MASK_PRECISION_RECALL, PRECISION_RECALL, draw_precision_recall
 from evmamba_jax.storage import written_whole
 from evmamba_jax.tasks.base import Batch, Collector, Figure, Moment
 from evmamba_jax.tasks.composed import Composed
@@ -38,16 +42,30 @@ from evmamba_jax.tasks.registry import register
 PICTURED = 12  # images in detections.png
 RESULTS = "detections.json"
 _SHOWN = 0.3  # score from which on a detection is drawn, and counts as a mistake there
+# What the log calls the losses of detectors.
+_PARTS = {
+    "rpn_classes": "rpn_class_loss",
+    "rpn_boxes": "rpn_box_loss",
+    "classes": "class_loss",
+    "boxes": "box_loss",
+    "masks": "mask_loss",
+}
 
 
 @dataclasses.dataclass
 class DetectorConfig:
     """What stands on the backbone; see :func:`evmamba_jax.detection.create_detector`."""
 
-    name: str = chosen("retinanet", ("retinanet",))
+    name: str = chosen("retinanet", DETECTORS)
     width: int = ranged(256, least=1)
-    octave_base_scale: float = ranged(4.0, above=0)  # side of the smallest square anchor of a level, in strides
+    # Side of the smallest square anchor of a level, in strides; None: the official one, 4 of retinanet, 8 of others.
+    octave_base_scale: float | None = ranged(None, above=0)
     detections: int = ranged(100, least=1)  # of an image, at most
+    # Of detectors with regions; None: the official number. Channels of the box heads; regions of an image that losses
+    # are taken of, a quarter of them of objects; proposals of a level and of an image.
+    fc_width: int | None = ranged(None, least=1)
+    regions: int | None = ranged(None, least=4)
+    proposals: int | None = ranged(None, least=1)
 
 
 @dataclasses.dataclass
@@ -65,15 +83,16 @@ class Collected(Collector):
 
     Args:
         pictures: whether to keep any.
+        outlined: the split that is evaluated, where detections have masks: outlines come from its records.
     """
 
-    def __init__(self, *, pictures: bool):
+    def __init__(self, *, pictures: bool, outlined: Any = None):
         self.images: list[int] = []  # places in the split
         self.truths: list[Truth] = []
         self.found: list[Found] = []
         self.kept: list[tuple[int, int, np.ndarray, Truth, Found]] = []
-        self._pictures = pictures
-        self._precision: Precision | None = None
+        self._pictures, self._outlined = pictures, outlined
+        self._precision: dict[str, Precision] = {}
 
     def add(self, rows: Mapping[str, np.ndarray], answers: Any, own: slice) -> None:
         """Note a batch."""
@@ -82,10 +101,16 @@ class Collected(Collector):
             zip(range(len(answers["weight"]))[own], zip(rows["image"], rows["size"], strict=True), strict=True)
         )
         for i in np.flatnonzero(answers["weight"]):
-            there, count = answers["valid"][i], answers["found"]["count"][i]
+            there, index = answers["valid"][i], int(answers["index"][i])
             truth = Truth(*(answers[name][i][there] for name in ("boxes", "labels", "crowd", "area")))
-            found = Found(*(answers["found"][name][i][:count] for name in ("boxes", "scores", "labels")))
-            self.images.append(int(answers["index"][i]))
+            size: Size = (0, 0)
+            if self._outlined is not None:
+                height, width = size = tuple(self._outlined.sizes[index].tolist())
+                own = self._outlined[index]["segmentations"]
+                texts = [None if outline is None else to_text(outline, height, width) for outline in own]
+                truth = truth._replace(outlines=texts)
+            found = _found(jax.tree.map(lambda array: array[i], answers["found"]), size)  # noqa: B023
+            self.images.append(index)
             self.truths.append(truth)
             self.found.append(found)
             if self._pictures and i in shown:
@@ -96,11 +121,19 @@ class Collected(Collector):
         self.kept.sort(key=lambda one: (-one[0], one[1]))
         del self.kept[PICTURED:]
 
-    def precision(self, classes: int) -> Precision:
-        """Return COCO's figures of all images; computed once."""
-        if self._precision is None:
-            self._precision = average_precision(self.truths, self.found, classes)
-        return self._precision
+    def precision(self, classes: int, of: Literal["boxes", "outlines"] = "boxes") -> Precision:
+        """Return COCO's figures of all images, of boxes or of masks; computed once."""
+        if of not in self._precision:
+            self._precision[of] = average_precision(self.truths, self.found, classes, of)
+        return self._precision[of]
+
+
+def _found(answers: Mapping[str, np.ndarray | None], size: Size) -> Found:
+    """Return the detections of an image, as ``Detections`` has them; masks become outlines in pixels of ``size``."""
+    count = int(cast(np.ndarray, answers["count"]))
+    boxes, scores, labels = (cast(np.ndarray, answers[name])[:count] for name in ("boxes", "scores", "labels"))
+    masks = answers["masks"]
+    return Found(boxes, scores, labels, None if masks is None else outlines(masks[:count], boxes, *size))
 
 
 def mistakes(truth: Truth, found: Found) -> int:
@@ -124,18 +157,23 @@ def mistakes(truth: Truth, found: Found) -> int:
 
 @register("detection")
 class Detection(Composed):
-    """A box and a class for every object."""
+    """A box and a class for every object, with some detectors a mask too."""
 
     chooses = Figure("AP", higher=True, title="AP on the test images (%)")
-    parts = ("class_loss", "box_loss")
     needs, reads, part = DetectionConfig, DetectionData, "detector"
     example = "configs/digits_detection.py"
     kind, truth = "boxes", "boxes"
-    layers = ("head.cls",)
+
+    def __init__(self, config: Config, class_names: Sequence[str]):
+        super().__init__(config, class_names)
+        self.parts = tuple(_PARTS[loss] for loss in self.model.losses)
+        self.layers = self.model.class_layers
+        self._evaluated: Any = None
 
     def create(self, **shared: Any) -> Any:
         """Return the detector."""
-        return create_detector(**shared, octave_base_scale=self.about.octave_base_scale)
+        own = ("octave_base_scale", "fc_width", "regions", "proposals")
+        return create_detector(**shared, **{name: getattr(self.about, name) for name in own})
 
     @classmethod
     def validate(cls, config: Config) -> None:
@@ -154,26 +192,38 @@ class Detection(Composed):
                 f"config.data.max_objects is {data.max_objects}, and an image of {source.name}, split {source.split}, "
                 f"has {most} objects: set it to {most} or more"
             )
+        name = cast(DetectionConfig, config).detector.name
+        if has_masks(name) and not source.has_outlines:
+            others = ", ".join(other for other in DETECTORS if not has_masks(other))
+            raise UserError(
+                f"{source.name}, split {source.split}, has no outlines of objects, and {name} learns from them: prepare"
+                f" it from a file with a segmentation of each, or set config.detector.name to one for boxes: {others}"
+            )
         return source.with_objects() if split == data.train_split else source
 
     def reader(self) -> BoxedImages:
-        """Return what prepares images and boxes."""
-        return BoxedImages(self.data)
+        """Return what prepares images, boxes and, where the detector learns from them, masks."""
+        return BoxedImages(self.data, has_masks(self.about.name))
+
+    def see_evaluated(self, source: Any) -> None:
+        """Note the split."""
+        self._evaluated = source
 
     # Training.
 
     def inputs(self, key: jax.Array, batch: Batch) -> dict[str, Any]:
         """Return normalised images and objects."""
-        objects = Objects(batch["boxes"], batch["labels"], batch["valid"])
+        masks = PackedMasks(batch["masks"]) if has_masks(self.about.name) else None
+        objects = Objects(batch["boxes"], batch["labels"], batch["valid"], masks)
         own = -(-batch["size"] // MULTIPLE) * MULTIPLE
-        return {"image": self.normalized(batch), "objects": objects, "padded": own}
+        return {"image": self.normalized(batch), "objects": objects, "padded": own, "size": batch["size"]}
 
     def loss(
         self, model: Any, inputs: dict[str, Any], key: jax.Array, moment: Moment
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Return the loss, and its two parts."""
-        losses = model.loss(inputs["image"], inputs["objects"], inputs["padded"], key=key)
-        return losses.total, {"class_loss": losses.classes.sum(), "box_loss": losses.boxes.sum()}
+        """Return the loss, and its parts: of all levels and rounds together."""
+        losses = model.loss(inputs["image"], inputs["objects"], inputs["padded"], inputs["size"], key=key)
+        return losses.total, {_PARTS[name]: loss.sum() for name, loss in losses._asdict().items()}
 
     # Evaluation.
 
@@ -196,24 +246,31 @@ class Detection(Composed):
 
     def found(self, answers: Mapping[str, np.ndarray], size: Size) -> Found:
         """Return the detections of a picture, the surest first."""
-        return Found(*(answers[name][: int(answers["count"])] for name in Found._fields))
+        return _found(answers, size)
 
     def collector(self, *, pictures: bool) -> Collected:
         """Return what keeps all detections."""
-        return Collected(pictures=pictures)
+        return Collected(pictures=pictures, outlined=self._evaluated if has_masks(self.about.name) else None)
 
     def metrics(self, sums: Mapping[str, Any], collector: Collector | None) -> dict[str, float]:
-        """Return COCO's figures: ``AP``, ``AP50``, ``AP75`` and the others that something stands for, per cent."""
+        """Return COCO's figures: ``AP``, ``AP50``, ``AP75`` and the others that something stands for, per cent.
+
+        Where there are masks also ``mask_AP`` and so on, those of masks.
+        """
         assert isinstance(collector, Collected)
-        return dict(collector.precision(len(self.class_names)).figures)
+        figures = dict(collector.precision(len(self.class_names)).figures)
+        if has_masks(self.about.name):
+            of_masks = collector.precision(len(self.class_names), "outlines").figures
+            figures |= {f"mask_{name}": figure for name, figure in of_masks.items()}
+        return figures
 
     # For the reader.
 
     def told(self, figures: Mapping[str, float]) -> str:
         """Return an evaluation's figures in words."""
-        words = f"AP {figures['AP']:.2f} %, AP50 {figures['AP50']:.2f} %"
+        words = _told(figures, "")
         if "ema_AP" in figures:
-            words += f"; moving average AP {figures['ema_AP']:.2f} %, AP50 {figures['ema_AP50']:.2f} %"
+            words += f"; moving average {_told(figures, 'ema_')}"
         return f"{words} ({figures['examples']:.0f} images)"
 
     def pictures(self, folder: Path, collector: Collector) -> None:
@@ -221,10 +278,12 @@ class Detection(Composed):
         assert isinstance(collector, Collected)
         examples = []
         for wrong, _, image, truth, found in collector.kept:
-            shown = found.scores >= _SHOWN
-            boxes = Boxes(found.boxes[shown], found.labels[shown], found.scores[shown])
+            sure = found.above(_SHOWN)
+            size, drawn = size_of(image), (truth.outlines, sure.outlines)
+            masks = [None if own is None else resized(own, *size) for own in drawn]
+            boxes = Boxes(sure.boxes, sure.labels, sure.scores, masks[1])
             line = f"found, {wrong} wrong or missed" if wrong else "found, all right"
-            examples.append((image, Boxes(truth.boxes, truth.labels), boxes, line))
+            examples.append((image, Boxes(truth.boxes, truth.labels, masks=masks[0]), boxes, line))
         draw_detections(folder / DETECTIONS, examples, self.class_names)
 
     def tables(
@@ -232,12 +291,34 @@ class Detection(Composed):
     ) -> list[str]:
         """Write AP of each class, empty for one without objects; results in COCO's form; and draw precision."""
         classes = len(self.class_names)
-        names = {variant: "AP" if variant == "model" else f"{variant}_AP" for variant in collectors}
-        columns = {names[v]: per_cent(collector.precision(classes).by_class) for v, collector in collectors.items()}
+        kinds: dict[str, Literal["boxes", "outlines"]] = {"": "boxes"}
+        if has_masks(self.about.name):
+            kinds["mask_"] = "outlines"
+        columns = {
+            f"{'' if variant == 'model' else f'{variant}_'}{prefix}AP": per_cent(
+                collector.precision(classes, of).by_class
+            )
+            for variant, collector in collectors.items()
+            for prefix, of in kinds.items()
+        }
         write_columns(folder, self.class_names, columns)
         collected = collectors[best]
         rows = result_rows(collected.images, collected.found, source)
         with written_whole(folder / RESULTS) as file:
             file.write_text(json.dumps(rows))
-        draw_precision_recall(folder / PRECISION_RECALL, collected.precision(classes).curves, self.class_names)
-        return [PER_CLASS, RESULTS, PRECISION_RECALL]
+        drawings = dict(zip((PRECISION_RECALL, MASK_PRECISION_RECALL), kinds.values(), strict=False))
+        for name, of in drawings.items():
+            draw_precision_recall(folder / name, collected.precision(classes, of).curves, self.class_names)
+        return [PER_CLASS, RESULTS, *drawings]
+
+
+def has_masks(detector: str) -> bool:
+    """Return whether a detector, by its name, learns from masks and finds some."""
+    return "masks" in DETECTORS[detector][0].losses
+
+
+def _told(figures: Mapping[str, float], prefix: str) -> str:
+    words = f"AP {figures[f'{prefix}AP']:.2f} %, AP50 {figures[f'{prefix}AP50']:.2f} %"
+    if f"{prefix}mask_AP" in figures:
+        words += f", of masks AP {figures[f'{prefix}mask_AP']:.2f} %, AP50 {figures[f'{prefix}mask_AP50']:.2f} %"
+    return words

@@ -54,6 +54,7 @@ class Evaluator:
         self.task = task
         self.mesh = mesh
         self.source = source
+        task.see_evaluated(source)
         self._reader = task.reader()
         self._graphdef = split(task.model).graphdef
         whole = meshes.replicated(mesh)

@@ -13,6 +13,15 @@ RETINANET_SIZES = {
 }
 
 
+def rcnn_sizes(number: str = "") -> dict[str, tuple[str, int]]:
+    """Return the same of R-CNNs; ``number`` is that of a round, as ``".0"``, where there are several."""
+    return {
+        "num_classes": (f"roi_head.mask_head{number}.conv_logits.bias", 1),
+        "width": ("neck.lateral_convs.0.conv.bias", 1),
+        "fc_width": (f"roi_head.bbox_head{number}.shared_fcs.0.bias", 1),
+    }
+
+
 def fpn(maps: int, extra: int) -> list[Row]:
     """Return the rows of a pyramid on so many maps, with so many further convolutions, which follow in one list."""
     rows = []

@@ -1,13 +1,20 @@
 """A box for every object: figures against loops, and a run of two steps with all that it leaves."""
 
+import jax
 import numpy as np
 import pytest
 import scene_runs
 
 from configs import digits_detection
+from evmamba_jax.arrays import merge, split
+from evmamba_jax.data.dense import TfdsCocoSplit
+from evmamba_jax.data.scenes import DigitScenes
 from evmamba_jax.detection.evaluate import Found, Truth, average_precision
 from evmamba_jax.errors import UserError
 from evmamba_jax.tasks import detection, task_of
+from evmamba_jax.training import mesh as meshes
+from evmamba_jax.training.evaluator import global_batch
+from evmamba_jax.training.setup import Setup
 
 
 def box(x, y, side=20):
@@ -61,7 +68,65 @@ def small():
     return config
 
 
-def test_mistakes_get_one_line():
+def masked():
+    config = scene_runs.small(digits_detection.get_config("mask_rcnn"))
+    config.detector.width = config.detector.fc_width = 8
+    config.detector.regions, config.detector.proposals, config.batch_size = 8, 12, 8
+    return config
+
+
+def test_any_mesh_draws_the_same_regions():
+    """The losses of one global batch, its images on 1, 2, 4 and 8 devices."""
+    config = masked()
+    task = task_of(config)(config, DigitScenes("train").class_names)
+    model = task.build_model()
+    model.train()
+    graphdef, *arrays = split(model)
+    reader, source = task.reader(), DigitScenes("train")
+    rows = [reader.train(reader.decode(source[i]), np.random.default_rng(i)) for i in range(8)]
+    rows = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def losses(arrays, batch):
+        inputs = task.inputs(jax.random.key(0), batch)
+        return task.loss(merge(graphdef, *arrays), inputs, jax.random.key(1), None)[1]
+
+    found = []
+    for devices in (1, 2, 4, 8):
+        mesh = meshes.make_mesh(config, jax.devices()[:devices])
+        with jax.set_mesh(mesh):
+            parts = jax.jit(losses)(arrays, global_batch(mesh, rows))
+        found.append({name: float(loss) for name, loss in parts.items()})
+    assert set(found[0]) == set(task.parts)
+    assert all(loss > 0 for loss in found[0].values())
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mask_rcnn", "cascade_mask_rcnn"])
+def test_the_official_step_is_traced_for_coco_without_data(name):
+    """What the preflight check compiles: every shape of 100 objects with masks in 800 x 1344 pixels."""
+    config = detection.DetectionConfig()
+    config.detector.name, config.batch_size = name, 8
+    config.model.options = {"width": 8, "depths": (0, 0, 1, 0), "d_state": 2}
+    kind = task_of(config)
+    about = kind.describe(config)
+    setup = Setup(kind(config, about.class_names), meshes.make_mesh(config), about.examples)
+    step, (state, batch) = setup.step()
+    assert batch["masks"].shape == (8, 100, 800, 168)
+    with jax.set_mesh(setup.mesh):
+        after = jax.eval_shape(step, state, batch)
+    assert set(setup.task.parts) < set(after.window)
+
+
+def test_mistakes_get_one_line(monkeypatch):
+    config = masked()
+    config.detector.name = "retinanet"
+    config.detector.octave_base_scale = None
+    with pytest.raises(UserError, match="fc_width is for detectors with regions, and 'retinanet' has none"):
+        task_of(config)(config, DigitScenes("train").class_names)
+    monkeypatch.setattr(DigitScenes, "has_outlines", TfdsCocoSplit.has_outlines)
+    with pytest.raises(UserError, match=r"split test, has no outlines .* to one for boxes: retinanet$"):
+        task_of(masked()).open_source(masked(), "test")
     config = small()
     config.detector.octave_base_scale = 0.0
     with pytest.raises(UserError, match="octave_base_scale=0.0 is not allowed"):
