@@ -185,7 +185,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m evmamba_jax.predi
     of_boxes.add_argument(
         "--score", type=float, metavar="S", help=f"the least score that a box must have ({answers.SCORE})"
     )
-    of_boxes.add_argument("--json", type=Path, metavar="JSON", help="also write the boxes, as COCO has them")
+    of_boxes.add_argument("--json", type=Path, metavar="JSON", help="also write boxes and masks as COCO has them")
     parser.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER", help="of a folder, all images in it and below")
     return cli.main(lambda: _predict(parser.parse_args(argv)))
 

@@ -18,8 +18,10 @@ from evmamba_jax.answers import LabelMaps, Picture
 from evmamba_jax.arrays import fill, merge, split
 from evmamba_jax.checkpoints import Checkpoints
 from evmamba_jax.data import opencv
+from evmamba_jax.data.outlines import to_mask
 from evmamba_jax.dense import DensePredictor
 from evmamba_jax.detection import create_detector
+from evmamba_jax.detection.masks import paste
 from evmamba_jax.errors import UserError
 from evmamba_jax.predict import main
 from evmamba_jax.segmentation import to_original, whole
@@ -174,6 +176,40 @@ def test_a_converted_detector_finds_boxes_in_pixels_of_the_picture(detector, tmp
     said = capsys.readouterr().out.splitlines()
     assert f"  and {len(rows) - 1} more" in said
     assert said[-1] == f"{out}: {len(rows)} boxes of 1 images"
+
+
+def test_a_converted_detector_finds_masks_in_pixels_of_the_picture(tmp_path):
+    """Of an official Mask R-CNN the file alone tells widths and classes; outlines are those of masks pasted whole."""
+    sizes = {"num_classes": 3, "width": 16, "fc_width": 24, "proposals": 20}
+    model = create_detector("mask_rcnn", backbone="evmamba_t", **sizes, backbone_options=BACKBONE)
+    official = weights_of(model)
+    from_torch(model, official)
+    save_pth(tmp_path / "detector.pth", {"state_dict": official})
+    options = [f"backbone.{name}={value}" for name, value in BACKBONE.items()]
+    flags = [word for option in [*options, "data.scale=(128,96)", "proposals=20"] for word in ("--option", option)]
+    given = ["--model", "mask_rcnn:evmamba_t", "--torch", str(tmp_path / "detector.pth")]
+    assert weights_main(["convert", *given, *flags, "--out", str(tmp_path / "converted")]) == 0
+    picture, out, drawn = tmp_path / "a.png", tmp_path / "found.json", tmp_path / "drawn.png"
+    Image.open(PHOTOGRAPH).resize((150, 112)).save(picture)
+    asked = ["--score", "0.2", "--json", str(out), "--out", str(drawn), str(picture)]
+    assert main(["--weights", str(tmp_path / "converted"), *asked]) == 0
+
+    image, (height, width) = resized(picture, (128, 96))
+    assert image.shape == (96, 128, 3)
+    found = jax.device_get(jax.jit(lambda model, images: model.detect(images))(model, normalized(image)))
+    boxes = found.boxes[0] * np.float32([width / 128, height / 96] * 2)
+    sure = found.scores[0] >= 0.2
+    rows = json.loads(out.read_text())
+    assert len(rows) == sure.sum() >= 2
+    np.testing.assert_allclose([row["score"] for row in rows], found.scores[0][sure], rtol=1e-4)
+    values = paste(found.masks[0][sure], boxes[sure], height, width)
+    masks = np.array([to_mask(row["segmentation"], height, width) for row in rows], bool)
+    clear = np.abs(values - 0.5) > 1e-3
+    np.testing.assert_array_equal(masks[clear], values[clear] > 0.5)
+    assert clear.mean() > 0.99
+    assert 0.01 < masks.mean() < 0.99
+    with Image.open(drawn) as drawing:
+        assert drawing.width > 500
 
 
 def test_further_sizes_are_padded_to_few(segmenter, monkeypatch):

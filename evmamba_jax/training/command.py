@@ -29,7 +29,11 @@ def parse_command(argv: list[str]) -> tuple[Config, Path]:
     without_overrides = [argument for argument in argv if not _is_override(argument)]
     config, *_ = _parse(without_overrides)  # a task may have a Config with further fields
     _check_names(argv, type(config))
+    argv, unset = _without_nones(argv, type(config))
     config, workdir, rest = _parse(_with_words(argv, type(config)))
+    for name in unset:
+        part, _, field = name.rpartition(".")
+        setattr(operator.attrgetter(part)(config) if part else config, field, None)
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}; options look like --config.optim.lr=1e-3, see --help")
     return config, workdir
@@ -84,6 +88,13 @@ def _with_words(argv: list[str], kind: type[Config]) -> list[str]:
             argument = f"{option}={tuple(word.strip() for word in value.split(',') if word.strip())!r}"
         given.append(argument)
     return given
+
+
+def _without_nones(argv: list[str], kind: type[Config]) -> tuple[list[str], list[str]]:
+    """Return the arguments without those that set a field to None, which absl cannot read; and these fields' names."""
+    optional = {f"--config.{name}=None": name for name, field in _fields(kind) if type(None) in typing.get_args(field)}
+    unset = [argument for argument in argv if argument in optional]
+    return [argument for argument in argv if argument not in unset], [optional[argument] for argument in unset]
 
 
 def _is_override(argument: str) -> bool:

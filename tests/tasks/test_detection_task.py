@@ -13,6 +13,7 @@ from evmamba_jax.detection.evaluate import Found, Truth, average_precision
 from evmamba_jax.errors import UserError
 from evmamba_jax.tasks import detection, task_of
 from evmamba_jax.training import mesh as meshes
+from evmamba_jax.training.command import parse_command, settings
 from evmamba_jax.training.evaluator import global_batch
 from evmamba_jax.training.setup import Setup
 
@@ -116,6 +117,15 @@ def test_the_official_step_is_traced_for_coco_without_data(name):
     with jax.set_mesh(setup.mesh):
         after = jax.eval_shape(step, state, batch)
     assert set(setup.task.parts) < set(after.window)
+
+
+def test_the_command_sets_numbers_back_to_the_official_ones():
+    given = ["train_tpu.py", "--config", "digits_detection:mask_rcnn"]
+    config, workdir = parse_command([*given, "--config.detector.regions=None", "--config.detector.fc_width=64"])
+    assert (config.detector.regions, config.detector.fc_width, config.detector.proposals) == (None, 64, 100)
+    assert workdir.name == "digits_detection_mask_rcnn"
+    again, _ = parse_command([*given, *(line for line in settings(config) if ".detector." in line)])
+    assert again.detector == config.detector
 
 
 def test_mistakes_get_one_line(monkeypatch):
