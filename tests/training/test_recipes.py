@@ -59,6 +59,8 @@ def test_docstrings_say_what_the_card_and_the_recipe_say(name):
         card = model_card(name)
         assert f"{card.input_size[0]} px. Published top-1: {card.top1} (" in text
         assert set(re.findall(r"arXiv:(\d{4}\.\d{5})", text)) <= {card.paper}
+    if name == "digits_detection":
+        assert told(module.get_config("mask_rcnn")) in text
     if name in ("evmamba_t", "evmamba_s"):
         for variant in ("paper", "readme"):
             other = module.get_config(variant)
