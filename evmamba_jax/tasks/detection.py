@@ -103,13 +103,14 @@ class Collected(Collector):
         for i in np.flatnonzero(answers["weight"]):
             there, index = answers["valid"][i], int(answers["index"][i])
             truth = Truth(*(answers[name][i][there] for name in ("boxes", "labels", "crowd", "area")))
-            size: Size = (0, 0)
+            size = None
             if self._outlined is not None:
-                height, width = size = tuple(self._outlined.sizes[index].tolist())
-                own = self._outlined[index]["segmentations"]
-                texts = [None if outline is None else to_text(outline, height, width) for outline in own]
-                truth = truth._replace(outlines=texts)
-            found = _found(jax.tree.map(lambda array: array[i], answers["found"]), size)  # noqa: B023
+                size = tuple(self._outlined.sizes[index].tolist())
+                listed = self._outlined[index]["segmentations"]
+                truth = truth._replace(outlines=[one if one is None else to_text(one, *size) for one in listed])
+            found = _found(
+                {name: None if array is None else array[i] for name, array in answers["found"].items()}, size
+            )
             self.images.append(index)
             self.truths.append(truth)
             self.found.append(found)
@@ -128,12 +129,12 @@ class Collected(Collector):
         return self._precision[of]
 
 
-def _found(answers: Mapping[str, np.ndarray | None], size: Size) -> Found:
+def _found(answers: Mapping[str, Any], size: Size | None) -> Found:
     """Return the detections of an image, as ``Detections`` has them; masks become outlines in pixels of ``size``."""
-    count = int(cast(np.ndarray, answers["count"]))
-    boxes, scores, labels = (cast(np.ndarray, answers[name])[:count] for name in ("boxes", "scores", "labels"))
-    masks = answers["masks"]
-    return Found(boxes, scores, labels, None if masks is None else outlines(masks[:count], boxes, *size))
+    boxes, scores, labels = (answers[name][: int(answers["count"])] for name in ("boxes", "scores", "labels"))
+    if answers["masks"] is None or size is None:
+        return Found(boxes, scores, labels)
+    return Found(boxes, scores, labels, outlines(answers["masks"][: len(boxes)], boxes, *size))
 
 
 def mistakes(truth: Truth, found: Found) -> int:
