@@ -47,9 +47,9 @@ class BoxedImages:
     the image as it is shown, without crowds. For evaluation, those of the image as it is stored, with ``crowd`` bool
     (G,), ``area`` float32 (G,) and ``scale`` float32 (2,), by which width and height were resized.
 
-    With masks, examples for training also have ``masks`` uint8 (G, H, W / 8) of the image as it is shown, eight pixels
-    of a row in a byte, as ``numpy.packbits(masks, -1)`` has them: 13.4 MB of 100 objects in 800 x 1344 pixels. Objects
-    without an outline are then left out, which mmdet ignores.
+    With masks, examples for training also have ``masks`` uint8 (G, H / 8, W) of the image as it is shown, eight pixels
+    of a column in a byte, as ``numpy.packbits(masks, 1)`` has them: 13.4 MB of 100 objects in 800 x 1344 pixels.
+    Objects without an outline are then left out, which mmdet ignores.
 
     Attributes:
         config: of the data.
@@ -134,7 +134,7 @@ class BoxedImages:
         none = np.zeros((0, 4)), np.zeros(0)
         example: Example = {"image": _black((height, width)), "size": np.array([height, width], np.int32)}
         if training:
-            masks = {"masks": np.zeros((self.config.max_objects, height, width // 8), np.uint8)} if self.masks else {}
+            masks = {"masks": np.zeros((self.config.max_objects, height // 8, width), np.uint8)} if self.masks else {}
             return example | self._objects(*none) | masks
         return example | self._objects(*none, crowd=none[1], area=none[1]) | {"scale": np.ones(2, np.float32)}
 
@@ -189,7 +189,7 @@ def change(
 
 
 def packed_masks(own: Sequence[Outline], old: Size, geometry: Geometry, new: Size) -> np.ndarray:
-    """Return the masks of outlines after a change of their image, uint8 (G, H, W / 8), eight pixels in a byte.
+    """Return the masks of outlines after a change of their image, uint8 (G, H / 8, W), eight pixels in a byte.
 
     Masks are resized to the nearest pixel, and so each pixel is one of the image as it is stored.
 
@@ -197,22 +197,23 @@ def packed_masks(own: Sequence[Outline], old: Size, geometry: Geometry, new: Siz
         own: of the objects.
         old: height and width of their image as it is stored.
         geometry: the change.
-        new: height and width of the padded image; the width is a multiple of 8.
+        new: height and width of the padded image; the height is a multiple of 8.
     """
     rows, columns = places(old, geometry)
-    packed = np.zeros((len(own), new[0], new[1] // 8), np.uint8)
+    packed = np.zeros((len(own), new[0] // 8, new[1]), np.uint8)
     for bits, outline in zip(packed, own, strict=True):
         text = outlines.to_text(outline, *old)
         x, y, w, h = outlines.box_of(text)
         # Only the rows and columns in which the object is.
-        held = np.flatnonzero((rows >= y) & (rows < y + h))
+        down = np.flatnonzero((rows >= y) & (rows < y + h))
         across = np.flatnonzero((columns >= x) & (columns < x + w))
-        if not len(held) or not len(across):
+        if not len(down) or not len(across):
             continue
         mask = outlines.to_mask(text, *old).T  # whose columns lie in one piece
-        pixels = np.zeros((len(held), new[1]), np.uint8)
-        pixels[:, across[0] : across[-1] + 1] = np.take(np.take(mask, columns[across], 0), rows[held], 1).T
-        bits[held[0] : held[-1] + 1] = np.packbits(pixels, 1)
+        top, bottom = down[0] // 8, down[-1] // 8 + 1
+        pixels = np.zeros((8 * (bottom - top), len(across)), np.uint8)
+        pixels[down - 8 * top] = np.take(np.take(mask, columns[across], 0), rows[down], 1).T
+        bits[top:bottom, across] = np.packbits(pixels, 0)
     return packed
 
 

@@ -186,7 +186,7 @@ def test_masks_are_changed_as_mmdet_changes_bitmaps(multi_scale, scale):
             record["image"], record["boxes"].astype(np.float32), mmdet.Geometry(flip, before, window, final)
         )
         of = [number for number in (0, 1) if seen[number] and not record["crowd"][number]]  # the last has no outline
-        masks = np.unpackbits(found["masks"], axis=-1)
+        masks = np.unpackbits(found["masks"], axis=1)
         assert masks.shape == (4, *found["image"].shape[:2])
         for number, mask in zip(of, masks, strict=False):
             wanted = drawn(record["segmentations"][number], size)

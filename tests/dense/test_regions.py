@@ -121,8 +121,8 @@ def test_mask_targets_are_half_or_more_of_a_bin():
 
 def test_packed_masks_have_the_targets_of_the_masks():
     rng = np.random.default_rng(4)
-    masks = np.repeat(np.repeat(rng.random((2, 3, 5, 6)) < 0.5, 3, 2), 4, 3)  # patches, of two images
-    packed, index = PackedMasks(jnp.asarray(np.packbits(masks, -1))), jnp.asarray([[0, 2, 1, 2]] * 2)
+    masks = np.repeat(np.repeat(rng.random((2, 3, 8, 5)) < 0.5, 3, 2), 4, 3)  # patches, of two images
+    packed, index = PackedMasks(jnp.asarray(np.packbits(masks, -2))), jnp.asarray([[0, 2, 1, 2]] * 2)
     corners = rng.uniform(-4, 10, (2, 4, 2))
     boxes = jnp.asarray(np.concatenate([corners, corners + rng.uniform(3, 20, (2, 4, 2))], -1), jnp.float32)
     run = jax.jit(jax.vmap(lambda masks, *x: mask_targets(masks, *x, 7)))

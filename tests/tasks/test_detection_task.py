@@ -113,7 +113,7 @@ def test_the_official_step_is_traced_for_coco_without_data(name):
     about = kind.describe(config)
     setup = Setup(kind(config, about.class_names), meshes.make_mesh(config), about.examples)
     step, (state, batch) = setup.step()
-    assert batch["masks"].shape == (8, 100, 800, 168)
+    assert batch["masks"].shape == (8, 100, 100, 1344)
     with jax.set_mesh(setup.mesh):
         after = jax.eval_shape(step, state, batch)
     assert set(setup.task.parts) < set(after.window)
