@@ -5,10 +5,13 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from evmamba_jax.reports.confusion import confusion
 from evmamba_jax.reports.curves import curves
+from evmamba_jax.reports.detections import Boxes, draw_detections, draw_found_boxes
+from evmamba_jax.reports.drawing import COLOURS
 from evmamba_jax.reports.predictions import guesses, predictions
 from evmamba_jax.reports.writer import Reporter
 
@@ -172,3 +175,19 @@ def test_guesses_show_the_images_and_the_most_probable(tmp_path, figures):
         np.testing.assert_array_equal(each.images[0].get_array(), image[..., 0])
     bars = [[text.get_text().strip() for text in each.texts] for each in axes[1::2]]
     assert bars == [["1 dog", "70%", "2", "20%"], ["0 cat", "50%", "2", "30%"], ["2", "100%", "0 cat", "0%"], []]
+
+
+def test_masks_lie_half_transparent_over_their_images_the_surest_on_top(tmp_path, figures):
+    masks = np.zeros((2, 20, 30), bool)
+    masks[0, 2:10, 3:12], masks[1, 5:15, 8:20] = True, True
+    boxes = Boxes(np.array([[3.0, 2, 12, 10], [8, 5, 20, 15]]), np.array([1, 0]), np.array([0.9, 0.5]), masks)
+    image, bare = np.zeros((20, 30, 3), np.uint8), boxes._replace(masks=None)
+    draw_found_boxes(tmp_path / "found.png", [(image, boxes, "one"), (image, bare, "two")], ["a", "b"])
+    draw_detections(tmp_path / "detections.png", [(image, boxes, boxes, "right")], ["a", "b"])
+    for panels, colours in ((figures[0].axes[:1], COLOURS[1::-1]), (figures[1].axes[:2], COLOURS[:2])):
+        for axes in panels:
+            over = np.asarray(axes.images[1].get_array())
+            assert (over[..., 3] == 0.5 * masks.any(0)).all()
+            np.testing.assert_allclose(over[masks[0], :3], np.broadcast_to(to_rgb(colours[0]), (72, 3)))
+            np.testing.assert_allclose(over[12, 15, :3], to_rgb(colours[1]))
+    assert len(figures[0].axes[1].images) == 1
