@@ -32,6 +32,7 @@ def create_detector(
     fc_width: int | None = None,
     regions: int | None = None,
     proposals: int | None = None,
+    init_std: float = 0.01,
     dtype: Dtype | None = None,
     rngs: nnx.Rngs | None = None,
     backbone_options: Mapping[str, Any] | None = None,
@@ -59,6 +60,9 @@ def create_detector(
         regions: of an image that losses are taken of, 4 or more; a quarter of them are of objects. None: 512.
         proposals: of a level and of an image. None: in training 2000 of a level and 1000 of an image, of
             "cascade_mask_rcnn" 2000; otherwise 1000.
+        init_std: deviation of the initial values of RetinaNet's head, of the others' head of proposals. A narrow head
+            learns sooner from more than the official 0.01: what four convolutions pass on falls with the fourth power
+            of it and the square of ``width``.
         dtype: compute type, e.g. ``jnp.bfloat16``; boxes, scores, losses and statistics are float32 or wider.
         rngs: source of the initial values; ``nnx.Rngs(0)`` when not given.
         backbone_options: of the backbone (``drop_path_rate``, ``in_channels``, its sizes, ...).
@@ -78,13 +82,14 @@ def create_detector(
         least = 4 if option == "regions" else 1
         if not isinstance(number, int) or isinstance(number, bool) or number < least:
             raise UserError(f"{option}={number!r} is not allowed: it must be a whole number of at least {least}")
-    if octave_base_scale is not None and not octave_base_scale > 0:
-        raise UserError(f"octave_base_scale={octave_base_scale!r} is not allowed: it must be above 0")
+    for option, size in {"octave_base_scale": octave_base_scale, "init_std": init_std}.items():
+        if size is not None and not size > 0:
+            raise UserError(f"{option}={size!r} is not allowed: it must be above 0")
     rngs = nnx.Rngs(0) if rngs is None else rngs
     body = {"official": detector.body, "pyramid": detector.pyramid_of(width), "options": backbone_options}
     under = build_backbone(backbone, **body, dtype=dtype, rngs=rngs)
     anchors = anchors_of() if octave_base_scale is None else anchors_of(octave_base_scale)
-    own: dict[str, Any] = {} if fc_width is None else {"fc_width": fc_width}
+    own: dict[str, Any] = {"init_std": init_std} | ({} if fc_width is None else {"fc_width": fc_width})
     if detector.settings is not None:
         own["settings"] = detector.settings.limited(regions=regions, proposals=proposals)
     model = detector(*under, num_classes, width=width, anchors=anchors, dtype=dtype, rngs=rngs, **own)

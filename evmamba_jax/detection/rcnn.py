@@ -140,6 +140,7 @@ class RCNN(Detector):
         fc_width: channels of the box heads.
         anchors: three a cell.
         settings: numbers of boxes; None: the published ones.
+        init_std: deviation of the initial values of the head of proposals.
         dtype: compute type of all these. Boxes, scores and losses are float32 or wider whatever it says.
         rngs: source of the initial values.
 
@@ -178,6 +179,7 @@ class RCNN(Detector):
         fc_width: int = 1024,
         anchors: Anchors = ANCHORS,
         settings: Settings | None = None,
+        init_std: float = 0.01,
         dtype: Dtype | None = None,
         rngs: nnx.Rngs,
     ):
@@ -188,7 +190,7 @@ class RCNN(Detector):
         if settings is not None:
             self.settings = settings
         self.neck = self.neck_of(widths, width, **layer)
-        self.rpn = self.heads.rpn(anchors.per_cell, width, width, **layer)
+        self.rpn = self.heads.rpn(anchors.per_cell, width, width, init_std=init_std, **layer)
         self.box_heads = nnx.List(
             self.heads.box(num_classes, width, fc_width, size=BOX_SIZE, **layer) for _ in self.rounds
         )

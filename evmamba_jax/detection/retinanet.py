@@ -62,6 +62,7 @@ class RetinaNet(Detector):
         num_classes: K, without a background.
         width: channels of pyramid and head.
         anchors: nine a cell.
+        init_std: deviation of the head's initial values.
         dtype: compute type of both. Boxes, scores and losses are float32 or wider whatever it says.
         rngs: source of the initial values.
     """
@@ -77,6 +78,7 @@ class RetinaNet(Detector):
         *,
         width: int = 256,
         anchors: Anchors = ANCHORS,
+        init_std: float = 0.01,
         dtype: Dtype | None = None,
         rngs: nnx.Rngs,
     ):
@@ -85,7 +87,7 @@ class RetinaNet(Detector):
         self.anchors = anchors
         levels = len(anchors.strides)
         self.neck = FPN(widths, width, start_level=1, levels=levels, extra="on_input", **layer)
-        self.head = RetinaNetHead(num_classes, anchors.per_cell, width, width, **layer)
+        self.head = RetinaNetHead(num_classes, anchors.per_cell, width, width, init_std=init_std, **layer)
 
     def outputs(self, maps: Sequence[jax.Array]) -> Raw:
         """Return the raw outputs of the backbone's maps [(B, h, w, C), ...]."""

@@ -86,15 +86,16 @@ class PixelClassifier(nnx.Module):
         width: channels C of the map.
         num_classes: K.
         dropout: probability of dropping a channel, in training.
-        rngs: source of the initial values, normal with deviation 0.01.
+        init_std: deviation of the initial values, which are normal; the official one is 0.01.
+        rngs: source of the initial values.
 
     Source: mmseg's ``BaseDecodeHead.cls_seg``.
     """
 
-    def __init__(self, width: int, num_classes: int, *, dropout: float, rngs: nnx.Rngs):
+    def __init__(self, width: int, num_classes: int, *, dropout: float, init_std: float = 0.01, rngs: nnx.Rngs):
         self.dropout = Dropout2d(dropout)
         # No dtype: the kernel is float32, and so is what it gives.
-        self.conv = nnx.Linear(width, num_classes, kernel_init=init.normal(0.01), bias_init=init.zeros, rngs=rngs)
+        self.conv = nnx.Linear(width, num_classes, kernel_init=init.normal(init_std), bias_init=init.zeros, rngs=rngs)
 
     def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         """Map (B, H, W, C) to (B, H, W, K); ``key`` draws the dropout in training mode."""

@@ -19,6 +19,7 @@ class FCNHead(nnx.Module):
         num_classes: K.
         width: channels between.
         dropout: probability of dropping a channel before the classifier, in training.
+        init_std: of the classifier, see there.
         dtype: compute type; logits and statistics are float32 or wider.
         rngs: source of the initial values.
     """
@@ -30,11 +31,12 @@ class FCNHead(nnx.Module):
         *,
         width: int = 256,
         dropout: float = 0.1,
+        init_std: float = 0.01,
         dtype: Dtype | None = None,
         rngs: nnx.Rngs,
     ):
         self.conv = ConvNormReLU(in_channels, width, 3, dtype=dtype, rngs=rngs)
-        self.classifier = PixelClassifier(width, num_classes, dropout=dropout, rngs=rngs)
+        self.classifier = PixelClassifier(width, num_classes, dropout=dropout, init_std=init_std, rngs=rngs)
 
     def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         """Return the logits (B, H, W, K) of a map (B, H, W, C); ``key`` draws the dropout in training mode."""

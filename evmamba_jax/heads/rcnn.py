@@ -24,17 +24,26 @@ class RPNHead(nnx.Module):
         in_width: channels of the levels.
         width: channels of the convolutions.
         convs: how many there are.
+        init_std: deviation of the kernels' initial values, which are normal; the official one is 0.01.
         dtype: compute type.
-        rngs: source of the initial values: kernels N(0, .01), biases 0.
+        rngs: source of the initial values: biases are 0.
 
     Source: Ren et al., Faster R-CNN (arXiv:1506.01497), section 3.1; mmdet 3.3.0
     ``mmdet/models/dense_heads/rpn_head.py``.
     """
 
     def __init__(
-        self, anchors: int, in_width: int, width: int, *, convs: int = 1, dtype: Dtype | None = None, rngs: nnx.Rngs
+        self,
+        anchors: int,
+        in_width: int,
+        width: int,
+        *,
+        convs: int = 1,
+        init_std: float = 0.01,
+        dtype: Dtype | None = None,
+        rngs: nnx.Rngs,
     ):
-        layer = {"kernel_init": init.normal(0.01), "bias_init": init.zeros, "dtype": dtype, "rngs": rngs}
+        layer = {"kernel_init": init.normal(init_std), "bias_init": init.zeros, "dtype": dtype, "rngs": rngs}
         inputs = [in_width, *[width] * (convs - 1)]
         self.convs = nnx.List(nnx.Conv(c, width, (3, 3), padding=1, **layer) for c in inputs)
         self.cls = nnx.Linear(width, anchors, **layer)

@@ -23,7 +23,8 @@ class RetinaNetHead(nnx.Module):
         width: channels of the towers.
         depth: convolutions of a tower.
         dtype: compute type.
-        rngs: source of the initial values: kernels N(0, .01), biases 0, those of the classes ``-log(99)``, so that
+        init_std: deviation of the kernels' initial values, which are normal; the official one is 0.01.
+        rngs: source of the initial values: biases are 0, those of the classes ``-log(99)``, so that
             every class starts at a probability of .01.
 
     Source: Lin et al., Focal Loss for Dense Object Detection (arXiv:1708.02002), section 4; mmdet 3.3.0
@@ -38,11 +39,12 @@ class RetinaNetHead(nnx.Module):
         width: int = 256,
         *,
         depth: int = 4,
+        init_std: float = 0.01,
         dtype: Dtype | None = None,
         rngs: nnx.Rngs,
     ):
         conv = functools.partial(
-            nnx.Conv, kernel_size=(3, 3), padding=1, kernel_init=init.normal(0.01), dtype=dtype, rngs=rngs
+            nnx.Conv, kernel_size=(3, 3), padding=1, kernel_init=init.normal(init_std), dtype=dtype, rngs=rngs
         )
 
         def tower() -> nnx.List:

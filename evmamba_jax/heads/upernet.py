@@ -57,6 +57,7 @@ class UperHead(nnx.Module):
         width: channels D of every level.
         pools: sides of the grids of the pyramid pooling.
         dropout: probability of dropping a channel before the classifier, in training.
+        init_std: of the classifier, see there.
         dtype: compute type; logits and statistics are float32 or wider.
         rngs: source of the initial values.
     """
@@ -69,6 +70,7 @@ class UperHead(nnx.Module):
         width: int = 512,
         pools: Sequence[int] = POOLS,
         dropout: float = 0.1,
+        init_std: float = 0.01,
         dtype: Dtype | None = None,
         rngs: nnx.Rngs,
     ):
@@ -78,7 +80,7 @@ class UperHead(nnx.Module):
         self.laterals = nnx.List([ConvNormReLU(c, width, 1, **layer) for c in finer])
         self.outputs = nnx.List([ConvNormReLU(width, width, 3, **layer) for _ in finer])
         self.fuse = ConvNormReLU(len(in_channels) * width, width, 3, **layer)
-        self.classifier = PixelClassifier(width, num_classes, dropout=dropout, rngs=rngs)
+        self.classifier = PixelClassifier(width, num_classes, dropout=dropout, init_std=init_std, rngs=rngs)
 
     def __call__(self, maps: Sequence[jax.Array], *, key: jax.Array | None = None) -> jax.Array:
         """Return the logits (B, h, w, K) at the size of the first map.

@@ -35,6 +35,7 @@ class UperNetConfig:
         aux_width: channels of the auxiliary head.
         aux_weight: of its loss; the head's weighs 1.
         dropout: probability of dropping a channel before each classifier, in training.
+        init_std: deviation of the classifiers' initial values.
         dtype: compute type of the heads; logits, losses and statistics are float32 or wider.
 
     Raises:
@@ -46,6 +47,7 @@ class UperNetConfig:
     aux_width: int = ranged(256, least=1)
     aux_weight: float = ranged(0.4, least=0)
     dropout: float = ranged(0.1, least=0, below=1)
+    init_std: float = ranged(0.01, above=0)
     dtype: Dtype | None = stated(None, "a floating-point type of 16 bits or more, or None", ranges.is_dtype)  # noqa: RUF009
 
     def __post_init__(self):
@@ -75,7 +77,7 @@ class UperNet(nnx.Module):
         self.config = config
         self.backbone = backbone
         self.pyramid = pyramid
-        head = {"dropout": config.dropout, "dtype": config.dtype, "rngs": rngs}
+        head = {"dropout": config.dropout, "init_std": config.init_std, "dtype": config.dtype, "rngs": rngs}
         self.decode_head = UperHead(channels, config.num_classes, width=config.width, **head)
         self.auxiliary_head = FCNHead(channels[2], config.num_classes, width=config.aux_width, **head)
 

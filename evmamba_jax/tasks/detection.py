@@ -61,6 +61,7 @@ class DetectorConfig:
     # Side of the smallest square anchor of a level, in strides; None: the official one, 4 of retinanet, 8 of others.
     octave_base_scale: float | None = ranged(None, above=0)
     detections: int = ranged(100, least=1)  # of an image, at most
+    init_std: float = ranged(0.01, above=0)
     # Of detectors with regions; None: the official number. Channels of the box heads; regions of an image that losses
     # are taken of, a quarter of them of objects; proposals of a level and of an image.
     fc_width: int | None = ranged(None, least=1)
@@ -173,7 +174,7 @@ class Detection(Composed):
 
     def create(self, **shared: Any) -> Any:
         """Return the detector."""
-        own = ("octave_base_scale", "fc_width", "regions", "proposals")
+        own = ("octave_base_scale", "init_std", "fc_width", "regions", "proposals")
         return create_detector(**shared, **{name: getattr(self.about, name) for name in own})
 
     @classmethod

@@ -43,6 +43,7 @@ class SegmenterConfig:
     width: int = ranged(512, least=1)
     aux_width: int = ranged(256, least=1)
     dropout: float = ranged(0.1, least=0, below=1)
+    init_std: float = ranged(0.01, above=0)
 
 
 @dataclasses.dataclass
@@ -134,7 +135,8 @@ class Segmentation(Composed):
 
     def create(self, **shared: Any) -> Any:
         """Return the segmenter."""
-        return create_segmenter(**shared, aux_width=self.about.aux_width, dropout=self.about.dropout)
+        own = ("aux_width", "dropout", "init_std")
+        return create_segmenter(**shared, **{name: getattr(self.about, name) for name in own})
 
     def reader(self) -> LabelMaps:
         """Return what prepares images and label maps."""
