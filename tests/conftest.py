@@ -6,6 +6,7 @@ And at the end a table of the minutes that each folder took, all processes toget
 """
 
 import collections
+import gc
 import os
 import shutil
 import tempfile
@@ -31,6 +32,10 @@ _OWN = "JAX_COMPILATION_CACHE_DIR" not in os.environ
 if _OWN:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+# NumPy's threads would wait for work in a loop, on the core of the other worker.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+# Tracing makes millions of objects that stay; looking through them for cycles took up to a tenth of the time.
+gc.set_threshold(100_000, 50, 50)
 
 _HERE = Path(__file__).parent
 # Files with single tests of a minute or more: begun last, one of them would leave the other worker idle at the end.
