@@ -10,7 +10,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from evmamba_jax.reports.drawing import BLUE, COLOURS, ORANGE, draws_names, save, short, show
+from evmamba_jax.reports.drawing import BLUE, COLOURS, ORANGE, blank, draws_names, save, short, show
 
 DETECTIONS = "detections.png"
 _COLUMNS = 4
@@ -45,7 +45,7 @@ def draw_detections(
     figure = Figure(figsize=(3.3 * _COLUMNS, 3.5 * max(rows, 1)), dpi=100, layout="constrained")
     grid = figure.subplots(max(rows, 1), _COLUMNS, squeeze=False)
     for axes in grid.flat:
-        axes.axis("off")
+        blank(axes)
     for (image, truth, found, line), pair in zip(examples, grid.reshape(-1, 2), strict=False):
         for axes, boxes, colour, title in zip(pair, (truth, found), (BLUE, ORANGE), ("truth", line), strict=True):
             axes.imshow(image, interpolation="nearest")
@@ -72,7 +72,7 @@ def draw_found_boxes(path: Path, examples: Sequence[tuple[np.ndarray, Boxes, str
     figure = Figure(figsize=(_PANEL * columns, sum(heights)), dpi=100, layout="constrained")
     grid = figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights)
     for axes in grid.flat:
-        axes.axis("off")
+        blank(axes)
     for axes, (image, found, title) in zip(grid.flat, examples, strict=False):
         show(axes, image)
         axes.set_anchor("NW")

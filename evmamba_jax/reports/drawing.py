@@ -21,6 +21,12 @@ BLUE, ORANGE, GREY = "#0b66a8", "#c8501e", "#666666"
 COLOURS = (BLUE, ORANGE, "#009e73", "#cc79a7", "#8a6d00")  # of the curves in one picture
 
 
+def blank(axes: Axes) -> None:
+    """Take frame and ticks away; Matplotlib would place the numbers of ticks that nobody sees."""
+    axes.axis("off")
+    axes.set(xticks=[], yticks=[])
+
+
 def show(axes: Axes, image: np.ndarray) -> None:
     """Show uint8 (H, W, C); one that grows keeps its pixels, one that shrinks is smoothed."""
     smoothing = "nearest" if max(image.shape[:2]) < 150 else "antialiased"
@@ -133,7 +139,7 @@ def bars(
         axes.text(share, place + 0.22, f" {share:.0%}  {note}", fontsize=8, va="center", color=GREY)
     axes.set_ylim(len(shares) - 0.3, -0.7)
     axes.set_xlim(0, longest or 1.9 * max(shares, default=1) or 1)
-    axes.axis("off")
+    blank(axes)
 
 
 def drawn(name: str, draw: Callable[[], object]) -> bool:

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
 
-from evmamba_jax.reports.drawing import GREY, draws_names, numbered, save, short, show
+from evmamba_jax.reports.drawing import GREY, blank, draws_names, numbered, save, short, show
 
 LABEL_MAPS = "label_maps.png"
 _IGNORED = 255
@@ -45,7 +45,7 @@ def draw_label_maps(
     figure = Figure(figsize=(7.2 * columns, 1.9 * rows + 0.9), dpi=100, layout="constrained")
     grid = figure.subplots(rows, 4 * columns, squeeze=False)
     for axes in grid.flat:
-        axes.axis("off")
+        blank(axes)
     for place, (image, truth, found) in enumerate(examples):
         row, column = place % rows, place // rows
         wrong = np.where((truth != found) & (truth != _IGNORED), 255, 0).astype(np.uint8)
@@ -84,7 +84,7 @@ def draw_found_maps(
         for axes, pixels in zip(row, (image, over, coloured), strict=False):
             show(axes, pixels)
         for axes in row:
-            axes.axis("off")
+            blank(axes)
             axes.set_anchor("NW")
         row[0].set_title(short(title, 48), loc="left", fontsize=9)
         largest = np.argsort(-shares, kind="stable")[: min(np.count_nonzero(shares), _SHARES)]

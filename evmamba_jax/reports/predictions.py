@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from evmamba_jax.reports.drawing import BLUE, ORANGE, bars, draws_names, numbered, save, short, show
+from evmamba_jax.reports.drawing import BLUE, ORANGE, bars, blank, draws_names, numbered, save, short, show
 
 _COLUMNS = 8
 
@@ -39,7 +39,7 @@ def predictions(
     figure.suptitle(f"{len(order)} test images: {wrong.sum()} wrong (✗), {(~wrong).sum()} right (✓)", fontsize=14)
     grid = figure.subplots(rows, _COLUMNS, squeeze=False)
     for axes in grid.flat:
-        axes.axis("off")
+        blank(axes)
     for axes, index in zip(grid.flat, order, strict=False):
         show(axes, images[index])
         found = f"{short(class_names[predicted[index]])} {probabilities[index]:.0%}"
@@ -75,7 +75,7 @@ def guesses(
     figure = Figure(figsize=(6.6 * columns, height * rows), dpi=110, layout="constrained")
     grid = figure.subplots(rows, 2 * columns, squeeze=False, width_ratios=[0.55, 1] * columns)
     for axes in grid.flat:
-        axes.axis("off")
+        blank(axes)
     for index, (image, title, shares) in enumerate(zip(images, titles, probabilities, strict=True)):
         row, column = divmod(index, columns)
         seen, beside = grid[row, 2 * column : 2 * column + 2]

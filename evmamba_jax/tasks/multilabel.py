@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from sklearn.metrics import average_precision_score
 
 from evmamba_jax.config import Config
 from evmamba_jax.data import device, sources
@@ -36,6 +35,8 @@ class Scores(Collector):
 
     def average_precisions(self) -> np.ndarray:
         """Return the average precision of each class (K,); NaN for a class that no image has."""
+        from sklearn.metrics import average_precision_score  # a second to import, which no other task needs
+
         weight, labels, scores = (
             np.concatenate([answers[name] for answers in self._answers]) for name in ("weight", "labels", "scores")
         )
