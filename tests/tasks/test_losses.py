@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from evmamba_jax.errors import UserError
 from evmamba_jax.tasks import task_of
 from evmamba_jax.tasks.classification import Classification, binary_cross_entropy, cross_entropy
 from evmamba_jax.tasks.multilabel import Scores
-from evmamba_jax.training import Config, run
+from evmamba_jax.training import Config, loop, run
 from evmamba_jax.training.config import Duration
 from evmamba_jax.weights.load import open_place
 
@@ -127,7 +128,7 @@ def of_colours(table):
 @pytest.fixture(scope="module")
 def trained(table, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "colours"
-    with contextlib.redirect_stdout(io.StringIO()) as told:
+    with contextlib.redirect_stdout(io.StringIO()) as told, mock.patch.object(loop, "_draw"):
         figures = run(of_colours(table), workdir)
     return workdir, figures, told.getvalue()
 

@@ -54,8 +54,8 @@ def prepared(tmp_path_factory):
 
 def test_prepare_train_kill_resume(prepared, tmp_path):
     folder, env = prepared
-    config = str(folder / "config.py")
-    code, out, err = run("--workdir", tmp_path / "whole", config=config, env=env)
+    config, data = str(folder / "config.py"), f"--config.data.data_dir={folder / 'data'}"
+    code, out, err = run_here(data, "--workdir", tmp_path / "whole", config=config)
     assert code == 0, out + err
     assert "on imagenet2012, step 16" in out
     rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
@@ -67,7 +67,7 @@ def test_prepare_train_kill_resume(prepared, tmp_path):
             break
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
-    code, out, err = run("--workdir", tmp_path / "killed", config=config, env=env)
+    code, out, err = run_here(data, "--workdir", tmp_path / "killed", config=config)
     assert code == 0, out + err
     whole, resumed = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "killed"))
     assert whole == resumed
@@ -75,13 +75,13 @@ def test_prepare_train_kill_resume(prepared, tmp_path):
 
 def test_the_published_recipe_on_small_images(prepared, tmp_path):
     """All of configs/evmamba_t.py but sizes and length: train, evaluate, convert, evaluate that."""
-    _, env = prepared
+    folder, env = prepared
     (tmp_path / "small.py").write_text(RECIPE)
     lengths = {"duration": 12, "optim.warmup": 4, "log_every": 4, "save_every": 4, "eval_every": 12}
     small = [f"--config.{name}.steps={n}" for name, n in lengths.items()]
     small += ["--config.data.image_size=32", "--config.batch_size=16", "--config.data.num_threads=2"]
-    options = {"config": str(tmp_path / "small.py"), "env": env}
-    code, out, err = run("--workdir", tmp_path / "run", *small, **options)
+    config = str(tmp_path / "small.py")
+    code, out, err = run("--workdir", tmp_path / "run", *small, config=config, env=env)
     assert code == 0, out + err
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [4, 8, 12, 12]
@@ -93,8 +93,8 @@ def test_the_published_recipe_on_small_images(prepared, tmp_path):
     command = [sys.executable, "-m", "evmamba_jax.weights", "export", "--model", "evmamba_t", "--out", str(file)]
     done = subprocess.run([*command, "--checkpoint", str(tmp_path / "run")], env=env, cwd=ROOT, check=False)
     assert done.returncode == 0
-    evaluate = ["--config.eval_only=True", f"--config.init_from={file}", "--workdir", tmp_path / "evaluated", *small]
-    code, out, err = run(*evaluate, **options)
+    small += [f"--config.data.data_dir={folder / 'data'}", "--config.eval_only=True", f"--config.init_from={file}"]
+    code, out, err = run_here(*small, "--workdir", tmp_path / "evaluated", config=config)
     assert code == 0, out + err
     better = "ema_" if trained["ema_top1"] > trained["top1"] else ""  # which is what was exported
     assert f"top-1 {trained[f'{better}top1']:.2f} %, top-5 {trained[f'{better}top5']:.2f} %" in out

@@ -14,7 +14,6 @@ from tiny import get_config
 from evmamba_jax import pruning
 from evmamba_jax.arrays import merge, split
 from evmamba_jax.checkpoints import Checkpoints, load_model
-from evmamba_jax.data.loader import Batches
 from evmamba_jax.data.sources import prepare
 from evmamba_jax.errors import UserError
 from evmamba_jax.models import abstract_model
@@ -258,20 +257,21 @@ def test_a_run_writes_what_it_pruned(pruned):
 
 
 def test_a_run_that_stops_at_a_drawing_goes_on_to_the_bit(pruned, data, tmp_path):
-    first = [data, *GRADUAL, "--config.save_every.steps=1", "--workdir", tmp_path / "run"]
+    first = [data, *GRADUAL, "--config.save_every.steps=13", "--workdir", tmp_path / "run"]
 
     class Enough(Exception):
         pass
 
-    original = Batches.__next__
+    original = Checkpoints.save
 
-    def until(self):
-        if (tmp_path / "run" / "checkpoints" / "13").exists():  # before whose step masks are drawn
-            raise Enough
-        return original(self)
+    def last(self, step, items, **about):
+        original(self, step, items, **about)
+        assert step == 13  # before whose step masks are drawn
+        self.wait()
+        raise Enough
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Batches, "__next__", until)
+        patch.setattr(Checkpoints, "save", last)
         with pytest.raises(Enough):
             run_here(*first)
     code, out, err = run_here(*first)
