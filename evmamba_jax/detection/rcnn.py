@@ -203,7 +203,7 @@ class RCNN(Detector):
     @property
     def class_layers(self) -> tuple[str, ...]:
         """The paths of the layers that tell classes, or have something for each."""
-        of_boxes = [f"box_heads.{i}.{layer}" for i in range(len(self.box_heads)) for layer in ("cls", "reg")]
+        of_boxes = [f"box_heads.{i}.{layer}" for i, head in enumerate(self.box_heads) for layer in head.class_layers]
         return (*of_boxes, *(f"mask_heads.{i}.logits" for i in range(len(self.mask_heads))))
 
     def outputs(self, maps: Sequence[jax.Array]) -> Features:

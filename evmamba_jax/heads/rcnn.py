@@ -110,6 +110,7 @@ class BoxHead(nnx.Module):
         inputs = [size * size * in_width, *[width] * (fcs - 1)]
         self.fcs = nnx.List(linear(c, width, kernel_init=fc_init(c, width)) for c in inputs)
         self.cls = linear(width, num_classes + 1, kernel_init=init.normal(0.01))
+        self.class_layers = ("cls",) if class_agnostic else ("cls", "reg")  # which have something for each class
         self.reg = linear(width, 4 if class_agnostic else num_classes * 4, kernel_init=init.normal(0.001))
 
     def __call__(self, regions: jax.Array, counted: jax.Array) -> tuple[jax.Array, jax.Array]:

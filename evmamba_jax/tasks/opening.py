@@ -21,7 +21,7 @@ from evmamba_jax.segmentation.ade20k import ade20k_classes
 from evmamba_jax.tasks.composed import Composed
 from evmamba_jax.tasks.registry import kind_of, task_of
 from evmamba_jax.weights import Weights
-from evmamba_jax.weights.detectors import RETINANET_SIZES, rcnn_sizes
+from evmamba_jax.weights.detectors import RETINANET_SIZES, VIM_SIZES, rcnn_sizes
 from evmamba_jax.weights.load import SEPARATOR, Ema, fill_model, meta_of, official_lengths, stated_name
 from evmamba_jax.weights.upernet import SIZES
 
@@ -45,6 +45,7 @@ HEADS = {
     "retinanet": Heads("detection", RETINANET_SIZES, lambda: coco_categories().names),
     "mask_rcnn": Heads("detection", rcnn_sizes(), lambda: coco_categories().names),
     "cascade_mask_rcnn": Heads("detection", rcnn_sizes(".0"), lambda: coco_categories().names),
+    "vim_cascade": Heads("detection", VIM_SIZES, lambda: coco_categories().names),
 }
 
 

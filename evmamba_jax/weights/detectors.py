@@ -22,6 +22,14 @@ def rcnn_sizes(number: str = "") -> dict[str, tuple[str, int]]:
     }
 
 
+# The same of Vim's detector.
+VIM_SIZES = {
+    "num_classes": ("roi_heads.mask_head.predictor.bias", 1),
+    "width": ("backbone.simfp_2.5.norm.bias", 1),
+    "fc_width": ("roi_heads.box_head.0.fc1.bias", 1),
+}
+
+
 def fpn(maps: int, extra: int) -> list[Row]:
     """Return the rows of a pyramid on so many maps, with so many further convolutions, which follow in one list."""
     rows = []

@@ -22,7 +22,9 @@ from evmamba_jax.detection.rcnn import ANCHORS, Settings
 from evmamba_jax.detection.retinanet import RetinaNet
 from evmamba_jax.detection.rounds import refined
 from evmamba_jax.detection.sampling import Candidates, Chosen, Sampler, candidates, regions
+from evmamba_jax.detection.vim_cascade import VimCascade
 from evmamba_jax.errors import UserError
+from evmamba_jax.heads.simple_pyramid import SimplePyramid
 from evmamba_jax.layers.norm import BatchNorm
 from evmamba_jax.weights import from_torch, to_torch
 
@@ -235,11 +237,13 @@ def test_numbers_of_boxes_are_the_published_ones_unless_asked_for():
 
 
 def test_layers_that_tell_classes_have_their_number():
-    for kind in (RetinaNet, MaskRCNN, CascadeMaskRCNN):
-        few, many = (
-            nnx.eval_shape(lambda: kind(GivenMaps(), [4] * 4, None, classes, width=4, rngs=nnx.Rngs(0)))  # noqa: B023
-            for classes in (2, 3)
-        )
+    def made(kind, classes):
+        rngs = nnx.Rngs(0)
+        pyramid = SimplePyramid(4, 16, width=4, rngs=rngs) if kind is VimCascade else None
+        return kind(GivenMaps(), [4] * 4, pyramid, classes, width=4, rngs=rngs)
+
+    for kind in (RetinaNet, MaskRCNN, CascadeMaskRCNN, VimCascade):
+        few, many = (nnx.eval_shape(lambda: made(kind, classes)) for classes in (2, 3))  # noqa: B023
         shapes = [{path: array.shape for path, array in split(model).params.items()} for model in (few, many)]
         differing = {path for path, shape in shapes[0].items() if shape != shapes[1][path]}
         assert {f"{layer}.{part}" for layer in few.class_layers for part in ("kernel", "bias")} == differing

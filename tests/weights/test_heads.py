@@ -130,6 +130,18 @@ def test_options_reach_heads_backbone_and_data(official, capsys):
         open_composed(folder / "iter.pth", f"{head}:evmamba_t", **given, widht=3)
 
 
+def test_vims_detector_is_read_off_its_file(tmp_path):
+    options = {"depth": 1, "width": 8, "d_state": 2, "image_size": 64}
+    about = {"backbone": "vim_t", "num_classes": 7, "width": 12, "fc_width": 20, "backbone_options": options}
+    arrays = weights_of(nnx.eval_shape(lambda: create_detector("vim_cascade", **about)))
+    save_pth(tmp_path / "model_final.pth", {"model": arrays, "iteration": 184_374})
+    given = {f"backbone.{name}": value for name, value in options.items()}
+    opened = open_composed(tmp_path / "model_final.pth", "vim_cascade:vim_t", **given)
+    assert (opened.task.about.width, opened.task.about.fc_width, len(opened.task.class_names)) == (12, 20, 7)
+    back = to_torch(opened.model)
+    chex.assert_trees_all_equal({name: back[name] for name in arrays}, arrays)
+
+
 def test_vim_is_tested_by_windows_as_the_official_segmenters_test_it(tmp_path):
     options = {"depth": 4, "width": 8, "d_state": 2}
     backbone = {"backbone": "vim_t", "backbone_options": {**options, "image_size": 512}}
