@@ -18,7 +18,7 @@ from evmamba_jax.storage import written_whole
 
 # Colours that the colour-blind tell apart; a cross or a tick says the same without them.
 BLUE, ORANGE, GREY = "#0b66a8", "#c8501e", "#666666"
-COLOURS = (BLUE, ORANGE, "#009e73", "#cc79a7", "#8a6d00")  # of the curves in one picture
+COLOURS = (BLUE, ORANGE, "#009e73", "#cc79a7", "#8a6d00", "#56b4e9")  # of the curves in one picture
 
 
 def blank(axes: Axes) -> None:
