@@ -9,14 +9,12 @@ digits that hide up to 30 % of one another; 4,000 to train, 200 of other digits 
 from evmamba_jax.data.dense_config import SegmentationData
 from evmamba_jax.recipes.digit_scenes import recipe
 from evmamba_jax.tasks.segmentation import SegmentationConfig, SegmenterConfig
-from evmamba_jax.training.config import LossConfig
 
 
 def get_config() -> SegmentationConfig:
     """Return the configuration."""
     return SegmentationConfig(
-        segmenter=SegmenterConfig(width=40, aux_width=16, dropout=0.0),
-        # The ground is most of a scene. At full weight it hides for half of the run which digit is which.
-        loss=LossConfig(class_weights=(0.3, *[1.0] * 10)),
+        # So narrow a head learns late from the official initial values which digit is which.
+        segmenter=SegmenterConfig(width=40, aux_width=16, dropout=0.0, init_std=0.2),
         **recipe(SegmentationData, lr=6e-3, epochs=3, scale_range=(1.0, 1.0), most_of_a_class=1.0, photometric=False),
     )
