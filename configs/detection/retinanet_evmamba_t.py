@@ -7,10 +7,10 @@ Neither this detector's files nor its settings were released. Pyramid and head o
 published size. Drop path 0.2 and mixed precision come from EfficientVMamba's own Mask R-CNN.
 """
 
-from evmamba_jax.recipes.retinanet import recipe
+from evmamba_jax.recipes.detection import retinanet
 from evmamba_jax.tasks.detection import DetectionConfig
 
 
 def get_config() -> DetectionConfig:
     """Return the configuration."""
-    return recipe("evmamba_t", width=208, dtype="bfloat16")
+    return retinanet("evmamba_t", width=208, dtype="bfloat16")

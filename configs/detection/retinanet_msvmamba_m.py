@@ -9,10 +9,10 @@ Start it from the released ImageNet weights, which have no address of their own:
 ``--config.init_from=FILE``.
 """
 
-from evmamba_jax.recipes.retinanet import recipe
+from evmamba_jax.recipes.detection import retinanet
 from evmamba_jax.tasks.detection import DetectionConfig
 
 
 def get_config() -> DetectionConfig:
     """Return the configuration."""
-    return recipe("msvmamba_m", init_from="")
+    return retinanet("msvmamba_m", init_from="")

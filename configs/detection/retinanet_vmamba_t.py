@@ -6,10 +6,10 @@ Nobody has published this detector. Drop path and precision come from the offici
 The rest is the recipe for EfficientVMamba's.
 """
 
-from evmamba_jax.recipes.retinanet import recipe
+from evmamba_jax.recipes.detection import retinanet
 from evmamba_jax.tasks.detection import DetectionConfig
 
 
 def get_config() -> DetectionConfig:
     """Return the configuration."""
-    return recipe("vmamba_t")
+    return retinanet("vmamba_t")
