@@ -117,6 +117,32 @@ OFFICIAL = {
     "retinanet_msvmamba_n": (1e-4, 1e-4, 0.2, 16, 224, 256, False),
     "retinanet_msvmamba_m": (1e-4, 1e-4, 0.2, 16, 224, 256, False),
     "retinanet_msvmamba_t": (1e-4, 1e-4, 0.2, 16, 224, 256, False),
+    "mask_rcnn_evmamba_t": (1e-4, 0.05, 0.2, 16, 224, 128, True),
+    "mask_rcnn_evmamba_s": (1e-4, 0.05, 0.2, 16, 224, 256, True),
+    "mask_rcnn_evmamba_b": (1e-4, 0.05, 0.2, 16, 224, 256, True),
+    "mask_rcnn_vmamba_t": (1e-4, 0.05, 0.2, 16, 224, 256, False),
+    "mask_rcnn_vmamba_t_s2l5": (1e-4, 0.05, 0.2, 16, 224, 256, False),
+    "mask_rcnn_vmamba_s": (1e-4, 0.05, 0.3, 16, 224, 256, False),
+    "mask_rcnn_vmamba_b": (1e-4, 0.05, 0.6, 16, 224, 256, False),
+    "mask_rcnn_vmamba_t_v0": (1e-4, 0.05, 0.2, 16, 224, 256, False),
+    "mask_rcnn_vmamba_s_v0": (1e-4, 0.05, 0.2, 16, 224, 256, False),
+    "mask_rcnn_vmamba_b_v0": (1e-4, 0.05, 0.2, 16, 224, 256, False),
+    "mask_rcnn_msvmamba_n": (1e-4, 0.05, 0.2, 16, 224, 256, False),
+    "mask_rcnn_msvmamba_m": (1e-4, 0.05, 0.2, 16, 224, 256, False),
+    "mask_rcnn_msvmamba_t": (1e-4, 0.05, 0.2, 16, 224, 256, False),
+    "mask_rcnn_evmamba_t_3x": (1e-4, 0.05, 0.2, 16, 224, 128, True),
+    "mask_rcnn_evmamba_s_3x": (1e-4, 0.05, 0.2, 16, 224, 256, True),
+    "mask_rcnn_evmamba_b_3x": (1e-4, 0.05, 0.2, 16, 224, 256, True),
+    "mask_rcnn_vmamba_t_3x": (1e-4, 0.05, 0.2, 16, 224, 256, False),
+    "mask_rcnn_vmamba_t_s2l5_3x": (1e-4, 0.05, 0.2, 16, 224, 256, False),
+    "mask_rcnn_vmamba_s_3x": (1e-4, 0.05, 0.3, 16, 224, 256, False),
+    "mask_rcnn_vmamba_t_v0_3x": (1e-4, 0.05, 0.2, 16, 224, 256, False),
+    "mask_rcnn_vmamba_s_v0_3x": (1e-4, 0.05, 0.2, 16, 224, 256, False),
+    "mask_rcnn_msvmamba_m_3x": (1e-4, 0.05, 0.2, 16, 224, 256, False),
+    "mask_rcnn_msvmamba_t_3x": (1e-4, 0.05, 0.2, 16, 224, 256, False),
+    "cascade_mask_rcnn_mambavision_t": (1e-4, 0.05, 0.2, 16, 224, 256, True),
+    "cascade_mask_rcnn_mambavision_s": (1e-4, 0.05, 0.2, 16, 224, 256, True),
+    "cascade_mask_rcnn_mambavision_b": (2e-4, 0.05, 0.2, 16, 224, 256, True),
 }
 
 
@@ -129,20 +155,26 @@ def dense(name):
 def test_dense_recipes_are_the_official_settings(name):
     config = dense(name)
     head = config.segmenter if config.task == "segmentation" else config.detector
-    optim, data, steps = config.optim, config.data, config.duration.steps
+    optim, data = config.optim, config.data
     settings = (optim.lr, optim.weight_decay, config.model.drop_path_rate, config.batch_size, data.image_size)
     assert (*settings, head.width, config.model.dtype == "bfloat16") == OFFICIAL[name]
     assert (optim.betas, optim.eps, optim.clip_norm, optim.ema_decay, optim.min_lr) == ((0.9, 0.999), 1e-8, 0, 0, 0)
-    vim, retinanet = "vim_" in name, name.startswith("retinanet")
-    assert steps == (0 if retinanet else 60_000 if vim else 160_000)
-    assert optim.warmup == Duration(steps=500 if retinanet else 1500)
-    assert optim.warmup_lr / optim.lr == pytest.approx(1e-3 if retinanet else 1e-6)
+    vim, retinanet, rcnn = "vim_" in name, name.startswith("retinanet"), "mask_rcnn" in name
+    boxes, long = retinanet or rcnn, name.endswith("_3x") or name.startswith("cascade")
+    epochs = Duration(epochs=36 if long else 12)
+    assert config.duration == (epochs if boxes else Duration(steps=60_000 if vim else 160_000))
+    assert optim.warmup == Duration(steps=500 if retinanet else 1000 if rcnn else 1500)
+    assert optim.warmup_lr / optim.lr == pytest.approx(1e-3 if boxes else 1e-6)
     assert optim.no_decay == ("nothing" if retinanet else "vectors" if vim else "norm_names")
-    assert (optim.schedule, optim.milestones) == (("milestones", (8, 11)) if retinanet else ("poly", ()))
+    drops = (27, 33) if long else (8, 11)
+    assert (optim.schedule, optim.milestones) == (("milestones", drops) if boxes else ("poly", ()))
     assert (optim.warmup_prefix, optim.lr_changes) == (not vim, "step")
-    assert data.scale == ((1333, 800) if retinanet else (4 * data.image_size, data.image_size))
+    assert data.scale == ((1333, 800) if boxes else (4 * data.image_size, data.image_size))
+    if boxes:
+        assert (head.name, data.multi_scale) == (name.partition("cnn_")[0] + "cnn" if rcnn else "retinanet", long)
+        assert head.fc_width == (512 if "mask_rcnn_evmamba_t" in name else 1024 if name.startswith("mask") else None)
     evaluated = 1000 if vim else 5000 if "_l3_" in name else 10_000 if "mambavision" in name else 16_000
-    assert config.eval_every == (Duration(epochs=1) if retinanet else Duration(steps=evaluated))
+    assert config.eval_every == (Duration(epochs=1) if boxes else Duration(steps=evaluated))
     assert config.init_from == ("" if "msvmamba" in name else "official")
     card = model_card(config.model.name)
     assert (card.checkpoint is None) == (config.init_from == "")  # of the others "official" has an address
