@@ -130,7 +130,9 @@ class Ours:
 
         self.labels, self.boxes = (open_dense(name, folder / "prepared", "train") for name in ("labels", "boxes"))
         self.segmentation = LabelMaps(SegmentationData())
-        self.detection, self.multi_scale = (BoxedImages(DetectionData(multi_scale=each)) for each in (False, True))
+        self.detection, self.multi_scale = (
+            BoxedImages(DetectionData(augment=augment)) for augment in ("one_scale", "multi_scale")
+        )
 
     def parts(self) -> dict:
         """Return functions of a file's bytes, or of the decoded image."""

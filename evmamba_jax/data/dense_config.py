@@ -53,6 +53,8 @@ class SegmentationData(DenseData):
 class DetectionData(DenseData):
     """Images with boxes; the defaults are mmdet's for COCO."""
 
-    # Training: in place of the one scale, short sides of 480 to 800, half of the images cropped before (mmdet's 3x).
-    multi_scale: bool = False
+    # Training: "one_scale"; "multi_scale", short sides of 480 to 800, half of the images cropped before (mmdet's 3x);
+    # or "large_scale_jitter", Detectron2's pipeline for Vim: images are made to fit a square of scale's side times 0.1
+    # to 2, and cropped to it. With that images are resized with antialiasing, for evaluation too.
+    augment: str = chosen("one_scale", ("one_scale", "multi_scale", "large_scale_jitter"))
     max_objects: int = ranged(100, least=1)  # of an image; one with more is refused before training

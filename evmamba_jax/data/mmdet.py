@@ -5,8 +5,8 @@ Source: mmdet 3.3.0 ``datasets/transforms/transforms.py``, ``datasets/coco.py``,
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,10 @@ from evmamba_jax.data.readers import Example, Shape, Size
 MULTIPLE = 32  # of the sides of images, once they are padded
 # mmdet's 3x: the short side in pixels, before a crop and after; and the least and the most side of a crop.
 SHORT, SHORT_BEFORE, CROP = tuple(range(480, 801, 32)), (400, 500, 600), (384, 600)
+
+
+Resize = Callable[..., np.ndarray]  # as opencv.resize_bilinear
+Nearest = Callable[[int, int], np.ndarray]  # which old pixel each new one of a mask is, by the two lengths
 
 
 class Geometry(NamedTuple):
@@ -54,10 +58,14 @@ class BoxedImages:
     Attributes:
         config: of the data.
         masks: whether there are any.
+        resize: what resizes images.
+        nearest: what tells the pixels of resized masks.
     """
 
     config: DetectionData
     masks: bool = False
+    resize: ClassVar[Resize] = staticmethod(opencv.resize_bilinear)
+    nearest: ClassVar[Nearest] = staticmethod(nearest_places)
 
     def decode(self, record: Any) -> tuple[np.ndarray, Any]:
         """Return the image (H, W, 3), uint8, and the record."""
@@ -67,7 +75,7 @@ class BoxedImages:
         """Draw how an image of a size is changed for training."""
         config = self.config
         mirrored = rng.random() < config.hflip
-        if not config.multi_scale:
+        if config.augment == "one_scale":
             return Geometry("last" if mirrored else "", None, None, opencv.keep_ratio_size(*size, config.scale))
         longest, before, window = max(config.scale), None, None
         if rng.random() < 0.5:
@@ -93,14 +101,27 @@ class BoxedImages:
         if self.masks:
             counted &= np.array([outline is not None for outline in record["segmentations"]], bool)
         shown = _black(canvas(geometry.size, self.config.scale))
-        _, boxes, seen = change(image, record["boxes"][counted].astype(np.float32), geometry, shown)
-        labels = record["labels"][counted][seen]
-        example = {"image": shown, "size": np.array(geometry.size, np.int32)} | self._objects(boxes[seen], labels)
-        if not self.masks:
-            return example
-        own = [record["segmentations"][number] for number in np.flatnonzero(counted)[seen]]
-        masks = packed_masks(own, size_of(image), geometry, size_of(shown))
-        return example | {"masks": _filled(masks, self.config.max_objects)}
+        numbers = np.flatnonzero(counted)
+        _, boxes, seen = change(image, record["boxes"][numbers].astype(np.float32), geometry, shown, self.resize)
+        numbers, boxes, more = numbers[seen], boxes[seen], {}
+        if self.masks:
+            own = [record["segmentations"][number] for number in numbers]
+            masks = packed_masks(own, places(size_of(image), geometry, self.nearest), size_of(image), size_of(shown))
+            boxes, left = self.by_masks(boxes, masks, geometry)
+            numbers, boxes = numbers[left], boxes[left]
+            more["masks"] = _filled(masks[left], self.config.max_objects)
+        example = {"image": shown, "size": np.array(geometry.size, np.int32)}
+        return example | self._objects(boxes, record["labels"][numbers]) | more
+
+    def by_masks(self, boxes: np.ndarray, masks: np.ndarray, geometry: Geometry) -> tuple[np.ndarray, np.ndarray]:
+        """Return the boxes of objects by their masks, and which of them are kept, bool (G,).
+
+        Args:
+            boxes: (G, 4) after the change.
+            masks: as :func:`packed_masks` has them.
+            geometry: the change.
+        """
+        return boxes, np.ones(len(boxes), bool)
 
     def train_shape(self, size: Size, rng: np.random.Generator) -> Shape:
         """Return height and width of the padded image."""
@@ -120,11 +141,15 @@ class BoxedImages:
 
     def view(self, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """Return an image (H, W, 3) at the scale of the test, its ratio kept, perhaps in the corner of ``out``."""
-        return opencv.resize_bilinear(image, *opencv.keep_ratio_size(*size_of(image), self.config.scale), out=out)
+        return self.resize(image, *self.eval_size(size_of(image)), out=out)
+
+    def eval_size(self, size: Size) -> Size:
+        """Return height and width of the image, before it is padded."""
+        return opencv.keep_ratio_size(*size, self.config.scale)
 
     def eval_shape(self, size: Size) -> Size:
         """Return height and width of the padded image."""
-        resized = opencv.keep_ratio_size(*size, self.config.scale)
+        resized = self.eval_size(size)
         return up_to(resized, MULTIPLE) if self.config.eval_padding == "exact" else canvas(resized, self.config.scale)
 
     def blank(self, *, training: bool, shape: Shape | None = None) -> Example:
@@ -162,7 +187,11 @@ def canvas(size: Size, scale: Size) -> Size:
 
 
 def change(
-    image: np.ndarray, boxes: np.ndarray, geometry: Geometry, out: np.ndarray | None = None
+    image: np.ndarray,
+    boxes: np.ndarray,
+    geometry: Geometry,
+    out: np.ndarray | None = None,
+    resize: Resize = opencv.resize_bilinear,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return image, boxes, and which of these are seen, bool (G,), after a change.
 
@@ -171,6 +200,7 @@ def change(
         boxes: (G, 4) float32, x0 y0 x1 y1 in its pixels.
         geometry: the change.
         out: the upper left part of this contiguous array is to hold the image; by default a new one does.
+        resize: what resizes it.
     """
     flip, before, window, size = geometry
     if flip == "first":
@@ -178,28 +208,28 @@ def change(
     seen = np.ones(len(boxes), bool)
     if before is not None and window is not None:
         boxes = resized_boxes(boxes, size_of(image), before) - np.array([window.left, window.top] * 2, np.float32)
-        image = opencv.resize_bilinear(image, *before, window)
+        image = resize(image, *before, window)
         boxes = limited(boxes, size_of(image))
         seen = np.all(boxes[:, 2:] > boxes[:, :2], 1)
     boxes = resized_boxes(boxes, size_of(image), size)
-    image = opencv.resize_bilinear(image, *size, out=out)
+    image = resize(image, *size, out=out)
     if flip == "last":
         image, boxes = opencv.mirrored(image, out=image), mirrored_boxes(boxes, size[1])
     return image, boxes, seen
 
 
-def packed_masks(own: Sequence[Outline], old: Size, geometry: Geometry, new: Size) -> np.ndarray:
+def packed_masks(own: Sequence[Outline], origin: tuple[np.ndarray, np.ndarray], old: Size, new: Size) -> np.ndarray:
     """Return the masks of outlines after a change of their image, uint8 (G, H / 8, W), eight pixels in a byte.
 
     Masks are resized to the nearest pixel, and so each pixel is one of the image as it is stored.
 
     Args:
         own: of the objects.
+        origin: the rows and the columns that are shown, as :func:`places` has them.
         old: height and width of their image as it is stored.
-        geometry: the change.
         new: height and width of the padded image; the height is a multiple of 8.
     """
-    rows, columns = places(old, geometry)
+    rows, columns = origin
     packed = np.zeros((len(own), new[0] // 8, new[1]), np.uint8)
     for bits, outline in zip(packed, own, strict=True):
         text = outlines.to_text(outline, *old)
@@ -217,16 +247,16 @@ def packed_masks(own: Sequence[Outline], old: Size, geometry: Geometry, new: Siz
     return packed
 
 
-def places(size: Size, geometry: Geometry) -> tuple[np.ndarray, np.ndarray]:
+def places(size: Size, geometry: Geometry, nearest: Nearest = nearest_places) -> tuple[np.ndarray, np.ndarray]:
     """Return the row and the column of an image of a size from which each one of a changed mask comes, integers."""
     flip, before, window, final = geometry
     rows, columns = map(np.arange, size)
     if flip == "first":
         columns = columns[::-1]
     if before is not None and window is not None:
-        down, right = map(nearest_places, size, before, window.slices)
+        down, right = (nearest(*lengths)[part] for *lengths, part in zip(size, before, window.slices, strict=True))
         rows, columns = rows[down], columns[right]
-    rows, columns = (of[nearest_places(len(of), new)] for of, new in zip((rows, columns), final, strict=True))
+    rows, columns = (of[nearest(len(of), new)] for of, new in zip((rows, columns), final, strict=True))
     return rows, columns[::-1] if flip == "last" else columns
 
 

@@ -106,7 +106,7 @@ def _recipe(
     return DetectionConfig(
         model=ModelConfig(name=backbone, drop_path_rate=drop_path_rate, dtype=dtype),
         detector=detector,
-        data=DetectionData(multi_scale=epochs == 36),
+        data=DetectionData(augment="multi_scale" if epochs == 36 else "one_scale"),
         optim=optim,
         batch_size=16,
         duration=Duration(epochs=epochs),

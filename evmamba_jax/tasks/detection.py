@@ -14,6 +14,7 @@ import numpy as np
 
 from evmamba_jax.config import Config
 from evmamba_jax.data.dense_config import DetectionData
+from evmamba_jax.data.detectron2 import SquareImages
 from evmamba_jax.data.mmdet import MULTIPLE, BoxedImages
 from evmamba_jax.data.opencv import size_of
 from evmamba_jax.data.outlines import resized, to_text
@@ -179,8 +180,14 @@ class Detection(Composed):
 
     @classmethod
     def validate(cls, config: Config) -> None:
-        """Check what all such tasks do; the focal loss takes no weights."""
+        """Check what all such tasks do, and the side of a square; the focal loss takes no weights."""
         super().validate(config)
+        data = cast(DetectionData, config.data)
+        if data.augment == "large_scale_jitter" and data.scale[0] != data.scale[1]:
+            raise UserError(
+                f"config.data.scale={tuple(data.scale)} with augment='large_scale_jitter': its two numbers must be the "
+                "same, the side of a square, e.g. 1024,1024"
+            )
         if config.loss.class_weights:
             raise UserError("config.loss.class_weights is for label maps and images of one class: leave it out")
 
@@ -205,7 +212,8 @@ class Detection(Composed):
 
     def reader(self) -> BoxedImages:
         """Return what prepares images, boxes and, where the detector learns from them, masks."""
-        return BoxedImages(self.data, has_masks(self.about.name))
+        reader = SquareImages if self.data.augment == "large_scale_jitter" else BoxedImages
+        return reader(self.data, has_masks(self.about.name))
 
     def see_evaluated(self, source: Any) -> None:
         """Note the split."""

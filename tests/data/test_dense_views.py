@@ -134,7 +134,7 @@ def test_a_crop_full_of_one_class_is_drawn_anew():
 
 def test_boxes_follow_the_pixels_of_a_multi_scale_crop():
     """An object painted into the image lies where its box says, whatever was drawn."""
-    reader = mmdet.BoxedImages(DetectionData(multi_scale=True, max_objects=4))
+    reader = mmdet.BoxedImages(DetectionData(augment="multi_scale", max_objects=4))
     image = np.zeros((300, 420, 3), np.uint8)
     box = np.array([[150.0, 90.0, 260.0, 210.0]])
     image[90:210, 150:260] = 255
@@ -169,12 +169,12 @@ def drawn(outline, size):
     return np.max([coco_masks.decode(coco_masks.frPyObjects([polygon], *size))[..., 0] for polygon in outline], 0)
 
 
-@pytest.mark.parametrize(("multi_scale", "scale"), [(False, (96, 64)), (True, (1333, 800))])
-def test_masks_are_changed_as_mmdet_changes_bitmaps(multi_scale, scale):
+@pytest.mark.parametrize(("augment", "scale"), [("one_scale", (96, 64)), ("multi_scale", (1333, 800))])
+def test_masks_are_changed_as_mmdet_changes_bitmaps(augment, scale):
     """Drawn whole, then mirrored, resized and cut one after the other by OpenCV, and padded at last."""
-    reader = mmdet.BoxedImages(DetectionData(multi_scale=multi_scale, scale=scale, max_objects=4), masks=True)
+    reader = mmdet.BoxedImages(DetectionData(augment=augment, scale=scale, max_objects=4), masks=True)
     kinds = set()
-    for seed in range(8 if multi_scale else 4):
+    for seed in range(8 if augment == "multi_scale" else 4):
         record = Pictures()[seed % 4]
         if seed == 2:
             record["crowd"][0] = True

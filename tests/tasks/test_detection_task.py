@@ -142,6 +142,12 @@ def test_mistakes_get_one_line(monkeypatch):
     with pytest.raises(UserError, match="octave_base_scale=0.0 is not allowed"):
         task_of(config)
     config = small()
+    config.data.augment, config.data.scale = "large_scale_jitter", (1333, 800)
+    with pytest.raises(
+        UserError, match=r"config.data.scale=\(1333, 800\) with .* must be the same, the side of a square"
+    ):
+        task_of(config)
+    config = small()
     config.data.max_objects = 7
     with pytest.raises(UserError, match="max_objects is 7, and an image of digit_scenes/1.0.0, split test, has 8"):
         task_of(config).open_source(config, "test")
