@@ -55,8 +55,9 @@ class OptimConfig:
     eps: float = ranged(1e-8, above=0)
     weight_decay: float = ranged(0.04, least=0)
     # What weight decay spares: "vectors", which are biases and what else has one axis in the official code;
-    # "norm_names", as mmdet and mmseg have it, parameters with "norm" in their official names alone; or "nothing".
-    no_decay: str = chosen("vectors", ("vectors", "norm_names", "nothing"))
+    # "norm_names", as mmdet and mmseg have it, parameters with "norm" in their official names alone; "positions", the
+    # position embedding alone; or "nothing".
+    no_decay: str = chosen("vectors", ("vectors", "norm_names", "positions", "nothing"))
     clip_norm: float = ranged(1.0, least=0)  # global norm of the gradient; 0 = no clipping
 
     # Warm-up, then the schedule, cool-down.

@@ -1,7 +1,7 @@
-"""The recipes of detectors on COCO: mmdet's 1x of 12 epochs and 3x of 36, 16 images a step.
+"""The recipes of detectors on COCO: mmdet's 1x of 12 epochs and 3x of 36, 16 images a step; and Vim's, as ViTDet's.
 
-AdamW, a tenth of the rate after two thirds and after eleven twelfths of the run, no clipping and no moving average.
-mmdet counts an epoch's last, smaller batch; here an epoch has whole batches.
+AdamW, a tenth of the rate twice towards the end, no clipping and no moving average. mmdet counts an epoch's last,
+smaller batch; here an epoch has whole batches.
 
 Source: mmdet 3.3.0 ``configs/swin`` and the configurations of EfficientVMamba, VMamba, MSVMamba and MambaVision;
 hustvl/Vim ``det/projects/ViTDet``.
@@ -9,9 +9,10 @@ hustvl/Vim ``det/projects/ViTDet``.
 
 from evmamba_jax.data.dense_config import DetectionData
 from evmamba_jax.tasks.detection import DetectionConfig, DetectorConfig
-from evmamba_jax.training.config import Duration, ModelConfig, OptimConfig
+from evmamba_jax.training.config import Duration, ModelConfig, OptimConfig, TuneConfig
 
 DROPS = {12: (8.0, 11.0), 36: (27.0, 33.0)}  # of the rate, epochs, by the epochs of the run
+COCO_IMAGES = 117_266  # for training, with objects
 
 
 def retinanet(
@@ -35,7 +36,7 @@ def retinanet(
         init_from: the weights to start from; "" where the released file has no address of its own.
     """
     detector = DetectorConfig(name="retinanet", width=width)
-    optim = _optim(1e-4, warmup=500, weight_decay=1e-4, no_decay="nothing")
+    optim = _optim(1e-4, warmup=500, weight_decay=1e-4, no_decay="nothing", milestones=DROPS[12])
     return _recipe(backbone, detector, optim, 12, drop_path_rate=drop_path_rate, dtype=dtype, init_from=init_from)
 
 
@@ -61,7 +62,7 @@ def mask_rcnn(
         init_from: as for :func:`retinanet`.
     """
     detector = DetectorConfig(name="mask_rcnn", width=width, fc_width=fc_width)
-    optim = _optim(1e-4, warmup=1000, weight_decay=0.05, no_decay="norm_names")
+    optim = _optim(1e-4, warmup=1000, weight_decay=0.05, no_decay="norm_names", milestones=DROPS[epochs])
     return _recipe(backbone, detector, optim, epochs, drop_path_rate=drop_path_rate, dtype=dtype, init_from=init_from)
 
 
@@ -73,14 +74,46 @@ def cascade_mask_rcnn(backbone: str, *, lr: float = 1e-4) -> DetectionConfig:
         lr: peak of the learning rate.
     """
     detector = DetectorConfig(name="cascade_mask_rcnn")
-    optim = _optim(lr, warmup=1000, weight_decay=0.05, no_decay="norm_names")
+    optim = _optim(lr, warmup=1000, weight_decay=0.05, no_decay="norm_names", milestones=DROPS[36])
     return _recipe(backbone, detector, optim, 36, drop_path_rate=0.2, dtype="bfloat16", init_from="official")
 
 
-def _optim(lr: float, *, warmup: int, weight_decay: float, no_decay: str) -> OptimConfig:
+def vim_cascade(backbone: str) -> DetectionConfig:
+    """Return the recipe of Vim's detector: 184,375 iterations of 64 images, on squares of 1024 pixels.
+
+    The rate falls by 0.837 a layer, and weight decay spares the position embedding alone. The official file asks to
+    spare norms too, but Detectron2 finds them by PyTorch's classes, and none of the detector's norms is of one.
+    Detectron2's warm-up reaches the whole rate with step 250, the step after it; as lengths are counted here, it takes
+    251.
+
+    Args:
+        backbone: "vim_t" or "vim_s".
+
+    Source: hustvl/Vim ``det/projects/ViTDet/configs/COCO/mask_rcnn_vimdet_b_100ep.py``,
+    ``cascade_mask_rcnn_vimdet_t_100ep_adj1.py``, ``cascade_mask_rcnn_vimdet_s_100ep.py`` and
+    ``det/detectron2/solver/build.py`` at dd0358a.
+    """
+    batch, between = 64, Duration(steps=5000)
+    milestones = tuple(step / (COCO_IMAGES // batch) for step in (163_889, 177_546))
+    return DetectionConfig(
+        model=ModelConfig(name=backbone, drop_path_rate=0.1, dtype="bfloat16"),
+        detector=DetectorConfig(name="vim_cascade"),
+        data=DetectionData(augment="large_scale_jitter", scale=(1024, 1024)),
+        optim=_optim(1e-4, warmup=251, weight_decay=0.1, no_decay="positions", milestones=milestones),
+        tune=TuneConfig(layer_decay=0.837),
+        batch_size=batch,
+        duration=Duration(steps=184_375),
+        eval_every=between,
+        save_every=between,
+        init_from="official",
+    )
+
+
+def _optim(lr: float, *, warmup: int, weight_decay: float, no_decay: str, milestones: tuple[float, ...]) -> OptimConfig:
     return OptimConfig(
         lr=lr,
         schedule="milestones",
+        milestones=milestones,
         min_lr=0.0,
         warmup_lr=1e-3 * lr,
         warmup=Duration(steps=warmup),
@@ -102,7 +135,6 @@ def _recipe(
     dtype: str,
     init_from: str,
 ) -> DetectionConfig:
-    optim.milestones = DROPS[epochs]
     return DetectionConfig(
         model=ModelConfig(name=backbone, drop_path_rate=drop_path_rate, dtype=dtype),
         detector=detector,

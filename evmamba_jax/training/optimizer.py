@@ -55,6 +55,8 @@ def decayed_by(config: OptimConfig, model: Any) -> Mask:
     """
     if config.no_decay == "vectors":
         return decay_mask
+    if config.no_decay == "positions":
+        return lambda params: {name: name.rpartition(".")[2] != "pos_embed" for name in params}
     if config.no_decay == "nothing":
         return lambda params: dict.fromkeys(params, True)
     try:

@@ -1,5 +1,6 @@
 """What the files in configs/ say about themselves."""
 
+import dataclasses
 import functools
 import importlib
 import re
@@ -20,8 +21,10 @@ from evmamba_jax.models import list_models, model_card
 from evmamba_jax.tasks import task_of
 from evmamba_jax.training.config import Duration
 from evmamba_jax.training.mesh import make_mesh
+from evmamba_jax.training.optimizer import decayed_by
 from evmamba_jax.training.setup import Setup
 from evmamba_jax.weights import places, to_torch
+from evmamba_jax.weights.convert import table
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = [path.relative_to(CONFIGS).with_suffix("") for path in CONFIGS.rglob("[a-z]*.py")]
@@ -143,6 +146,8 @@ OFFICIAL = {
     "cascade_mask_rcnn_mambavision_t": (1e-4, 0.05, 0.2, 16, 224, 256, True),
     "cascade_mask_rcnn_mambavision_s": (1e-4, 0.05, 0.2, 16, 224, 256, True),
     "cascade_mask_rcnn_mambavision_b": (2e-4, 0.05, 0.2, 16, 224, 256, True),
+    "vim_cascade_vim_t": (1e-4, 0.1, 0.1, 64, 224, 256, True),
+    "vim_cascade_vim_s": (1e-4, 0.1, 0.1, 64, 224, 256, True),
 }
 
 
@@ -159,6 +164,11 @@ def test_dense_recipes_are_the_official_settings(name):
     settings = (optim.lr, optim.weight_decay, config.model.drop_path_rate, config.batch_size, data.image_size)
     assert (*settings, head.width, config.model.dtype == "bfloat16") == OFFICIAL[name]
     assert (optim.betas, optim.eps, optim.clip_norm, optim.ema_decay, optim.min_lr) == ((0.9, 0.999), 1e-8, 0, 0, 0)
+    assert config.init_from == ("" if "msvmamba" in name else "official")
+    card = model_card(config.model.name)
+    assert (card.checkpoint is None) == (config.init_from == "")  # of the others "official" has an address
+    if head.name == "vim_cascade":
+        return  # test_vims_detector_is_trained_as_detectron2_does
     vim, retinanet, rcnn = "vim_" in name, name.startswith("retinanet"), "mask_rcnn" in name
     boxes, long = retinanet or rcnn, name.endswith("_3x") or name.startswith("cascade")
     epochs = Duration(epochs=36 if long else 12)
@@ -176,9 +186,6 @@ def test_dense_recipes_are_the_official_settings(name):
         assert head.fc_width == (512 if "mask_rcnn_evmamba_t" in name else 1024 if name.startswith("mask") else None)
     evaluated = 1000 if vim else 5000 if "_l3_" in name else 10_000 if "mambavision" in name else 16_000
     assert config.eval_every == (Duration(epochs=1) if boxes else Duration(steps=evaluated))
-    assert config.init_from == ("" if "msvmamba" in name else "official")
-    card = model_card(config.model.name)
-    assert (card.checkpoint is None) == (config.init_from == "")  # of the others "official" has an address
 
 
 def test_every_dense_config_has_its_settings_written_down():
@@ -239,6 +246,44 @@ def test_dense_recipes_fit_together(name):
     embedding = setup.tuning.scales["backbone.patch_embed.kernel" if vim else "backbone.patch_embed.proj.kernel"]
     assert embedding == pytest.approx(0.92**25 if vim else 1)
     assert setup.tuning.scales["decode_head.classifier.conv.kernel"] == 1
+
+
+def vim_decay_rate(name, rate, layers):
+    """Return the factor of a parameter's learning rate, by its official name."""
+    layer = layers + 1
+    if name.startswith("backbone."):
+        if ".pos_embed" in name or ".patch_embed" in name:
+            layer = 0
+        elif ".layers." in name:
+            layer = int(name.partition(".layers.")[2].partition(".")[0]) + 1
+    return rate ** (layers + 1 - layer)
+
+
+def test_vims_detector_is_trained_as_detectron2_does():
+    """Rates by layer, decay and schedule, against Vim's get_vim_lr_decay_rate and Detectron2's formulas."""
+    config = dense("vim_cascade_vim_t")
+    assert dataclasses.replace(dense("vim_cascade_vim_s"), model=config.model) == config
+    config.model.options |= {"width": 8, "depth": 4}
+    config.detector.width = config.detector.fc_width = 8
+    kind = task_of(config)
+    about = kind.describe(config)
+    assert about.examples == EXAMPLES["coco"]
+    setup = Setup(kind(config, about.class_names), make_mesh(config, jax.devices()[:1]), about.examples)
+    model = setup.task.model
+    params = split(model).params
+    wanted = {row.ours: vim_decay_rate(row.official, 0.837, 4) for row in table(model) if row.ours in params}
+    assert set(wanted.values()) == {0.837**k for k in range(6)}
+    assert dict(setup.tuning.scales) == pytest.approx(wanted)
+    mask = decayed_by(config.optim, model)(params)
+    assert [name for name, decayed in mask.items() if not decayed] == ["backbone.pos_embed"]
+    assert setup.total_steps == 184_375
+    steps = np.array([0, 100, 249, 250, 163_888, 163_889, 177_545, 177_546, 184_374])
+    warm = np.where(steps < 250, 0.001 + 0.999 * steps / 250, 1)
+    drops = 0.1 ** ((steps >= 163_889).astype(int) + (steps >= 177_546))
+    rates = [float(setup.schedule(step)) for step in steps]
+    assert rates == pytest.approx(1e-4 * warm * drops, rel=1e-5)
+    assert (config.eval_every, config.save_every) == (Duration(steps=5000), Duration(steps=5000))
+    assert (config.data.augment, config.data.scale) == ("large_scale_jitter", (1024, 1024))
 
 
 def test_vims_segmenter_starts_from_the_released_classifier(tmp_path, monkeypatch, caplog):
