@@ -58,8 +58,9 @@ ROWS = {
     "configs": "data evmamba_jax recipes tasks training",
     "train_tpu": "train",
     "setup": "",
-    "benchmarks": """analysis arrays checkpoints cli configs data errors evmamba_jax layers models pallas_kernels
-                     pallas_kernels.gpu pallas_kernels.tpu predict preflight pruning reports tasks training weights""",
+    "benchmarks": """analysis arrays checkpoints cli configs data detection errors evmamba_jax layers models
+                     pallas_kernels pallas_kernels.gpu pallas_kernels.tpu predict preflight pruning reports tasks
+                     training weights""",
     "tests": """__main__ analysis answers arrays checkpoints cli config configs data dense detection errors evmamba_jax
                 heads layers lora models ops packaged pallas_kernels pallas_kernels.gpu pallas_kernels.tpu predict
                 preflight preprocessing pruning ranges reports segmentation storage tasks train train_tpu training
