@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 FINEST = 56  # pixels of side up to twice of which a region is taken from the finest map
-CHUNK = 64  # regions at a time: each takes S rows of the finest map in between
+CHUNK = 64  # regions at a time: each takes S lines of the finest map in between
 
 
 def weights(
@@ -144,4 +144,6 @@ def _rows_and_columns(
 def _held(both: Sequence[jax.Array], features: jax.Array) -> jax.Array:
     """Return what a map (H, W, C) holds by weights (S, H) and (S, W): (S, S, C)."""
     rows, columns = (array.astype(features.dtype) for array in both)
+    if features.shape[1] > features.shape[0]:  # the longer axis first: less is left in between
+        return jnp.einsum("ph,hqc->pqc", rows, jnp.einsum("qw,hwc->hqc", columns, features))
     return jnp.einsum("pwc,qw->pqc", jnp.einsum("ph,hwc->pwc", rows, features), columns)

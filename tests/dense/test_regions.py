@@ -65,8 +65,9 @@ def loop_align(feature, box, stride, size, samples=0, aligned=True):
     [(7, {}), (7, {"aligned": False}), (4, {"samples": 2})],
     ids=["adaptive", "legacy", "two samples"],
 )
-def test_regions_are_the_mean_of_their_samples(size, options):
-    feature = np.random.default_rng(0).normal(size=(13, 17, 2))
+@pytest.mark.parametrize("sides", [(13, 17), (17, 13)], ids=["wide", "tall"])
+def test_regions_are_the_mean_of_their_samples(size, options, sides):
+    feature = np.random.default_rng(0).normal(size=(*sides, 2))
     wanted = np.stack([loop_align(feature, box, 4, size, **options) for box in BOXES])
     with jax.enable_x64(True):
         found = jax.jit(lambda x, boxes: roi_align(x, boxes, 4, size, **options))(feature, BOXES)
