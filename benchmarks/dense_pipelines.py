@@ -32,6 +32,8 @@ import types
 from importlib.metadata import version
 from pathlib import Path
 
+from lib.servers import Server, answer
+
 IMAGES = 24
 BOXES_SIZE, LABELS_SIZE = (480, 640), (512, 683)  # height, width: COCO's and ADE20K's most frequent
 OBJECTS, CLASSES, JPEG_QUALITY = 7, 150, 90
@@ -360,33 +362,31 @@ def environment() -> dict[str, str]:
 
 
 def serve(side: str, folder: Path) -> None:
-    """Answer requests, a line of JSON each, until the input ends."""
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints must not be taken for a reply
+    """Answer requests until the input ends."""
     mine = {"ours": Ours, "theirs": Theirs}[side](folder)
     running = {}
-    for line in sys.stdin:
-        request = json.loads(line)
+
+    def reply(request: dict) -> dict:
         what = request["what"]
         if what == "versions":
-            reply = {"versions": {name: version(name) for name in mine.packages}}
-        elif what == "pixels":
+            return {"versions": {name: version(name) for name in mine.packages}}
+        if what == "pixels":
             import numpy as np
 
             path = folder / f"{side}.npz"
             np.savez(path, *mine.pixels(request))
-            reply = {"path": str(path)}
-        else:
-            if what not in running:
-                running[what] = part_steps(mine, folder, what) if what in dict(PARTS) else mine.steps(what)
-            steps = running[what]
-            for _ in range(3):  # warm caches
-                next(steps)
-            before = time.process_time()
-            for _ in range(request["images"]):
-                next(steps)
-            reply = {"ms": 1e3 * (time.process_time() - before) / request["images"]}
-        print(json.dumps(reply), file=replies, flush=True)
+            return {"path": str(path)}
+        if what not in running:
+            running[what] = part_steps(mine, folder, what) if what in dict(PARTS) else mine.steps(what)
+        steps = running[what]
+        for _ in range(3):  # warm caches
+            next(steps)
+        before = time.process_time()
+        for _ in range(request["images"]):
+            next(steps)
+        return {"ms": 1e3 * (time.process_time() - before) / request["images"]}
+
+    answer(reply)
 
 
 def part_steps(side, folder: Path, what: str):
@@ -396,26 +396,6 @@ def part_steps(side, folder: Path, what: str):
     if what != "decode":
         inputs = list(map(parts["decode"], inputs))
     return map(parts[what], itertools.cycle(inputs))
-
-
-class Server:
-    """A process that answers."""
-
-    def __init__(self, python: str, side: str, folder: Path):
-        command = [python, __file__, "--serve", side, str(folder)]
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment())
-
-    def ask(self, **request) -> dict:
-        print(json.dumps(request), file=self.process.stdin, flush=True)
-        line = self.process.stdout.readline()
-        if not line:
-            sys.exit(f"{' '.join(self.process.args)} has stopped; its message stands above")
-        return json.loads(line)
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
 
 
 def comparisons():
@@ -466,7 +446,8 @@ def measure(python: str, folder: Path, rounds: int, out: Path | None) -> None:
         "683 x 512 have the size of the segmentation test already and are not resized there. Written by "
         "`benchmarks/dense_pipelines.py`."
     )
-    servers = {"ours": Server(sys.executable, "ours", folder), "theirs": Server(python, "theirs", folder)}
+    pythons = {"ours": sys.executable, "theirs": python}
+    servers = {side: Server(name, __file__, side, folder, environment()) for side, name in pythons.items()}
     told = {side: server.ask(what="versions")["versions"] for side, server in servers.items()}
     lines = [f"- {side}: {', '.join(map(' '.join, found.items()))}" for side, found in told.items()]
     report.text("\n".join(lines))
