@@ -187,7 +187,7 @@ class Ours:
         count, size = aligned(what)
 
         def held(levels, boxes):
-            return extract(levels, boxes, STRIDES, size)
+            return extract([level[None] for level in levels], boxes[None], STRIDES, size)[0]
 
         def with_gradients(levels, boxes, of_held):
             out, pull = jax.vjp(lambda levels: held(levels, boxes), levels)

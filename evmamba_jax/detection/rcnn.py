@@ -427,8 +427,7 @@ class RCNN(Detector):
 
 def _regions(levels: Sequence[jax.Array], boxes: jax.Array, size: int) -> jax.Array:
     """Return what a pyramid holds in boxes (B, R, 4): (B * R, S, S, C). The coarsest level is for proposals alone."""
-    of_image = lambda levels, boxes: extract(levels, boxes, STRIDES[:-1], size)  # noqa: E731
-    held = jax.vmap(of_image)(list(levels[:-1]), boxes)
+    held = extract(levels[:-1], boxes, STRIDES[:-1], size)
     return held.reshape(-1, *held.shape[2:])
 
 

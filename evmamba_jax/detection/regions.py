@@ -1,20 +1,23 @@
 """Features of regions: what the maps hold in a box, at one size for all boxes.
 
 A sample is a weighted mean of two rows and two columns, and the samples of a box are a grid. So what a box holds is
-``rows @ map @ columns.T`` with two small matrices, for any number of samples: products, where others gather.
+``rows @ map @ columns.T`` with two small matrices, for any number of samples: products, where others gather. An
+accelerator takes the whole map, a CPU the part of it that a box reaches over.
 
 Source: He et al., Mask R-CNN (arXiv:1703.06870), section 3; mmcv 2.1.0 ``mmcv/ops/csrc/pytorch/cpu/roi_align.cpp``.
 """
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 FINEST = 56  # pixels of side up to twice of which a region is taken from the finest map
 CHUNK = 64  # regions at a time: each takes S lines of the finest map in between
+WINDOW = 8  # cells of a side that a CPU takes at a time
 
 
 def weights(
@@ -40,7 +43,7 @@ def weights(
         samples: of a bin; 0 takes as many as it has cells, rounded up.
         aligned: cells are squares whose middles are at a half; False takes them for points at whole numbers, and boxes
             are at least one cell long.
-        end: () how many cells of the axis are there, the others being padding; None: all.
+        end: () or (R,) how many cells of the axis are there, the others being padding; None: all.
 
     Returns:
         (R, S, N) of the type of ``low``. It has no gradient by the boxes.
@@ -54,7 +57,7 @@ def weights(
     count = jnp.full(length.shape, samples, jnp.int32) if samples else _samples(length, size)
     begin = low[:, None] + jnp.arange(size, dtype=dtype) * step[:, None]
     places = jnp.arange(cells, dtype=dtype)
-    end = jnp.asarray(cells if end is None else end, dtype)
+    end = jnp.asarray(cells if end is None else end, dtype)[..., None]
 
     def add(i: jax.Array, total: jax.Array) -> jax.Array:
         at = begin + ((i + 0.5) * step / jnp.maximum(count, 1).astype(dtype))[:, None]
@@ -108,29 +111,143 @@ def extract(maps: Sequence[jax.Array], boxes: jax.Array, strides: Sequence[int],
     """Return what a pyramid holds in boxes: in small ones from fine maps, in large ones from coarse maps.
 
     Args:
-        maps: [(H, W, C), ...] of one image, from fine to coarse.
-        boxes: (R, 4) in pixels, float32 or float64.
+        maps: [(B, H, W, C), ...] from fine to coarse, of one type.
+        boxes: (B, R, 4) in pixels, float32 or float64.
         strides: pixels of a cell, for each map.
         size: S.
 
     Returns:
-        (R, S, S, C), differentiable by the maps.
+        (B, R, S, S, C), differentiable by the maps.
 
     Source: Lin et al., Feature Pyramid Networks (arXiv:1612.03144), section 4.2; mmdet 3.3.0
     ``mmdet/models/roi_heads/roi_extractors/single_level_roi_extractor.py``.
     """
-    level = levels_of(boxes, len(maps))
-    # A box of another level is taken for an empty one, which holds nothing.
-    of_levels = [
-        _rows_and_columns(features.shape, jnp.where((level == i)[:, None], boxes, 0), stride, size)
-        for i, (features, stride) in enumerate(zip(maps, strides, strict=True))
+    options = {"strides": tuple(strides), "size": size}
+    choices = {"cpu": _by_windows, "default": _by_matrices}
+    choices = {platform: functools.partial(choice, **options) for platform, choice in choices.items()}
+    return jax.lax.platform_dependent(list(maps), boxes, **choices)
+
+
+def _by_matrices(maps: Sequence[jax.Array], boxes: jax.Array, *, strides: Sequence[int], size: int) -> jax.Array:
+    """Do what :func:`extract` does, with whole maps: many products, but large ones."""
+
+    def of_image(maps: Sequence[jax.Array], boxes: jax.Array) -> jax.Array:
+        level = levels_of(boxes, len(maps))
+        # A box of another level is taken for an empty one, which holds nothing.
+        of_levels = [
+            _rows_and_columns(features.shape, jnp.where((level == i)[:, None], boxes, 0), stride, size)
+            for i, (features, stride) in enumerate(zip(maps, strides, strict=True))
+        ]
+
+        def of_region(of_levels: list) -> jax.Array:
+            held = [_held(both, features) for both, features in zip(of_levels, maps, strict=True)]
+            return functools.reduce(jnp.add, held)
+
+        return jax.lax.map(of_region, of_levels, batch_size=CHUNK)
+
+    return jax.vmap(of_image)(maps, boxes)
+
+
+class _Places(NamedTuple):
+    """Where N boxes lie, along rows and columns.
+
+    Attributes:
+        shares: of rows and of columns (N, S, cells), how much each cell of a box's own map counts for each bin.
+        first: (N, 2) the first cell that counts.
+        corner: (N, 2) where that cell is in the atlas.
+        windows: (N, 2) how many of them a box reaches over; 0 of one that holds nothing.
+    """
+
+    shares: Sequence[jax.Array]
+    first: jax.Array
+    corner: jax.Array
+    windows: jax.Array
+
+
+def _by_windows(maps: Sequence[jax.Array], boxes: jax.Array, *, strides: Sequence[int], size: int) -> jax.Array:
+    """Do what :func:`extract` does, with those windows of a box's own map that it reaches over: few products.
+
+    All maps lie in one atlas below each other, with a margin, so that each window is a slice of it.
+    """
+    batch, count = boxes.shape[:2]
+    level = levels_of(boxes, len(maps)).ravel()
+    sides = [jnp.asarray([x.shape[axis] for x in maps])[level] for axis in (1, 2)]
+    most = [max(x.shape[axis] for x in maps) + WINDOW for axis in (1, 2)]
+    scaled = boxes.reshape(-1, 4) / jnp.asarray(strides, boxes.dtype)[level][:, None]
+    shares = tuple(weights(scaled[:, 1 - i], scaled[:, 3 - i], most[i], size, end=sides[i]) for i in range(2))
+    counts = [(share != 0).any(1) for share in shares]
+    first = jnp.stack([each.argmax(1) for each in counts], 1)
+    last = jnp.stack([each.shape[1] - 1 - each[:, ::-1].argmax(1) for each in counts], 1)
+    there = jnp.stack([each.any(1) for each in counts], 1)
+    windows = jnp.where(there, (last - first) // WINDOW + 1, 0)
+
+    right = lambda x: most[1] - x.shape[2]  # noqa: E731
+    padded = [jnp.pad(x, ((0, 0), (0, WINDOW), (0, right(x)), (0, 0))) for x in maps]
+    atlas = jnp.concatenate(padded, 1)
+    tops = np.cumsum([0, *(x.shape[1] for x in padded)])
+    top = jnp.repeat(jnp.arange(batch) * int(tops[-1]), count) + jnp.asarray(tops[:-1])[level]
+    corner = first + jnp.stack([top, jnp.zeros_like(top)], 1)
+    atlas = atlas.reshape(-1, *atlas.shape[2:])
+    shares = tuple(share.astype(atlas.dtype) for share in shares)
+    held = _from_atlas(atlas, _Places(shares, first, corner, windows))
+    return held.reshape(batch, count, *held.shape[1:])
+
+
+def _window(one: _Places, number: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+    """Return of a window of a box where it is in the atlas, and the shares (S, WINDOW) of its rows and columns."""
+    step = WINDOW * jnp.stack([number // one.windows[1], number % one.windows[1]])
+    shares = [
+        jax.lax.dynamic_slice_in_dim(share, start, WINDOW, 1)
+        for share, start in zip(one.shares, one.first + step, strict=True)
     ]
+    return one.corner + step, shares
 
-    def of_region(of_levels: list) -> jax.Array:
-        held = [_held(both, features) for both, features in zip(of_levels, maps, strict=True)]
-        return functools.reduce(jnp.add, held)
 
-    return jax.lax.map(of_region, of_levels, batch_size=CHUNK)
+@jax.custom_vjp
+def _from_atlas(atlas: jax.Array, places: _Places) -> jax.Array:
+    """Return what an atlas (rows, columns, C) holds in boxes: (N, S, S, C). It has a loop of unknown length."""
+    channels, wide = atlas.shape[2], jnp.promote_types(atlas.dtype, jnp.float32)
+
+    def of_region(one: _Places) -> jax.Array:
+        def add(number: jax.Array, total: jax.Array) -> jax.Array:
+            (y, x), (rows, columns) = _window(one, number)
+            cells = jax.lax.dynamic_slice(atlas, (y, x, 0), (WINDOW, WINDOW, channels))
+            of_rows = jnp.matmul(columns, cells).reshape(WINDOW, -1)
+            return total + jnp.matmul(rows, of_rows, preferred_element_type=wide).reshape(total.shape)
+
+        size = len(one.shares[0])
+        total = jax.lax.fori_loop(0, one.windows.prod(), add, jnp.zeros((size, size, channels), wide))
+        return total.astype(atlas.dtype)
+
+    return jax.lax.map(of_region, places)
+
+
+def _forward(atlas: jax.Array, places: _Places) -> tuple[jax.Array, tuple]:
+    return _from_atlas(atlas, places), (atlas, places)
+
+
+def _backward(kept: tuple, of_held: jax.Array) -> tuple[jax.Array, None]:
+    atlas, places = kept
+    channels, wide = atlas.shape[2], jnp.promote_types(atlas.dtype, jnp.float32)
+
+    def of_region(total: jax.Array, both: tuple[_Places, jax.Array]) -> tuple[jax.Array, None]:
+        one, of_held = both
+
+        def add(number: jax.Array, total: jax.Array) -> jax.Array:
+            (y, x), (rows, columns) = _window(one, number)
+            of_rows = jnp.matmul(columns.T, of_held)
+            of_cells = jnp.matmul(rows.T, of_rows.reshape(len(rows), -1), preferred_element_type=wide)
+            of_cells = of_cells.reshape(WINDOW, WINDOW, channels)
+            before = jax.lax.dynamic_slice(total, (y, x, 0), of_cells.shape)
+            return jax.lax.dynamic_update_slice(total, before + of_cells, (y, x, 0))
+
+        return jax.lax.fori_loop(0, one.windows.prod(), add, total), None
+
+    of_atlas, _ = jax.lax.scan(of_region, jnp.zeros(atlas.shape, wide), (places, of_held))
+    return of_atlas.astype(atlas.dtype), None
+
+
+_from_atlas.defvjp(_forward, _backward)
 
 
 def _rows_and_columns(

@@ -166,8 +166,8 @@ def extractor(facts: Arrays, given: Arrays) -> Outputs:
     assert facts["finest_scale"] == regions.FINEST
     maps = [drawn(one) for one in facts["features"]]
     image, boxes = given["rois"][:, 0].astype(int), given["rois"][:, 1:]
-    of_images = [regions.extract([level[i] for level in maps], boxes, strides, size) for i in range(len(maps[0]))]
-    held = jnp.stack(of_images)[image, jnp.arange(len(boxes))]
+    of_images = regions.extract(maps, jnp.broadcast_to(boxes, (len(maps[0]), *boxes.shape)), strides, size)
+    held = of_images[image, jnp.arange(len(boxes))]
     return {"levels": regions.levels_of(boxes, len(maps)), "features": jnp.moveaxis(held, -1, 1)}
 
 

@@ -244,8 +244,7 @@ def compare_test(recorded: Recorded, name: str, model: RCNN, features: Features,
         options = {"limit": config["max_per_img"], "iou_threshold": config["nms"]["iou_threshold"]}
         found = model.detections(features, test, sizes, scales, **options, score_threshold=config["score_thr"])
         rounds = model.rounds_of(features, test, sizes)
-        held = jax.vmap(lambda levels, boxes: extract(levels, boxes, STRIDES[:4], BOX_SIZE))
-        of_regions = [held(features.levels[:4], boxes) for boxes, *_ in rounds]
+        of_regions = [extract(features.levels[:4], boxes, STRIDES[:4], BOX_SIZE) for boxes, *_ in rounds]
         # Without factors the boxes are those that the masks are of.
         masks = [model.of_masks(i, features.levels, found.boxes, jnp.maximum(found.labels, 0)) for i in range(count)]
         return found, rounds, of_regions, masks

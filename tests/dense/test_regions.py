@@ -1,5 +1,6 @@
 """What regions hold, their levels and masks, and the losses of regions, against loops in plain Python."""
 
+import functools
 import math
 
 import chex
@@ -12,7 +13,7 @@ from evmamba_jax.data.outlines import to_mask
 from evmamba_jax.detection.boxes import overlaps
 from evmamba_jax.detection.losses import binary_cross_entropy, cross_entropy, giou, of_class, smooth_l1
 from evmamba_jax.detection.masks import PackedMasks, mask_targets, outlines, paste
-from evmamba_jax.detection.regions import extract, levels_of, roi_align
+from evmamba_jax.detection.regions import _by_matrices, _by_windows, extract, levels_of, roi_align
 
 BOXES = np.asarray(
     [
@@ -91,9 +92,28 @@ def test_levels_by_hand_and_each_from_its_own_map():
     np.testing.assert_array_equal(levels_of(boxes, 4), [0, 0, 1, 1, 2, 2, 3, 3, 0])
     maps = [jnp.full((64 // 2**i, 80 // 2**i, 2), 1.0 + i) for i in range(4)]
     inside = jnp.asarray([[8, 8, 100, 90], [20, 20, 200, 180], [1, 1, 318, 250.0]])
-    found = jax.jit(lambda maps, boxes: extract(maps, boxes, (4, 8, 16, 32), 3))(maps, inside)
+    maps, inside = [x[None] for x in maps], inside[None]
+    (found,) = jax.jit(lambda maps, boxes: extract(maps, boxes, (4, 8, 16, 32), 3))(maps, inside)
     wanted = np.asarray([1, 2, 3.0])[:, None, None, None]
     np.testing.assert_allclose(found, np.broadcast_to(wanted, (3, 3, 3, 2)), rtol=1e-6)
+
+
+def test_windows_hold_what_whole_maps_hold_and_so_do_their_gradients():
+    rng = np.random.default_rng(5)
+    maps = [rng.normal(size=(2, 40 // 2**i, 56 // 2**i, 3)) for i in range(3)]
+    boxes = np.stack([BOXES * scale for scale in (1, 5)])  # some reach over several windows, some over none
+    boxes[0, 0], boxes[1, 1] = [-30, 40, 400, 60], [100.5, 3, 130, 170]  # long ones of fine maps
+    of_held = rng.normal(size=(2, len(BOXES), 5, 5, 3))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def both(extracted, maps):
+        held, pull = jax.vjp(lambda maps: extracted(maps, boxes, strides=(4, 8, 16), size=5), maps)
+        return held, pull(of_held)[0]
+
+    with jax.enable_x64(True):
+        found, wanted = (both(extracted, maps) for extracted in (_by_windows, _by_matrices))
+    chex.assert_trees_all_close(found, wanted, rtol=1e-10, atol=1e-12)
+    assert all(np.asarray(one).any() for one in found[1])  # every map is taken from
 
 
 def test_gradients_go_to_the_maps_alone():
