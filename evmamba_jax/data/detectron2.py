@@ -133,7 +133,7 @@ class SquareImages(BoxedImages):
 
     def by_masks(self, boxes: np.ndarray, masks: np.ndarray, geometry: Geometry) -> tuple[np.ndarray, np.ndarray]:
         """Return boxes around what is left of objects, and which of them have a pixel left, bool (G,)."""
-        columns = masks.any(1)
+        columns = np.asarray(masks.any(1))
         rows = np.unpackbits(np.bitwise_or.reduce(masks, 2), axis=1)
         height, width = geometry.size
         lowest, highest = (

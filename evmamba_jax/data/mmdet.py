@@ -106,7 +106,9 @@ class BoxedImages:
         numbers, boxes, more = numbers[seen], boxes[seen], {}
         if self.masks:
             own = [record["segmentations"][number] for number in numbers]
-            masks = packed_masks(own, places(size_of(image), geometry, self.nearest), size_of(image), size_of(shown))
+            masks = packed_masks(
+                own, places(size_of(image), geometry, type(self).nearest), size_of(image), size_of(shown)
+            )
             boxes, left = self.by_masks(boxes, masks, geometry)
             numbers, boxes = numbers[left], boxes[left]
             more["masks"] = _filled(masks[left], self.config.max_objects)
