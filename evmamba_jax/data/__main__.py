@@ -3,6 +3,7 @@
 python -m evmamba_jax.data prepare imagenet2012 --train ILSVRC2012_img_train.tar --val ILSVRC2012_img_val.tar
 python -m evmamba_jax.data prepare coco --source DIR_WITH_ANNOTATIONS_TRAIN2017_VAL2017
 python -m evmamba_jax.data prepare ade20k --source ADEChallengeData2016
+python -m evmamba_jax.data prepare stamp_scenes
 python -m evmamba_jax.data prepare boxes --name NAME --train IMAGES JSON --val IMAGES JSON
 python -m evmamba_jax.data prepare label_maps --name NAME --train IMAGES LABELS --val IMAGES LABELS --classes FILE
 python -m evmamba_jax.data check photos
@@ -21,6 +22,7 @@ from evmamba_jax.data.dense_shards import INFO
 from evmamba_jax.data.imagenet import prepare_imagenet
 from evmamba_jax.data.pictures import kind_of, open_pictures
 from evmamba_jax.data.sources import IMAGENET_COMMAND, find_folder, prepare
+from evmamba_jax.data.stamp_scenes import prepare_stamp_scenes
 from evmamba_jax.errors import UserError
 
 
@@ -39,8 +41,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m evmamba_jax.d
     command = commands.add_parser("prepare", help="write a data set as TFDS array_record files")
     command.add_argument(
         "what",
-        help="imagenet2012, digits, fashion_mnist_debian, stamps, or a TFDS name; coco, ade20k; boxes or label_maps of "
-        "your own",
+        help="imagenet2012, digits, fashion_mnist_debian, stamps, or a TFDS name; coco, ade20k, stamp_scenes; boxes or "
+        "label_maps of your own",
     )
     command.add_argument(
         "--train",
@@ -103,7 +105,7 @@ _OPTIONS = ("name", "train", "val", "source", "classes", "ignore_zero")
 def _prepare(arguments: argparse.Namespace) -> None:
     what, data_dir = arguments.what, resolve_data_dir(arguments.data_dir)
     _check_options(arguments)
-    if what in ("coco", "ade20k", "boxes", "label_maps"):
+    if what in ("coco", "ade20k", "stamp_scenes", "boxes", "label_maps"):
         _prepare_dense(arguments, data_dir)
         return
     folder = find_folder(data_dir, what)
@@ -140,6 +142,8 @@ def _prepare_dense(arguments: argparse.Namespace, data_dir: Path) -> None:
         return
     if arguments.what == "coco":
         folder = prepare_coco(arguments.source, data_dir)
+    elif arguments.what == "stamp_scenes":
+        folder = prepare_stamp_scenes(data_dir)
     elif arguments.what == "ade20k":
         folder = prepare_ade20k(arguments.source, data_dir)
     else:

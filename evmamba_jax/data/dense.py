@@ -22,6 +22,7 @@ from evmamba_jax.errors import UserError, nearest
 # What is known of a data set that is not here: classes and training images, of COCO those that show objects.
 KNOWN = {"coco": (coco_categories().names, 117_266), "ade20k": (tuple(map(str, range(150))), 20_210)}
 PREPARE = {
+    "stamp_scenes": "prepare stamp_scenes",
     "coco": "prepare coco --source DIR",
     "ade20k": "prepare ade20k --source ADEChallengeData2016",
 }

@@ -5,6 +5,7 @@ import io
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -57,24 +58,49 @@ class Stamps(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         )
 
     def _split_generators(self, dl_manager):
-        from sklearn.datasets import load_sample_images
-
-        package = Path(os.environ.get("TUXPAINT_STAMPS_DIR") or _PACKAGE)
-        of_class = {name: _stamps(package, folder) for name, folder in CLASSES.items()}
-        photographs = [Image.fromarray(pixels) for pixels in load_sample_images().images]
-        return {split: self._generate_examples(split, package, of_class, photographs) for split in _SHARES}
+        grounds = photographs()
+        return {split: self._generate_examples(split, stamps_of(split), grounds) for split in _SHARES}
 
     def _generate_examples(
-        self, split: str, package: Path, of_class: dict[str, list[str]], photographs: Sequence[Image.Image]
+        self, split: str, stamps: Iterator["Stamp"], grounds: Sequence[Image.Image]
     ) -> Iterator[tuple[str, dict]]:
-        low, high = _SHARES[split]
-        for name, stamps in of_class.items():
-            for file in stamps[round(low * len(stamps)) : round(high * len(stamps))]:
-                stamp = _open(package / file)
-                for view in range(_VIEWS[split]):
-                    key = f"{file}/{view}"
-                    rng = np.random.default_rng(list(_digest(key)))
-                    yield key, {"image": _jpeg(_paste(stamp, photographs, split, rng)), "label": name, "file_name": key}
+        for stamp in stamps:
+            for view in range(_VIEWS[split]):
+                key = f"{stamp.file}/{view}"
+                rng = np.random.default_rng(list(_digest(key)))
+                image = _jpeg(_paste(stamp.image, grounds, split, rng))
+                yield key, {"image": image, "label": stamp.name, "file_name": key}
+
+
+class Stamp(NamedTuple):
+    """A stamp: the name of its class, its file within the package, and its picture, RGBA."""
+
+    name: str
+    file: str
+    image: Image.Image
+
+
+def stamps_of(split: str) -> Iterator[Stamp]:
+    """Return the stamps of a split, class by class; they are opened as they are asked for.
+
+    Raises:
+        UserError: there are none, or one cannot be read.
+    """
+    package = Path(os.environ.get("TUXPAINT_STAMPS_DIR") or _PACKAGE)
+    files = {name: _stamps(package, folder) for name, folder in CLASSES.items()}
+    low, high = _SHARES[split]
+    return (
+        Stamp(name, file, _open(package / file))
+        for name, of_class in files.items()
+        for file in of_class[round(low * len(of_class)) : round(high * len(of_class))]
+    )
+
+
+def photographs() -> list[Image.Image]:
+    """Return scikit-learn's two photographs, 640 x 427 pixels."""
+    from sklearn.datasets import load_sample_images
+
+    return [Image.fromarray(pixels) for pixels in load_sample_images().images]
 
 
 def _stamps(package: Path, folder: str) -> list[str]:
@@ -103,21 +129,31 @@ def _open(file: Path) -> Image.Image:
     return stamp.crop(stamp.getchannel("A").getbbox())
 
 
-def _paste(stamp: Image.Image, photographs: Sequence[Image.Image], split: str, rng: np.random.Generator) -> Image.Image:
+def _paste(stamp: Image.Image, grounds: Sequence[Image.Image], split: str, rng: np.random.Generator) -> Image.Image:
     """Return a stamp, turned and scaled, somewhere on a piece of a photograph."""
-    photograph = photographs[int(rng.integers(len(photographs)))]
-    left, right = (round(edge * photograph.width) for edge in _WIDTHS[split])
-    side = int(rng.integers(SIDE, min(right - left, photograph.height) + 1))
-    x, y = (int(rng.integers(low, high - side + 1)) for low, high in ((left, right), (0, photograph.height)))
-    picture = photograph.resize((SIDE, SIDE), Image.Resampling.BICUBIC, box=(x, y, x + side, y + side))
-
-    turned = stamp.rotate(rng.uniform(-20, 20), Image.Resampling.BICUBIC, expand=True)
-    turned = turned.crop(turned.getchannel("A").getbbox())
-    scale = rng.uniform(0.5, 0.95) * SIDE / max(turned.size)
-    turned = turned.resize([max(1, round(scale * length)) for length in turned.size], Image.Resampling.LANCZOS)
-    x, y = (int(rng.integers(SIDE - length + 1)) for length in turned.size)
-    picture.paste(turned, (x, y), turned)
+    picture = piece_of_photograph(grounds, split, SIDE, rng)
+    shown = turned(stamp, (0.5 * SIDE, 0.95 * SIDE), rng)
+    x, y = (int(rng.integers(SIDE - length + 1)) for length in shown.size)
+    picture.paste(shown, (x, y), shown)
     return picture
+
+
+def piece_of_photograph(grounds: Sequence[Image.Image], split: str, side: int, rng: np.random.Generator) -> Image.Image:
+    """Return a square of ``side`` pixels cut out of a photograph, enlarged only where its split's part is smaller."""
+    photograph = grounds[int(rng.integers(len(grounds)))]
+    left, right = (round(edge * photograph.width) for edge in _WIDTHS[split])
+    most = min(right - left, photograph.height)
+    cut = int(rng.integers(min(side, most), most + 1))
+    x, y = (int(rng.integers(low, high - cut + 1)) for low, high in ((left, right), (0, photograph.height)))
+    return photograph.resize((side, side), Image.Resampling.BICUBIC, box=(x, y, x + cut, y + cut))
+
+
+def turned(stamp: Image.Image, longest: tuple[float, float], rng: np.random.Generator) -> Image.Image:
+    """Return a stamp turned by up to 20 degrees, its longer side between two lengths, pixels."""
+    shown = stamp.rotate(rng.uniform(-20, 20), Image.Resampling.BICUBIC, expand=True)
+    shown = shown.crop(shown.getchannel("A").getbbox())
+    scale = rng.uniform(*longest) / max(shown.size)
+    return shown.resize([max(1, round(scale * length)) for length in shown.size], Image.Resampling.LANCZOS)
 
 
 def _jpeg(picture: Image.Image) -> bytes:

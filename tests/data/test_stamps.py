@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from evmamba_jax.data import stamp_scenes
+from evmamba_jax.data.__main__ import main
 from evmamba_jax.data.config import DataConfig
+from evmamba_jax.data.dense import open_dense
+from evmamba_jax.data.outlines import to_mask
 from evmamba_jax.data.sources import open_source
 from evmamba_jax.data.stamps import CLASSES, SIDE
 from evmamba_jax.errors import UserError
@@ -65,3 +69,25 @@ def test_the_package_is_named_where_it_is_missing(tmp_path, monkeypatch):
     monkeypatch.setenv("TUXPAINT_STAMPS_DIR", str(tmp_path / "absent"))
     with pytest.raises(UserError, match="apt-get install tuxpaint-stamps-default, or set TUXPAINT_STAMPS_DIR"):
         open_source(DataConfig(name="stamps", data_dir=str(tmp_path)), "train")
+
+
+def test_scenes_know_box_and_mask_of_every_stamp(package, tmp_path, monkeypatch):
+    monkeypatch.setenv("TUXPAINT_STAMPS_DIR", str(package))
+    monkeypatch.setattr(stamp_scenes, "LENGTHS", {"train": 4, "validation": 1, "test": 1})
+    assert main(["prepare", "stamp_scenes", "--data-dir", str(tmp_path)]) == 0
+    split = open_dense("stamp_scenes", tmp_path, "train")
+    assert (split.class_names, len(split)) == (tuple(CLASSES), 4)
+    counts = set()
+    for record in (split[i] for i in range(4)):
+        pixels = np.asarray(Image.open(io.BytesIO(record["image"]))).astype(int)
+        masks = np.array([to_mask(outline, *pixels.shape[:2]) for outline in record["segmentations"]], bool)
+        red = (pixels[..., 0] > 190) & (pixels[..., 1:].max(-1) < 90)
+        seen = masks.any(0)
+        assert (red & seen).sum() / (red | seen).sum() > 0.9  # what is left are soft edges
+        assert masks.sum(0).max() == 1  # a pixel is of the stamp in front
+        for mask, box in zip(masks, record["boxes"], strict=True):
+            rows, columns = np.nonzero(mask)
+            np.testing.assert_array_equal(box, [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+        counts.add(len(masks))
+    assert counts <= {2, 3, 4, 5}
+    assert len(counts) > 1

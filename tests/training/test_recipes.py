@@ -36,6 +36,7 @@ EXAMPLES = {
     "fashion_mnist_debian": 60_000,
     "stamps": 5122,
     "digit_scenes": 4000,
+    "stamp_scenes": 3000,
     "coco": 117_266,  # training images that have objects
 }
 
