@@ -10,6 +10,10 @@ from evmamba_jax.errors import UserError
 from evmamba_jax.layers.channels import Group, Member
 from evmamba_jax.layers.projections import Linear
 
+WHOLE = 2**24  # scores of a head up to which they are taken at once, 4096 tokens by 4096
+PART = 2**22  # scores of a head in each part of a longer attention, about
+_ROWS = 128  # queries of a part are a multiple of this, a TPU's lanes
+
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     """Return the means of ``v`` that queries take by their softmax over the keys.
@@ -23,13 +27,41 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = No
 
     Returns:
         (..., Q, heads, d) in the type of ``v``. Scores and softmax are float32 or wider.
+
+    Without a mask, queries of more than ``WHOLE`` scores take turns, and the way back computes scores again: the 12,544
+    tokens of MambaVision's window under a detector have 10 GB of them for two images.
     """
+    if mask is None and q.shape[-3] * k.shape[-3] > WHOLE:
+        return _in_turns(q, k, v)
+    return _means(q, k, v, mask)
+
+
+def _means(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
     # Written out: jax.nn.dot_product_attention takes the softmax of float64 scores in float32.
     wide = jnp.promote_types(q.dtype, jnp.float32)
     scores = jnp.einsum("...qhd,...khd->...hqk", q, k, preferred_element_type=wide) * q.shape[-1] ** -0.5
     if mask is not None:
         scores = jnp.where(mask, scores, -jnp.inf)
     return jnp.einsum("...hqk,...khd->...qhd", nnx.softmax(scores).astype(v.dtype), v)
+
+
+def _in_turns(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Return what ``attend`` does without a mask, for some queries after the others."""
+    length = q.shape[-3]
+    rows = max(PART // k.shape[-3] // _ROWS, 1) * _ROWS
+    padding = [(0, 0)] * q.ndim
+    padding[-3] = 0, -length % rows
+    parts = rearrange(jnp.pad(q, padding), "... (n r) h d -> n ... r h d", r=rows)
+    # Wide outside of the loop, which adds up the gradients of all parts in their type.
+    types, wide = (k.dtype, v.dtype), jnp.promote_types(q.dtype, jnp.float32)
+    k, v = k.astype(wide), v.astype(wide)
+
+    @jax.checkpoint  # or every part's scores would be kept
+    def means_of(part: jax.Array) -> jax.Array:
+        return _means(part, k.astype(types[0]), v.astype(types[1]), None)
+
+    means = jax.lax.map(means_of, parts)
+    return rearrange(means, "n ... r h d -> ... (n r) h d")[..., :length, :, :]
 
 
 def check_heads(width: int, num_heads: int) -> None:
