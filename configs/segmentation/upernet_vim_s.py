@@ -3,7 +3,8 @@
 Published mIoU: 44.9, with 46M parameters (arXiv:2401.09417v3). Not yet run here. 60,000 iterations of 32 images,
 1,920,000 in all.
 
-The official backbone also has rotary embeddings, which the released classifier does not have and this library neither.
+The official backbone also turns its sequence and residual stream by rotary embeddings, which the released classifier
+does not have. Here there are none.
 """
 
 from evmamba_jax.recipes.upernet import vim

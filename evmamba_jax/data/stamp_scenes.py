@@ -76,13 +76,13 @@ def scene(
         stamp = stamps[int(rng.integers(len(stamps)))]
         shown = turned(stamp.image, LONGEST, rng)
         for _ in range(_TRIES):
-            place = tuple(int(rng.integers(SIDE - length + 1)) for length in shown.size)
+            x, y = (int(rng.integers(SIDE - length + 1)) for length in shown.size)
             alpha = Image.new("L", picture.size)
-            alpha.paste(shown.getchannel("A"), place)
+            alpha.paste(shown.getchannel("A"), (x, y))
             own = np.asarray(alpha) >= _OPAQUE
             left = [mask & ~own for _, mask in objects]
             if all(mask.sum() >= (1 - COVERED) * full for mask, full in zip(left, whole, strict=True)):
-                picture.paste(shown, place, shown)
+                picture.paste(shown, (x, y), shown)
                 objects = [(old, mask) for (old, _), mask in zip(objects, left, strict=True)] + [(stamp.name, own)]
                 whole.append(int(own.sum()))
                 break
