@@ -23,7 +23,7 @@ from lib.servers import Server, answer
 
 THREADS, BATCH, SIDE = 2, 2, 320
 STRIDES = (4, 8, 16, 32)
-WIDTHS = (96, 192, 384, 768)  # of the maps, which are those of the T models
+WIDTHS = (96, 192, 384, 768)  # of the maps: VMamba-T's
 WIDTH, CLASSES = 256, 80
 # Of an image. There are so many objects that as many regions are positive as may be.
 OBJECTS, DETECTIONS = 24, 100
@@ -81,7 +81,18 @@ def make_files(folder: Path) -> None:
 # numbers that say what it did.
 
 
-class Ours:
+class Side:
+    """What both sides share: a case by its name."""
+
+    def case(self, what: str):
+        if what == TRAINING:
+            return self.training()
+        if what == INFERENCE:
+            return self.inference()
+        return self.nms(what) if what.startswith("NMS") else self.roi_align(what)
+
+
+class Ours(Side):
     """This package."""
 
     packages = "jax", "jaxlib", "flax", "numpy"
@@ -130,13 +141,6 @@ class Ours:
             "outputs": memory.output_size_in_bytes / 2**20,
         }
         return lambda: jax.block_until_ready(program(*arguments))
-
-    def case(self, what: str):
-        if what == TRAINING:
-            return self.training()
-        if what == INFERENCE:
-            return self.inference()
-        return self.nms(what) if what.startswith("NMS") else self.roi_align(what)
 
     def training(self):
         import jax
@@ -208,7 +212,7 @@ class Ours:
         return lambda: {"kept": int(run().count)}
 
 
-class Theirs:
+class Theirs(Side):
     """torchvision."""
 
     packages = "torch", "torchvision"
@@ -234,7 +238,7 @@ class Theirs:
 
         torch.set_num_threads(THREADS)
         torch.manual_seed(0)
-        # As many samples of a bin as it has cells, as ours.
+        # A sampling ratio of 0 takes as many samples of a bin as it has cells. So does ours.
         self.pool = functools.partial(MultiScaleRoIAlign, [str(i) for i in range(len(STRIDES))], sampling_ratio=0)
         model = MaskRCNN(
             Backbone(),
@@ -288,20 +292,13 @@ class Theirs:
             state[f"{name}.{kind}"] = first.get(name.rpartition(".")[2], lambda x: x)(array.numpy())
         return state
 
-    def case(self, what: str):
-        if what == TRAINING:
-            return self.training()
-        if what == INFERENCE:
-            return self.inference()
-        return self.nms(what) if what.startswith("NMS") else self.roi_align(what)
-
     def found(self, maps, targets=None):
         """Return detections and losses, as the model's ``forward`` does behind its backbone's maps."""
         import torch
         from torchvision.models.detection.image_list import ImageList
 
         sizes = [(SIDE, SIDE)] * BATCH
-        images = ImageList(torch.empty(BATCH, 3, SIDE, SIDE), sizes)  # of which nothing but the shape is looked at
+        images = ImageList(torch.empty(BATCH, 3, SIDE, SIDE), sizes)  # only their shape counts
         levels = self.model.backbone(maps)
         proposals, of_proposals = self.model.rpn(images, levels, targets)
         found, of_regions = self.model.roi_heads(levels, proposals, sizes, targets)
@@ -373,7 +370,7 @@ def suppressed(what: str) -> int:
 
 
 def serve(side: str, folder: Path) -> None:
-    """Answer requests, on as many cores as there are to be threads."""
+    """Answer requests on THREADS cores."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
     mine = {"ours": Ours, "theirs": Theirs}[side](folder)
     cases = {}
@@ -410,8 +407,8 @@ def measure(python: str, folder: Path, rounds: int, only: list[str], out: Path |
         f"{THREADS} threads. Widths, weights and numbers are the same on both sides: {WIDTH} channels, {CLASSES} "
         f"classes; in training 2000 proposals of a level, 1000 of an image, {OBJECTS} objects, losses of 256 anchors "
         f"and 512 regions, 128 of them positive; in inference 1000 proposals, {DETECTIONS} detections. Gradients are "
-        f"those of all weights and of the maps. NMS has a threshold of {OVERLAP}. RoIAlign has as many samples of a "
-        f"bin as it has cells. Wall time: median of {rounds} rounds, in which the two take turns. Ratio: ours over "
+        f"taken of all weights and of the maps. NMS has a threshold of {OVERLAP}. RoIAlign takes a sample "
+        f"for each cell of a bin. Wall time: median of {rounds} rounds, in which the two take turns. Ratio: ours over "
         "theirs, median of the rounds. Written by `benchmarks/detection.py`."
     )
     variables = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "JAX_PLATFORMS": "cpu"}

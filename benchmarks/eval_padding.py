@@ -5,7 +5,7 @@
     python benchmarks/eval_padding.py SEGMENTER DETECTOR [--out FILE]
 
 The scenes of digits are cut to many sizes, prepared with ``python -m evmamba_jax.data prepare``, and evaluated both
-ways from the same weights. A cut goes through digits, so that figures are lower than those of whole scenes.
+ways from the same weights. A cut goes through digits, so figures are lower than on whole scenes.
 """
 
 import argparse

@@ -23,12 +23,13 @@ import io
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
+
+from lib.servers import Server
 
 IMAGES, BATCH, SIDE = 320, 64, 224
 RAND_AUGMENT = "rand-m9-mstd0.5-inc1"
@@ -346,26 +347,9 @@ def quiet(members: list[int]) -> None:
             return
 
 
-class Server:
-    """A process that measures when asked to."""
-
-    def __init__(self, python: str, environment: str, folder: Path):
-        command = [python, __file__, "--serve", environment, str(folder)]
-        root = str(Path(__file__).parent.parent)
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": root}
-        )
-
-    def ask(self, **request) -> dict:
-        print(json.dumps(request), file=self.process.stdin, flush=True)
-        line = self.process.stdout.readline()
-        if not line:
-            sys.exit(f"{' '.join(self.process.args)} has stopped; its message stands above")
-        return json.loads(line)
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
+def start(python: str, environment: str, folder: Path) -> Server:
+    """Start the process that measures an environment."""
+    return Server(python, __file__, environment, folder, os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)})
 
 
 def measure(pythons: dict[str, str], folder: Path, rounds: int, out: Path | None) -> None:
@@ -385,7 +369,7 @@ def measure(pythons: dict[str, str], folder: Path, rounds: int, out: Path | None
         "many times as many images the first does. Memory: of the process and its workers with all their libraries; "
         "what they share is counted once. Written by `benchmarks/input_pipeline.py`."
     )
-    direct = {name: Server(python, name, folder) for name, python in pythons.items()}
+    direct = {name: start(python, name, folder) for name, python in pythons.items()}
     report.text("\n".join(f"- {name}: {server.ask(what='versions')['versions']}" for name, server in direct.items()))
     pixels = {
         name: [base64.b64decode(array) for array in server.ask(what="pixels")["pixels"]]
@@ -405,7 +389,7 @@ def measure(pythons: dict[str, str], folder: Path, rounds: int, out: Path | None
         loads = any(what.startswith("load") for _, what in pipelines.values())
         # A loader goes on reading by itself and holds memory: each has its own process.
         servers = {
-            name: Server(pythons[environment], environment, folder) if loads else direct[environment]
+            name: start(pythons[environment], environment, folder) if loads else direct[environment]
             for name, (environment, _) in pipelines.items()
         }
         times: dict[str, list[float]] = {name: [] for name in pipelines}

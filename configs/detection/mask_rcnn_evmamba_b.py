@@ -3,7 +3,7 @@
 Published AP: 43.7 and of masks 40.2, with 53M parameters (arXiv:2403.09977). Not yet run here. 12 epochs: 87,948 steps
 of 16 images, 1,407,168 in all.
 
-Mixed precision is bfloat16 here, float16 there. No file of this schedule was released; its settings are those of the 3x
+Mixed precision is bfloat16 here, float16 there. No file of this schedule was released: the settings are from the 3x
 and the other backbones' 1x.
 """
 

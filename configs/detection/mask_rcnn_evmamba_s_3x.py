@@ -4,7 +4,7 @@ Published AP: 41.6 and of masks 38.2, with 31M parameters (arXiv:2403.09977). No
 of 16 images, 4,221,504 in all.
 
 The released file names 96 channels and so another backbone; these heads over 64 have the published size. Mixed
-precision is bfloat16 here, float16 there. No file of this schedule was released; its settings are those of the 1x and
+precision is bfloat16 here, float16 there. No file of this schedule was released: the settings are from the 1x and
 the other backbones' 3x.
 """
 

@@ -5,7 +5,7 @@ of 16 images, 4,221,504 in all.
 
 The released file names other widths than its backbone has and does not run. Pyramid, proposals and masks of 128
 channels and fully connected layers of 512 are inferred from the published size. Mixed precision is bfloat16 here,
-float16 there. No file of this schedule was released; its settings are those of the 1x and the other backbones' 3x.
+float16 there. No file of this schedule was released: the settings are from the 1x and the other backbones' 3x.
 """
 
 from evmamba_jax.recipes.detection import mask_rcnn
