@@ -2,17 +2,18 @@
 
 import argparse
 import errno
+import importlib
 import importlib.util
 import io
 import os
 import re
 import select
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from evmamba_jax.errors import UserError
+from evmamba_jax.errors import UserError, nearest
 
 _DEVICES = Path("/dev")
 _CLOSED_PIPE = 141  # what a shell calls the end of a program whose reader has gone: 128 + SIGPIPE
@@ -40,6 +41,43 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         """Raise a UserError."""
         raise UserError(f"{message}; see {self.prog} --help")
+
+
+def subcommand(argv: Sequence[str], prog: str, commands: Mapping[str, tuple[str, str]], **of_parser: str) -> int:
+    """Run the subcommand that ``argv`` names, inside :func:`main`; alone, show which there are.
+
+    Args:
+        argv: the name of a subcommand, and its arguments.
+        prog: what the help calls the command.
+        commands: by name the module whose ``main(argv, prog)`` it is, and what it does.
+        **of_parser: more for the parser: its ``description``, a ``version``.
+
+    Returns:
+        Its exit code; 2 where ``argv`` names none.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    if argv and argv[0] in commands:
+        module, _ = commands[argv[0]]
+        return importlib.import_module(module).main(list(argv[1:]), prog=f"{prog} {argv[0]}")
+    version = of_parser.pop("version", None)
+    width = max(map(len, commands)) + 2
+    listed = "\n".join(f"  {name:<{width}}{does}" for name, (_, does) in commands.items())
+    parser = Parser(
+        prog=prog,
+        usage="%(prog)s COMMAND ...",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"commands:\n{listed}\n\n{prog} COMMAND --help says more of each.",
+        **of_parser,
+    )
+    if version is not None:
+        parser.add_argument("--version", action="version", version=version)
+    _, rest = parser.parse_known_args(argv)
+    if rest:
+        raise UserError(f"unknown command {rest[0]!r}{nearest(rest[0], commands)}; allowed: {', '.join(commands)}")
+    parser.print_help()
+    return 2
 
 
 def main(command: Callable[[], int | None]) -> int:

@@ -10,7 +10,7 @@ Images are prepared as the model's card says, those for the model of a training 
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import numpy as np
 from evmamba_jax import answers, cli
 from evmamba_jax.answers import Picture
 from evmamba_jax.arrays import merge, split
+from evmamba_jax.data.config import DataConfig
 from evmamba_jax.data.decoding import looks_like_image
 from evmamba_jax.data.device import normalize
 from evmamba_jax.data.files import Folder
@@ -74,11 +75,11 @@ class Predictor:
         if model.head is None:
             raise UserError(f"{weights} holds a model without a head, which tells no classes")
         classes = model.head.bias.get_value().size
-        names = class_names or meta.get("class_names") or (imagenet_classes() if classes == 1000 else range(classes))
-        if len(names) != classes:
-            raise UserError(f"there are {len(names)} names of classes, but {weights} tells {classes} classes apart")
-        self.class_names = tuple(map(str, names))
-        self.data = of_run(meta["config"]["data"]) if "config" in meta else of_card(model_card(self.name))
+        self.class_names = names_of_classes(class_names or meta.get("class_names"), classes)
+        if len(self.class_names) != classes:
+            told = len(self.class_names)
+            raise UserError(f"there are {told} names of classes, but {weights} tells {classes} classes apart")
+        self.data = images_of(meta, self.name)
         if image_size is not None:
             self.data.image_size = image_size
         self.data.validate()
@@ -145,6 +146,16 @@ class Predictor:
         return probabilities, embeddings
 
 
+def names_of_classes(given: Sequence[str] | None, classes: int) -> tuple[str, ...]:
+    """Return the names that were given, else ImageNet's where there are 1000 classes, else numbers."""
+    return tuple(map(str, given or (imagenet_classes() if classes == 1000 else range(classes))))
+
+
+def images_of(meta: Mapping[str, Any], name: str) -> DataConfig:
+    """Return how a model's images are prepared: as its run has it, else as the card of the model ``name`` asks."""
+    return of_run(meta["config"]["data"]) if "config" in meta else of_card(model_card(name))
+
+
 def main(argv: list[str] | None = None, prog: str = "python -m evmamba_jax.predict") -> int:
     """Run the command with ``argv``; return the exit code, 2 for a user's mistake."""
     parser = cli.Parser(prog=prog, description="Say what images show, in words, and draw it.")
@@ -197,7 +208,7 @@ def _predict(args: argparse.Namespace) -> None:
         file = getattr(args, option)
         if file is not None and file.suffix != ending:
             raise UserError(f"--{option} {file} must end in {ending}")
-    pictures = list(_pictures(args.images))
+    pictures = list(pictures_in(args.images))
     predictor = _predictor(args)
     left_out: list[str] = []
     count = 0
@@ -224,8 +235,8 @@ def _predictor(args: argparse.Namespace) -> Predictor | DensePredictor:
     return Predictor(args.weights, args.model, image_size=args.image_size, **shared)
 
 
-def _pictures(given: Sequence[str]) -> Iterator[Picture]:
-    """Return the files: as given, and of folders all images in them and below, sorted."""
+def pictures_in(given: Sequence[str]) -> Iterator[Picture]:
+    """Yield the files: as given, and of folders all images in them and below, sorted."""
     for name in given:
         path = Path(name)
         if not path.is_dir():

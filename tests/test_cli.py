@@ -23,7 +23,7 @@ COMMANDS = {
     "evmamba_jax.train": (["--config", "configs/digits.py"], "evmamba_jax.training.parse_command"),
     "evmamba_jax.weights.__main__": (["export", "--model", "a", "--checkpoint", "b", "--out", "c"], "export_file"),
     "evmamba_jax.models.__main__": (["vmamba_t"], "model_card"),
-    "evmamba_jax.analysis.__main__": (["vmamba_t"], "input_size"),
+    "evmamba_jax.analysis.flops": (["vmamba_t"], "input_size"),
     "evmamba_jax.data.__main__": (["prepare", "digits"], "find_folder"),
     "evmamba_jax.preflight.__main__": (["--topology", "v5e-8"], "parse_command"),
     "evmamba_jax.predict": (["--weights", "x", __file__], "Predictor"),
@@ -148,7 +148,12 @@ def test_each_command_has_one_kind_of_help_under_both_its_names(name, capsys):
 
 @pytest.mark.parametrize("name", evmamba.COMMANDS)
 def test_each_command_refuses_an_unknown_option_in_one_line(name, capsys):
-    needed = {"predict": ["--weights", "x", "y"], "weights": ["export"], "data": ["prepare", "x"], "analysis": ["x"]}
+    needed = {
+        "predict": ["--weights", "x", "y"],
+        "weights": ["export"],
+        "data": ["prepare", "x"],
+        "analysis": ["flops", "x"],
+    }
     code, out, err = told(capsys, name, *needed.get(name, []), "--no-such-option")
     assert (code, out) == (2, "")
     assert err.startswith("error: ")

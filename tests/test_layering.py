@@ -32,7 +32,7 @@ ROWS = {
     "data": "cli errors ranges storage",
     "models": "arrays cli errors layers pallas_kernels ranges",
     "heads": "errors layers models",
-    "analysis": "arrays cli errors layers models pallas_kernels",
+    "counting": "errors layers models pallas_kernels",
     "weights": "arrays checkpoints cli errors layers lora models storage",
     "segmentation": "errors heads layers models ranges weights",
     "detection": "data errors heads layers models weights",
@@ -40,7 +40,7 @@ ROWS = {
     "preprocessing": "data errors models",
     "evmamba_jax": "factory models preprocessing",
     "config": "data errors ranges",
-    "pruning": "analysis arrays checkpoints cli errors layers models storage weights",
+    "pruning": "arrays checkpoints cli counting errors layers models storage weights",
     "reports": "errors pruning storage",
     "tasks": "arrays config data detection errors heads layers models ranges reports segmentation storage weights",
     "training": """arrays checkpoints config data errors evmamba_jax layers lora packaged pruning reports storage
@@ -51,9 +51,12 @@ ROWS = {
     "predict": """answers arrays checkpoints cli data dense errors models preprocessing reports storage training
                   weights""",
     "verify": "cli config data errors models preprocessing storage tasks training",
-    "preflight": """analysis cli data errors evmamba_jax models packaged pallas_kernels pallas_kernels.tpu tasks
+    "preflight": """cli counting data errors evmamba_jax models packaged pallas_kernels pallas_kernels.tpu tasks
                     training""",
-    "__main__": "cli errors evmamba_jax",
+    "analysis": """answers arrays cli counting data dense detection errors evmamba_jax heads layers models
+                   pallas_kernels predict preflight preprocessing reports segmentation storage tasks training
+                   weights""",
+    "__main__": "cli evmamba_jax",
     "recipes": "data errors tasks training",
     "configs": "data evmamba_jax recipes tasks training",
     "train_tpu": "train",
@@ -61,9 +64,9 @@ ROWS = {
     "benchmarks": """analysis arrays checkpoints cli configs data detection errors evmamba_jax layers models
                      pallas_kernels pallas_kernels.gpu pallas_kernels.tpu predict preflight pruning reports tasks
                      training weights""",
-    "tests": """__main__ analysis answers arrays checkpoints cli config configs data dense detection errors evmamba_jax
-                heads layers lora models ops packaged pallas_kernels pallas_kernels.gpu pallas_kernels.tpu predict
-                preflight preprocessing pruning ranges reports segmentation storage tasks train train_tpu training
+    "tests": """__main__ analysis answers arrays checkpoints cli config configs counting data dense detection errors
+                evmamba_jax heads layers lora models ops packaged pallas_kernels pallas_kernels.gpu pallas_kernels.tpu
+                predict preflight preprocessing pruning ranges reports segmentation storage tasks train train_tpu training
                 verify weights""",
 }
 TREES = ("pallas_kernels", "evmamba_jax", "configs", "benchmarks", "tests")

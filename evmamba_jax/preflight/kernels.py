@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.sharding import Mesh
 
-from evmamba_jax.analysis.program import equations
+from evmamba_jax.counting.program import equations
 from evmamba_jax.preflight import aot, schedules
 from pallas_kernels import ATROUS, CROSS, Chain, Order, tpu
 

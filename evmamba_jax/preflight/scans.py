@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from evmamba_jax import list_models
-from evmamba_jax.analysis.program import equations
+from evmamba_jax.counting.program import equations
 from evmamba_jax.models import model_card
 from evmamba_jax.models.registry import abstract_model
 from evmamba_jax.preflight.kernels import BATCH, Scan

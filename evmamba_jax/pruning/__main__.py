@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from evmamba_jax import cli
-from evmamba_jax.analysis import count_flops, count_parameters
 from evmamba_jax.arrays import split
 from evmamba_jax.checkpoints import save_model
+from evmamba_jax.counting import count_flops, count_parameters
 from evmamba_jax.errors import UserError
 from evmamba_jax.models.registry import input_size
 from evmamba_jax.pruning.groups import channels, cut, zero_channels

@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from evmamba_jax.analysis.program import equations
 from evmamba_jax.arrays import merge, split
+from evmamba_jax.counting.program import equations
 from evmamba_jax.errors import UserError
 from evmamba_jax.layers.s4d import S4D
 from evmamba_jax.layers.s5 import S5, recur

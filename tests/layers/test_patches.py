@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from evmamba_jax.analysis.program import equations
 from evmamba_jax.arrays import merge, split
+from evmamba_jax.counting.program import equations
 from evmamba_jax.errors import UserError
 from evmamba_jax.layers.patches import AttentionDownsample, NormDownsample
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from evmamba_jax.analysis.program import equations
+from evmamba_jax.counting.program import equations
 from evmamba_jax.errors import UserError
 from evmamba_jax.layers.attention import attend
 from evmamba_jax.layers.sliding_window import SlidingWindowAttention, sliding_window_attention

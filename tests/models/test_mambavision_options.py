@@ -16,9 +16,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from evmamba_jax import create_model
 from evmamba_jax.analysis import count_parameters
-from evmamba_jax.analysis.program import equations
 from evmamba_jax.arrays import Arrays, merge, split
 from evmamba_jax.checkpoints import save_model
+from evmamba_jax.counting.program import equations
 from evmamba_jax.errors import UserError
 from evmamba_jax.layers import blocks
 from evmamba_jax.layers.s6 import S6

@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 
 from evmamba_jax import create_model
-from evmamba_jax.analysis import count_flops, count_parameters, flops_by_operation, xla_flops
-from evmamba_jax.analysis.__main__ import main
+from evmamba_jax.analysis.flops import main
+from evmamba_jax.counting import count_flops, count_parameters, flops_by_operation, xla_flops
 from evmamba_jax.detection import create_detector
 from evmamba_jax.errors import UserError
 from evmamba_jax.layers.norm import BatchNorm
