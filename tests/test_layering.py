@@ -66,8 +66,8 @@ ROWS = {
                      training weights""",
     "tests": """__main__ analysis answers arrays checkpoints cli config configs counting data dense detection errors
                 evmamba_jax heads layers lora models ops packaged pallas_kernels pallas_kernels.gpu pallas_kernels.tpu
-                predict preflight preprocessing pruning ranges reports segmentation storage tasks train train_tpu training
-                verify weights""",
+                predict preflight preprocessing pruning ranges reports segmentation storage tasks train train_tpu
+                training verify weights""",
 }
 TREES = ("pallas_kernels", "evmamba_jax", "configs", "benchmarks", "tests")
 
