@@ -43,14 +43,17 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def subcommand(argv: Sequence[str], prog: str, commands: Mapping[str, tuple[str, str]], **of_parser: str) -> int:
+def subcommand(
+    argv: Sequence[str], prog: str, commands: Mapping[str, tuple[str, str]], *, description: str, version: str = ""
+) -> int:
     """Run the subcommand that ``argv`` names, inside :func:`main`; alone, show which there are.
 
     Args:
         argv: the name of a subcommand, and its arguments.
         prog: what the help calls the command.
         commands: by name the module whose ``main(argv, prog)`` it is, and what it does.
-        **of_parser: more for the parser: its ``description``, a ``version``.
+        description: of all of it.
+        version: what ``--version`` prints; empty where there is no such option.
 
     Returns:
         Its exit code; 2 where ``argv`` names none.
@@ -61,17 +64,16 @@ def subcommand(argv: Sequence[str], prog: str, commands: Mapping[str, tuple[str,
     if argv and argv[0] in commands:
         module, _ = commands[argv[0]]
         return importlib.import_module(module).main(list(argv[1:]), prog=f"{prog} {argv[0]}")
-    version = of_parser.pop("version", None)
     width = max(map(len, commands)) + 2
     listed = "\n".join(f"  {name:<{width}}{does}" for name, (_, does) in commands.items())
     parser = Parser(
         prog=prog,
         usage="%(prog)s COMMAND ...",
+        description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"commands:\n{listed}\n\n{prog} COMMAND --help says more of each.",
-        **of_parser,
     )
-    if version is not None:
+    if version:
         parser.add_argument("--version", action="version", version=version)
     _, rest = parser.parse_known_args(argv)
     if rest:
