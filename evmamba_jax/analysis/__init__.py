@@ -1,5 +1,20 @@
 """Looking at models: what they cost, what they see, how they scan."""
 
+from evmamba_jax.analysis.activation_maps import ActivationMap, activation_map, rollout
+from evmamba_jax.analysis.decay_maps import DecayMap, decay_map, decay_ratio
+from evmamba_jax.analysis.scanning import scan_layers
 from evmamba_jax.counting import count_flops, count_parameters, flops_by_operation, xla_flops
 
-__all__ = ["count_flops", "count_parameters", "flops_by_operation", "xla_flops"]
+__all__ = [
+    "ActivationMap",
+    "DecayMap",
+    "activation_map",
+    "count_flops",
+    "count_parameters",
+    "decay_map",
+    "decay_ratio",
+    "flops_by_operation",
+    "rollout",
+    "scan_layers",
+    "xla_flops",
+]

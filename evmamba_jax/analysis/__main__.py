@@ -8,6 +8,9 @@ from evmamba_jax.models.registry import VARIANTS
 # Command: the module with its ``main(argv, prog)``, and what it does.
 COMMANDS = {
     "flops": ("evmamba_jax.analysis.flops", "count parameters and multiply-adds, by operation"),
+    "scans": ("evmamba_jax.analysis.scans", "list the layers of a model that scan"),
+    "activation-map": ("evmamba_jax.analysis.draw_activation", "draw with which weights pixels enter a scan's result"),
+    "decay-map": ("evmamba_jax.analysis.draw_decay", "draw how far the states of a scan remember"),
 }
 
 

@@ -64,14 +64,28 @@ def draw_orders(orders: Sequence[Order | Chain], height: int, width: int, path: 
     for axes in panels:
         axes.axis("off")
     for axes, walk in zip(panels, walks, strict=False):
-        axes.set(xlim=(-0.6, columns - 0.4), ylim=(rows - 0.4, -0.6), aspect="equal")  # rows count downwards
+        _draw_panel(axes, walk, (height, width), (rows, columns), 72 * inches)
         middle = (width / 2 + 0.1) / (columns + 0.2)  # of the image, without its padding
         axes.set_title(walk.title, x=middle, fontsize=8.5, color=_INK)
-        _draw_pixels(axes, walk, height, width)
-        _draw_walk(axes, walk, 72 * inches)
     _explain(figure, chained=not all(walk.is_last for walk in walks))
     figure.savefig(path, bbox_inches="tight", pad_inches=0.08)
     return figure
+
+
+def draw_order(axes: Axes, order: Order | Chain, size: tuple[int, int], inches: float) -> None:
+    """Draw the walk of one order over a grid of (rows, columns) into axes that are ``inches`` wide.
+
+    Of a walk that crosses itself, the part before.
+    """
+    walk = _walks(order, *size)[0]
+    _draw_panel(axes, walk, size, walk.padded, 72 * inches / max(walk.padded))
+
+
+def describe(order: Order) -> str:
+    """Return an order in words, e.g. "columns, backwards"."""
+    lines = "columns" if order.column_major else "rows"
+    lattice = "" if order.step == (1, 1) else f" from {order.origin}, step {order.step}"
+    return lines + lattice + (", backwards" if order.reverse else "")
 
 
 class _Walk(NamedTuple):
@@ -139,16 +153,18 @@ def _panels(parts: tuple[Order, ...], places: list[np.ndarray]) -> list[tuple[in
 
 def _title(order: Order | Chain, parts: tuple[Order, ...], first: int, end: int) -> str:
     if isinstance(order, Order):
-        return _describe(order)
+        return describe(order)
     if end - first == 1:
-        return f"chain, {end} of {len(parts)}: {_describe(parts[first])}"
+        return f"chain, {end} of {len(parts)}: {describe(parts[first])}"
     return f"chain of {len(parts)}" + ("" if end - first == len(parts) else f": {first + 1} to {end}")
 
 
-def _describe(order: Order) -> str:
-    lines = "columns" if order.column_major else "rows"
-    lattice = "" if order.step == (1, 1) else f" from {order.origin}, step {order.step}"
-    return lines + lattice + (", backwards" if order.reverse else "")
+def _draw_panel(axes: Axes, walk: _Walk, size: tuple[int, int], padded: tuple[int, int], pixel: float) -> None:
+    """Draw a walk over a grid of this size, with room for its padding; ``pixel`` is the side of a pixel in points."""
+    rows, columns = padded
+    axes.set(xlim=(-0.6, columns - 0.4), ylim=(rows - 0.4, -0.6), aspect="equal")  # rows count downwards
+    _draw_pixels(axes, walk, *size)
+    _draw_walk(axes, walk, pixel)
 
 
 def _draw_pixels(axes: Axes, walk: _Walk, height: int, width: int) -> None:
