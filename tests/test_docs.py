@@ -42,7 +42,7 @@ def test_models_runs_as_printed():
     assert names["logits"].shape == (2, 10)
 
 
-@pytest.mark.parametrize("page", ["pruning.md", "experiments.md", "segmentation.md", "detection.md"])
+@pytest.mark.parametrize("page", ["pruning.md", "experiments.md", "segmentation.md", "detection.md", "analysis.md"])
 def test_a_page_runs_as_printed(page, capsys):
     names: dict = {}
     for block in python_blocks(page):
