@@ -35,6 +35,7 @@ class Subject(NamedTuple):
         data: how its images are prepared.
         class_names: one a class; empty for a model without a head.
         taken: its weights, in words.
+        several: whether an image may have several classes, each of which has a probability by itself.
     """
 
     label: str
@@ -43,6 +44,7 @@ class Subject(NamedTuple):
     data: DataConfig
     class_names: tuple[str, ...]
     taken: str
+    several: bool = False
 
 
 def open_subject(given: str, *, ema: Ema = "better", image_size: int | None = None) -> Subject:
@@ -74,7 +76,8 @@ def open_subject(given: str, *, ema: Ema = "better", image_size: int | None = No
     data.validate()
     classes = 0 if model.head is None else model.head.bias.get_value().size
     class_names = names_of_classes(meta.get("class_names"), classes) if classes else ()
-    return Subject(given, name, model, data, class_names, taken)
+    several = meta.get("config", {}).get("task") == "multilabel"
+    return Subject(given, name, model, data, class_names, taken, several)
 
 
 def photographs(given: Sequence[str]) -> list[Picture]:
