@@ -2,17 +2,21 @@
 
 from evmamba_jax.analysis.activation_maps import ActivationMap, activation_map, rollout
 from evmamba_jax.analysis.decay_maps import DecayMap, decay_map, decay_ratio
+from evmamba_jax.analysis.receptive_field import ReceptiveField, area_shares, effective_receptive_field
 from evmamba_jax.analysis.scanning import scan_layers
 from evmamba_jax.counting import count_flops, count_parameters, flops_by_operation, xla_flops
 
 __all__ = [
     "ActivationMap",
     "DecayMap",
+    "ReceptiveField",
     "activation_map",
+    "area_shares",
     "count_flops",
     "count_parameters",
     "decay_map",
     "decay_ratio",
+    "effective_receptive_field",
     "flops_by_operation",
     "rollout",
     "scan_layers",

@@ -11,6 +11,7 @@ COMMANDS = {
     "scans": ("evmamba_jax.analysis.scans", "list the layers of a model that scan"),
     "activation-map": ("evmamba_jax.analysis.draw_activation", "draw with which weights pixels enter a scan's result"),
     "decay-map": ("evmamba_jax.analysis.draw_decay", "draw how far the states of a scan remember"),
+    "receptive-field": ("evmamba_jax.analysis.receptive_field", "draw what the middle of a map sees of the image"),
 }
 
 
