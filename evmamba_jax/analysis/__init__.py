@@ -2,6 +2,7 @@
 
 from evmamba_jax.analysis.activation_maps import ActivationMap, activation_map, rollout
 from evmamba_jax.analysis.decay_maps import DecayMap, decay_map, decay_ratio
+from evmamba_jax.analysis.gradcam import GradCam, grad_cam
 from evmamba_jax.analysis.receptive_field import ReceptiveField, area_shares, effective_receptive_field
 from evmamba_jax.analysis.scanning import scan_layers
 from evmamba_jax.counting import count_flops, count_parameters, flops_by_operation, xla_flops
@@ -9,6 +10,7 @@ from evmamba_jax.counting import count_flops, count_parameters, flops_by_operati
 __all__ = [
     "ActivationMap",
     "DecayMap",
+    "GradCam",
     "ReceptiveField",
     "activation_map",
     "area_shares",
@@ -18,6 +20,7 @@ __all__ = [
     "decay_ratio",
     "effective_receptive_field",
     "flops_by_operation",
+    "grad_cam",
     "rollout",
     "scan_layers",
     "xla_flops",
