@@ -159,7 +159,7 @@ def draw_receptive_fields(path: Path, fields: Sequence[tuple[str, ReceptiveField
     panels = figure.subplots(down, across, squeeze=False).ravel()
     for axes, (title, field) in zip(panels, fields, strict=False):
         shown = (field.map / field.map.max()) ** 0.2
-        axes.imshow(shown, cmap=_COLOURS, vmin=0, vmax=1, interpolation="nearest")
+        axes.imshow(shown, cmap=_COLOURS, vmin=0, vmax=1)
         height, width = field.map.shape
         axes.set_title(
             f"{short(title, 36)}\nstage {field.stage}, {_counted(field.images)}", fontsize=9.5, linespacing=1.35
