@@ -68,7 +68,7 @@ def grad_cam(
 
     Raises:
         UserError: a model of another kind or without a head; no images, or images of another form; no such stage or
-            class.
+            class; logits that are no numbers.
     """
     if not isinstance(model, Backbone):
         raise UserError(f"Grad-CAM is for the classifiers of this library, not for {type(model).__name__}")
@@ -102,6 +102,11 @@ def grad_cam(
         parts.append([np.asarray(array)[:count] for array in cams(batch, own, apart.arrays)])
         start += count
     maps, chosen, found = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    lost = np.flatnonzero(~np.isfinite(found).all(-1) | ~np.isfinite(maps).all((1, 2)))
+    if len(lost):
+        raise UserError(
+            f"logits or map of image {lost[0]} are no numbers: the image has such pixels, or the model overflows"
+        )
     return GradCam(maps.astype(np.float64), chosen, found.astype(np.float64))
 
 

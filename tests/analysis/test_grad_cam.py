@@ -130,6 +130,7 @@ IMAGES = np.ones((2, 8, 8, 1), np.float32)
         (tiny, IMAGES, {"stage": 4}, "there is no stage 4; allowed: 0 to 3"),
         (tiny, IMAGES[:0], {}, "there are no images: give at least one"),
         (tiny, IMAGES[:, :3], {}, "image size 3x8 is too small"),
+        (tiny, IMAGES * [[[[1]]], [[[np.nan]]]], {"batch_size": 1}, "logits or map of image 1 are no numbers"),
         (tiny, np.uint8(IMAGES), {}, "images must be normalised floats"),
         (lambda: jnp.sin, IMAGES, {}, "Grad-CAM is for the classifiers of this library, not for "),
         (lambda: abstract_model("vim_t", num_classes=0), IMAGES, {}, "the model has no head"),
