@@ -7,25 +7,20 @@ them.
 """
 
 from evmamba_jax.data.config import DataConfig
-from evmamba_jax.training.config import Config, Duration, ModelConfig, OptimConfig
+from evmamba_jax.recipes.stamps import MEAN, STD, backbone
+from evmamba_jax.training.config import Config, Duration, OptimConfig
 
 
 def get_config() -> Config:
     """Return the configuration."""
     return Config(
-        model=ModelConfig(
-            name="evmamba_t",
-            drop_path_rate=0.05,
-            dtype="float32",
-            # Scans over 12x12 and 6x6 maps, inverted residuals over 3x3 and 2x2.
-            options={"width": 16, "depths": (1, 1, 1, 1)},
-        ),
+        model=backbone(),
         data=DataConfig(
             name="stamps",
             image_size=48,
             crop_pct=1.0,
-            mean=(0.4, 0.4, 0.35),  # of the training images, in [0, 1]
-            std=(0.28, 0.25, 0.26),
+            mean=MEAN,
+            std=STD,
             crop_scale=(0.5, 1.0),
             random_erasing=0.0,
             mixup=0.0,

@@ -11,17 +11,16 @@ stamps that were never seen. The backbone is the classifier that ``configs/stamp
     python train_tpu.py --config configs/stamps_detection.py
 """
 
-from configs import stamps
 from evmamba_jax.data.dense_config import DetectionData
+from evmamba_jax.recipes.stamps import MEAN, STD, backbone
 from evmamba_jax.tasks.detection import DetectionConfig, DetectorConfig
 from evmamba_jax.training.config import Duration, OptimConfig
 
 
 def get_config() -> DetectionConfig:
     """Return the configuration."""
-    classifier = stamps.get_config()
     return DetectionConfig(
-        model=classifier.model,
+        model=backbone(),
         detector=DetectorConfig(
             name="mask_rcnn", width=48, fc_width=256, regions=64, proposals=200, detections=20, init_std=0.05
         ),
@@ -29,8 +28,8 @@ def get_config() -> DetectionConfig:
             name="stamp_scenes",
             eval_split="test",
             scale=(192, 192),
-            mean=classifier.data.mean,
-            std=classifier.data.std,
+            mean=MEAN,
+            std=STD,
             eval_padding="buckets",
             max_objects=5,
         ),

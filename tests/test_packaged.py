@@ -1,5 +1,6 @@
 """Configs that come with the library are found by name: in a clone, and where a wheel puts them."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,12 @@ from evmamba_jax.errors import UserError
 from evmamba_jax.training import parse_command
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def test_a_config_needs_no_other():
+    """An installed one is inside the package, where none of the others is called ``configs``."""
+    importing = re.compile(r"^\s*(from|import) configs\b", re.MULTILINE)
+    assert [path for path in CONFIGS.rglob("*.py") if importing.search(path.read_text())] == []
 
 
 def test_all_files_of_configs_have_names():
