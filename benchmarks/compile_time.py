@@ -18,8 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from lib import machine
-from lib.report import Report
+from evmamba_jax.measuring import machine
+from evmamba_jax.measuring.document import Report
 
 ROOT = Path(__file__).parents[1]
 # Name: what is measured, its model, its remat, and the case before it that it is compared with.

@@ -32,7 +32,7 @@ import types
 from importlib.metadata import version
 from pathlib import Path
 
-from lib.servers import Server, answer
+from evmamba_jax.measuring.servers import Server, answer
 
 IMAGES = 24
 BOXES_SIZE, LABELS_SIZE = (480, 640), (512, 683)  # height, width: COCO's and ADE20K's most frequent
@@ -430,8 +430,8 @@ def differing(one: str, other: str) -> tuple[int, int, int]:
 
 def measure(python: str, folder: Path, rounds: int, out: Path | None) -> None:
     """Fill the report."""
-    from lib import machine
-    from lib.report import Report
+    from evmamba_jax.measuring import machine
+    from evmamba_jax.measuring.document import Report
 
     make_files(folder)
     prepare(folder)
@@ -447,7 +447,8 @@ def measure(python: str, folder: Path, rounds: int, out: Path | None) -> None:
         "`benchmarks/dense_pipelines.py`."
     )
     pythons = {"ours": sys.executable, "theirs": python}
-    servers = {side: Server(name, __file__, side, folder, environment()) for side, name in pythons.items()}
+    serve = lambda side: [pythons[side], __file__, "--serve", side, str(folder)]  # noqa: E731
+    servers = {side: Server(serve(side), environment()) for side in pythons}
     told = {side: server.ask(what="versions")["versions"] for side, server in servers.items()}
     lines = [f"- {side}: {', '.join(map(' '.join, found.items()))}" for side, found in told.items()]
     report.text("\n".join(lines))

@@ -17,11 +17,11 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax.numpy as jnp
 from flax import nnx
-from lib import machine
-from lib.report import Report
 
 from evmamba_jax.analysis import count_flops, count_parameters
 from evmamba_jax.detection.rcnn import BOX_SIZE, MASK_SIZE, RCNN
+from evmamba_jax.measuring import machine
+from evmamba_jax.measuring.document import Report
 from evmamba_jax.tasks import task_of
 
 CONFIGS = Path(__file__).parents[1] / "configs"

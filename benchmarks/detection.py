@@ -19,7 +19,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from lib.servers import Server, answer
+from evmamba_jax.measuring.servers import Server, answer
 
 THREADS, BATCH, SIDE = 2, 2, 320
 STRIDES = (4, 8, 16, 32)
@@ -396,8 +396,8 @@ def serve(side: str, folder: Path) -> None:
 
 def measure(python: str, folder: Path, rounds: int, only: list[str], out: Path | None) -> None:
     """Fill the report."""
-    from lib import machine
-    from lib.report import Report
+    from evmamba_jax.measuring import machine
+    from evmamba_jax.measuring.document import Report
 
     make_files(folder)
     known = {"machine": machine.cpu(), "versions": machine.versions("Python"), "date": machine.today()}
@@ -415,7 +415,7 @@ def measure(python: str, folder: Path, rounds: int, only: list[str], out: Path |
     variables |= {"JAX_ENABLE_COMPILATION_CACHE": "false"}
     servers = {}
     for side, name in {"theirs": python, "ours": sys.executable}.items():  # theirs writes the weights
-        servers[side] = Server(name, __file__, side, folder, variables)
+        servers[side] = Server([name, __file__, "--serve", side, str(folder)], variables)
         told = servers[side].ask(what="versions")["versions"]
         report.text(f"- {side}: {', '.join(map(' '.join, told.items()))}")
     report.table("case", "side", "what it gave")

@@ -21,8 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lib import machine
-from lib.report import Report
+from evmamba_jax.measuring import machine
+from evmamba_jax.measuring.document import Report
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ["mask_rcnn_vmamba_t", "cascade_mask_rcnn_mambavision_t"]

@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
-from lib import machine
-from lib.report import Report
 from PIL import Image
 
 from evmamba_jax import cli, training
 from evmamba_jax.data.__main__ import main as data_command
 from evmamba_jax.data.dense_config import DenseData
 from evmamba_jax.data.scenes import CLASSES, GROUND, LENGTHS, scene
+from evmamba_jax.measuring import machine
+from evmamba_jax.measuring.document import Report
 from evmamba_jax.tasks.opening import open_composed
 
 SIDES, SIDE = (72, 88, 104, 128), 128  # of cuts, and of whole scenes, pixels

@@ -16,8 +16,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from lib import machine
-from lib.report import Report
 from lib.runs import rows_of
 from matplotlib.figure import Figure
 
@@ -40,6 +38,8 @@ from evmamba_jax import cli, pruning
 from evmamba_jax.analysis import count_flops, count_parameters
 from evmamba_jax.arrays import split
 from evmamba_jax.checkpoints import find
+from evmamba_jax.measuring import machine
+from evmamba_jax.measuring.document import Report
 from evmamba_jax.reports.drawing import BLUE, COLOURS, GREY, ORANGE
 from evmamba_jax.reports.sparsity import SPARSITY
 from evmamba_jax.reports.tickets import read_tickets

@@ -20,11 +20,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from lib.report import Report
 from matplotlib.figure import Figure
 from scipy import stats
 
 from evmamba_jax.data.sources import open_source
+from evmamba_jax.measuring.document import Report
 from evmamba_jax.reports.drawing import BLUE, GREY, ORANGE
 from evmamba_jax.reports.writer import METRICS, read_rows
 from evmamba_jax.training import Config, parse_command

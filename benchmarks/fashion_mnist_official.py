@@ -26,13 +26,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from lib import machine
 from torch import nn
 from torch.nn import functional as F
 
 from evmamba_jax.arrays import fill, merge, split
 from evmamba_jax.data import device, loader
 from evmamba_jax.data.sources import open_source
+from evmamba_jax.measuring import machine
 from evmamba_jax.reports.writer import Reporter
 from evmamba_jax.tasks.classification import Classification
 from evmamba_jax.training import parse_command

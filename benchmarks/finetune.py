@@ -15,8 +15,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from lib import machine
-from lib.report import Report
 from lib.timing import interleaved
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
@@ -24,6 +22,8 @@ from sklearn.model_selection import GridSearchCV
 from configs import digits
 from evmamba_jax.data.loader import eval_batches
 from evmamba_jax.data.sources import open_source
+from evmamba_jax.measuring import machine
+from evmamba_jax.measuring.document import Report
 from evmamba_jax.predict import Predictor
 from evmamba_jax.tasks import task_of
 from evmamba_jax.training import run

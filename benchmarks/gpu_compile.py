@@ -21,9 +21,9 @@ os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # before the plugin looks for a GPU
 import jax
 import jax.numpy as jnp
 from gpu_scan import BATCH, SHAPES
-from lib import machine
-from lib.report import Report
 
+from evmamba_jax.measuring import machine
+from evmamba_jax.measuring.document import Report
 from evmamba_jax.preflight.gpu import GPUS, kernel_ptx
 from pallas_kernels import gpu
 

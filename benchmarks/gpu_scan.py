@@ -19,9 +19,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from lib import machine
-from lib.report import Report
 
+from evmamba_jax.measuring import machine
+from evmamba_jax.measuring.document import Report
 from pallas_kernels import ATROUS, CROSS, Order, gpu
 
 BOTH = (Order(), Order(reverse=True))

@@ -32,9 +32,10 @@ import warnings
 from pathlib import Path
 from unittest import mock
 
-from lib import machine
-from lib.report import Report
 from lib.timing import groups
+
+from evmamba_jax.measuring import machine
+from evmamba_jax.measuring.document import Report
 
 ROOT = Path(__file__).parents[1]
 SIDE, CLASSES, EXAMPLES = 224, 1000, 1_281_167

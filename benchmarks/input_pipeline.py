@@ -29,7 +29,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from lib.servers import Server
+from evmamba_jax.measuring.servers import Server
 
 IMAGES, BATCH, SIDE = 320, 64, 224
 RAND_AUGMENT = "rand-m9-mstd0.5-inc1"
@@ -349,13 +349,14 @@ def quiet(members: list[int]) -> None:
 
 def start(python: str, environment: str, folder: Path) -> Server:
     """Start the process that measures an environment."""
-    return Server(python, __file__, environment, folder, os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)})
+    command = [python, __file__, "--serve", environment, str(folder)]
+    return Server(command, os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)})
 
 
 def measure(pythons: dict[str, str], folder: Path, rounds: int, out: Path | None) -> None:
     """Fill the report."""
-    from lib import machine
-    from lib.report import Report
+    from evmamba_jax.measuring import machine
+    from evmamba_jax.measuring.document import Report
 
     total = make_images(folder)
     versions = machine.versions("Python")

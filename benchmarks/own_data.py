@@ -16,8 +16,6 @@ from pathlib import Path
 import numpy as np
 import sklearn.datasets
 from array_record.python.array_record_module import ArrayRecordWriter
-from lib import machine
-from lib.report import Report
 from lib.timing import interleaved
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
@@ -28,6 +26,8 @@ from evmamba_jax.data.files import Found, Strings, open_files
 from evmamba_jax.data.loader import train_batches
 from evmamba_jax.data.pictures import open_split
 from evmamba_jax.data.sources import Source
+from evmamba_jax.measuring import machine
+from evmamba_jax.measuring.document import Report
 
 CLASSES, MILLION, BATCH, BATCHES = 100, 1_000_000, 32, 10
 

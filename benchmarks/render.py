@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from lib.report import markdown, to_json
+from evmamba_jax.measuring.document import markdown, to_json
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from lib import machine
-from lib.report import Report
 from lib.timing import interleaved
 
+from evmamba_jax.measuring import machine
+from evmamba_jax.measuring.document import Report
 from pallas_kernels import selective_scan
 
 # EfficientVMamba's scans at 224x224: (name, tokens of one sub-lattice, inner channels of one direction).

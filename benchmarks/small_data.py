@@ -16,8 +16,6 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from lib import machine
-from lib.report import Report
 from lib.runs import Rows, rows_of
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -25,6 +23,8 @@ from matplotlib.figure import Figure
 from configs import stamps
 from evmamba_jax import cli
 from evmamba_jax.errors import UserError
+from evmamba_jax.measuring import machine
+from evmamba_jax.measuring.document import Report
 from evmamba_jax.reports.drawing import COLOURS, GREY
 from evmamba_jax.training.config import Config, Duration
 

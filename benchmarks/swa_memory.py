@@ -14,13 +14,13 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 from flax import nnx
-from lib import machine
-from lib.report import Report
 from lib.timing import interleaved
 
 from evmamba_jax.analysis import flops_by_operation
 from evmamba_jax.layers.attention import Attention
 from evmamba_jax.layers.sliding_window import SlidingWindowAttention
+from evmamba_jax.measuring import machine
+from evmamba_jax.measuring.document import Report
 from evmamba_jax.models.mambavision import from_windows, to_windows
 
 WIDTH, HEADS, STRIDE, WINDOW = 320, 8, 16, 14

@@ -23,9 +23,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Format, Layout
-from lib import machine
-from lib.report import Cell, Report
 
+from evmamba_jax.measuring import machine
+from evmamba_jax.measuring.document import Cell, Report
 from evmamba_jax.preflight import aot, hlo
 from evmamba_jax.preflight.kernels import BATCH, Kernel, Scan, compile_scan, read_schedule
 from evmamba_jax.preflight.scans import DETECTOR, model_scans

@@ -20,8 +20,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from lib import machine
-from lib.report import Report
+from evmamba_jax.measuring import machine
+from evmamba_jax.measuring.document import Report
 
 ROOT = Path(__file__).parents[1]
 BATCH = 128  # images a chip

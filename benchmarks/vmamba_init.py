@@ -14,13 +14,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from lib import machine
-from lib.report import Report
 from lib.runs import Rows, rows_of
 from matplotlib.figure import Figure
 
 from configs.experiments import vmamba_init
 from evmamba_jax import cli
+from evmamba_jax.measuring import machine
+from evmamba_jax.measuring.document import Report
 from evmamba_jax.reports.drawing import COLOURS, GREY
 
 ROOT = Path(__file__).parent.parent

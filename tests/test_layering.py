@@ -23,6 +23,7 @@ ROWS = {
     "cli": "errors",
     "packaged": "errors",
     "storage": "errors",
+    "measuring": "errors storage",
     "ranges": "errors",
     "arrays": "errors",
     "lora": "errors",
@@ -51,9 +52,9 @@ ROWS = {
     "predict": """answers arrays checkpoints cli data dense errors models preprocessing reports storage training
                   weights""",
     "verify": "cli config data errors models preprocessing storage tasks training",
-    "preflight": """cli counting data errors evmamba_jax models packaged pallas_kernels pallas_kernels.tpu tasks
-                    training""",
-    "analysis": """answers arrays cli counting data dense detection errors evmamba_jax heads layers models
+    "preflight": """cli counting data errors evmamba_jax measuring models packaged pallas_kernels pallas_kernels.tpu
+                    tasks training""",
+    "analysis": """answers arrays cli counting data dense detection errors evmamba_jax heads layers measuring models
                    pallas_kernels predict preflight preprocessing reports segmentation storage tasks training
                    weights""",
     "__main__": "cli evmamba_jax",
@@ -61,13 +62,13 @@ ROWS = {
     "configs": "data evmamba_jax recipes tasks training",
     "train_tpu": "train",
     "setup": "",
-    "benchmarks": """analysis arrays checkpoints cli configs data detection errors evmamba_jax layers models
+    "benchmarks": """analysis arrays checkpoints cli configs data detection errors evmamba_jax layers measuring models
                      pallas_kernels pallas_kernels.gpu pallas_kernels.tpu predict preflight pruning reports tasks
                      training weights""",
     "tests": """__main__ analysis answers arrays checkpoints cli config configs counting data dense detection errors
-                evmamba_jax heads layers lora models ops packaged pallas_kernels pallas_kernels.gpu pallas_kernels.tpu
-                predict preflight preprocessing pruning ranges reports segmentation storage tasks train train_tpu
-                training verify weights""",
+                evmamba_jax heads layers lora measuring models ops packaged pallas_kernels pallas_kernels.gpu
+                pallas_kernels.tpu predict preflight preprocessing pruning ranges reports segmentation storage tasks
+                train train_tpu training verify weights""",
 }
 TREES = ("pallas_kernels", "evmamba_jax", "configs", "benchmarks", "tests")
 

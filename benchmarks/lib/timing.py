@@ -1,9 +1,12 @@
-"""Times of programs that take turns, so that whatever else the machine does meets all alike."""
+"""Times of programs that take turns, and of steps that do not wait for one another."""
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from evmamba_jax.measuring.rounds import seconds_of, take_turns
 
 
 def interleaved(programs: Mapping[Any, Callable[[], None]], runs: int) -> dict[Any, float]:
@@ -11,14 +14,13 @@ def interleaved(programs: Mapping[Any, Callable[[], None]], runs: int) -> dict[A
 
     Each timed run follows an untimed one of the same program, so that none pays for the caches and pages of another.
     """
-    times: dict[Any, list[float]] = {key: [] for key in programs}
-    for _ in range(runs):
-        for key, run in programs.items():
-            run()
-            start = time.perf_counter()
-            run()
-            times[key].append(time.perf_counter() - start)
-    return {key: statistics.median(values) for key, values in times.items()}
+
+    def second(run: Callable[[], None]) -> float:
+        run()
+        return seconds_of(run)
+
+    sides = {key: functools.partial(second, run) for key, run in programs.items()}
+    return {key: statistics.median(times) for key, times in take_turns(sides, runs).items()}
 
 
 def groups(

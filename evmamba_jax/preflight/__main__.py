@@ -22,6 +22,7 @@ from typing import Any
 
 from evmamba_jax import cli, packaged
 from evmamba_jax.errors import UserError
+from evmamba_jax.measuring import machine
 from evmamba_jax.preflight import aot, gpu
 from evmamba_jax.preflight.batch import largest_batch
 from evmamba_jax.preflight.program import Request
@@ -101,7 +102,7 @@ def _parse(argv: list[str], parser: cli.Parser) -> tuple[argparse.Namespace, Req
             raise UserError(f"--topology: {error}") from error
     if options.export:
         _check_export(Path(options.export))
-    available = _available_memory()
+    available = machine.free_memory()
     if available < LEAST_MEMORY:
         raise UserError(
             f"this machine is too small: {available / 1e9:.1f} GB of memory are free, and the compiler takes more than "
@@ -120,15 +121,6 @@ def _check_export(file: Path) -> None:
         )
     if file.is_dir() or not os.access(file if file.exists() else file.absolute().parent, os.W_OK):
         raise UserError(f"--export {file} cannot be written: it must be a file in a folder that exists and is yours")
-
-
-def _available_memory() -> float:
-    """Return the bytes of memory that a new process can have."""
-    try:
-        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return 1024 * float(fields["MemAvailable"].split()[0])
-    except (OSError, KeyError):
-        return float("inf")  # not Linux: the process will tell
 
 
 def inspect(request: Request, *, fast: bool) -> dict[str, Any]:

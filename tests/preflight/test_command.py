@@ -67,7 +67,7 @@ def test_export_to_nowhere(capsys, tmp_path):
 
 
 def test_a_machine_that_is_too_small(capsys, monkeypatch):
-    monkeypatch.setattr(command, "_available_memory", lambda: 0.4e9)
+    monkeypatch.setattr(command.machine, "free_memory", lambda: 0.4e9)
     line = refused(capsys, "--config", TINY, "--topology", "v5e-8")
     assert "this machine is too small: 0.4 GB of memory are free" in line
 

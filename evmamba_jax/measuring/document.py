@@ -1,15 +1,18 @@
-"""Results as data: JSON under ``results/``, from which the Markdown beside it is rendered.
+"""Results as data: a JSON file, and the Markdown that is rendered from it.
 
-A document has a title, the environment (machine, versions, date), the parts that a script writes, and notes that people
-write, which the script keeps. A part is a heading, text (lines of Markdown) or a table: columns, and rows of cells.
-Strings stand as they are, None is an empty cell, and numbers, or lists of them, are written by the column's format.
+A document has a title, the environment (machine, versions, date), the parts that a program writes, and notes that
+people write, which the program keeps. A part is a heading, text (lines of Markdown) or a table: columns, and rows of
+cells. Strings stand as they are, None is an empty cell, and numbers, or lists of them, are written by the column's
+format.
 """
 
 import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from evmamba_jax.storage import written_whole
 
 dumps = functools.partial(json.dumps, ensure_ascii=False)
 Cell = str | float | None | Sequence[str | float]
@@ -58,7 +61,8 @@ def written(cell: Cell, form: str) -> str:
     return form.format(*cell) if isinstance(cell, Sequence) else form.format(cell)
 
 
-def line(cells) -> str:
+def line(cells: Iterable[str]) -> str:
+    """Return one line of a table."""
     return "|" + "|".join(f" {cell} " if cell else " " for cell in cells) + "|"
 
 
@@ -72,6 +76,7 @@ def to_json(document: dict[str, Any]) -> str:
 
 
 def parts_json(parts: Sequence[dict[str, Any]]) -> str:
+    """Return the JSON of the parts of a document."""
     texts = []
     for part in parts:
         items = []
@@ -84,8 +89,8 @@ def parts_json(parts: Sequence[dict[str, Any]]) -> str:
 
 def to_digits(cell: Cell) -> Cell:
     """Return a number of six digits, which is more than any measurement has."""
-    if isinstance(cell, list):
-        return [to_digits(one) for one in cell]
+    if isinstance(cell, Sequence) and not isinstance(cell, str):
+        return [to_digits(one) for one in cell]  # type: ignore[return-value]
     return float(f"{cell:.6g}") if isinstance(cell, float) else cell
 
 
@@ -94,16 +99,27 @@ class Report:
 
     Args:
         title: its heading.
-        out: the JSON file; the Markdown goes beside it.
+        out: the JSON file.
+        page: the Markdown file; beside the JSON where not given.
+        started: a document that was broken off, which goes on: what is added comes after its last part, or as a row of
+            that. Title and environment are then its own.
         environment: machine (text), versions ({package: version}) and date, as far as they are known.
     """
 
-    def __init__(self, title: str, out: Path | None = None, **environment: Any):
-        self.document: dict[str, Any] = {"title": title, "environment": environment, "parts": []}
-        notes = json.loads(out.read_text()).get("notes") if out and out.exists() else None
+    def __init__(
+        self,
+        title: str,
+        out: Path | None = None,
+        *,
+        page: Path | None = None,
+        started: dict[str, Any] | None = None,
+        **environment: Any,
+    ):
+        self.document: dict[str, Any] = started or {"title": title, "environment": environment, "parts": []}
+        notes = json.loads(out.read_text()).get("notes") if not started and out and out.exists() else None
         if notes:
             self.document["notes"] = notes
-        self.out = out
+        self.out, self.page = out, page or (out and out.with_suffix(".md"))
         print(markdown(self.document), end="", flush=True)
 
     def heading(self, text: str) -> None:
@@ -132,6 +148,7 @@ class Report:
         self._write()
 
     def _write(self) -> None:
-        if self.out:
-            self.out.write_text(to_json(self.document))
-            self.out.with_suffix(".md").write_text(markdown(self.document))
+        for file, render in ((self.out, to_json), (self.page, markdown)):
+            if file:
+                with written_whole(file) as beside:
+                    beside.write_text(render(self.document), encoding="utf-8")
