@@ -5,6 +5,7 @@ from evmamba_jax.analysis.decay_maps import DecayMap, decay_map, decay_ratio
 from evmamba_jax.analysis.gradcam import GradCam, grad_cam
 from evmamba_jax.analysis.receptive_field import ReceptiveField, area_shares, effective_receptive_field
 from evmamba_jax.analysis.scanning import scan_layers
+from evmamba_jax.analysis.speed import Throughput, throughput
 from evmamba_jax.counting import count_flops, count_parameters, flops_by_operation, xla_flops
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "DecayMap",
     "GradCam",
     "ReceptiveField",
+    "Throughput",
     "activation_map",
     "area_shares",
     "count_flops",
@@ -23,5 +25,6 @@ __all__ = [
     "grad_cam",
     "rollout",
     "scan_layers",
+    "throughput",
     "xla_flops",
 ]

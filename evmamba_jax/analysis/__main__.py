@@ -13,6 +13,10 @@ COMMANDS = {
     "decay-map": ("evmamba_jax.analysis.draw_decay", "draw how far the states of a scan remember"),
     "receptive-field": ("evmamba_jax.analysis.receptive_field", "draw what the middle of a map sees of the image"),
     "grad-cam": ("evmamba_jax.analysis.gradcam", "draw where in images a model finds what speaks for a class"),
+    "throughput": (
+        "evmamba_jax.analysis.speed_table",
+        "measure images a second, latency, memory; beside peers, in turns",
+    ),
 }
 
 

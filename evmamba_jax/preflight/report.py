@@ -143,13 +143,18 @@ def step_time(facts: dict[str, Any]) -> dict[str, float]:
     }
 
 
+def step_bounds(parts: dict[str, float]) -> tuple[float, float]:
+    """Return the seconds of a step with all exchanges hidden, and with none; ``parts`` are those of its time."""
+    compute = parts["XLA"] + parts["kernels"]
+    return max(compute, parts["exchanges"]), compute + parts["exchanges"]
+
+
 def _time(facts: dict[str, Any], fast: bool) -> Iterator[str]:
     if facts["platform"] != "tpu":
         yield "Time of a step: not known. XLA's GPU compiler estimates none, and chose its kernels without trying them."
         return
     parts = step_time(facts)
-    compute = parts["XLA"] + parts["kernels"]
-    low, high = max(compute, parts["exchanges"]), compute + parts["exchanges"]
+    low, high = step_bounds(parts)
     images = facts["batch_size"]
     speed = f"{images / high:,.0f} to {images / low:,.0f} images/s"
     yield f"Time of a step (rough): {low * 1e3:.1f} to {high * 1e3:.1f} ms, {speed}"
