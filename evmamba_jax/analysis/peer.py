@@ -1,8 +1,8 @@
 """The process that measures PyTorch models, in an environment of its own: it needs torch, and timm for timm's models.
 
 It is started by its path, and imports nothing of this library. A request is a line of JSON on its input, the reply a
-line on its output; what else is printed goes to the errors. A reply with ``error`` says in one line what failed, and
-then ``kind`` is "environment", "name", "memory" or "run".
+line on its output; what else is printed is lost. A reply with ``error`` says in one line what failed, and ``kind`` is
+then "environment", "name", "memory" or "run".
 
 - ``{"do": "hello", "threads": 2, "device": "cpu"}``: ``versions`` of Python, torch and timm, and ``device``.
 - ``{"do": "check", "model": "timm:convnext_tiny"}``: nothing, or which names are near.
@@ -13,6 +13,7 @@ then ``kind`` is "environment", "name", "memory" or "run".
 """
 
 import argparse
+import contextlib
 import difflib
 import gc
 import importlib
@@ -21,6 +22,7 @@ import json
 import os
 import platform
 import re
+import signal
 import sys
 import time
 import types
@@ -217,8 +219,9 @@ class Official:
         return str(getattr(module, "__file__", None) or "").startswith(f"{self.folder}{os.sep}")
 
     def _vmamba(self, name: str, size: int, drop_path: float) -> Any:
-        options = argparse.Namespace(cfg=self.known[name], opts=["MODEL.DROP_PATH_RATE", drop_path])
-        config = importlib.import_module("config").get_config(options)
+        options = argparse.Namespace(cfg=self.known[name], opts=["MODEL.DROP_PATH_RATE", drop_path], local_rank=0)
+        place = "utils.config" if (self.folder / "classification/utils/config.py").is_file() else "config"
+        config = importlib.import_module(place).get_config(options)
         model = importlib.import_module("models").build_model(config)
         for module in [*sys.modules.values()]:
             if self._is_inside(module) and hasattr(module, "SelectiveScan") and not self._has_kernels():
@@ -246,6 +249,8 @@ class Official:
         _stand_in("fvcore.nn", dict.fromkeys(counters))
         if self._has_kernels():
             return
+        if not self.torch.cuda.is_available():
+            self.torch.cuda.device = contextlib.nullcontext  # what chooses a GPU, in VMamba's code for CPUs too
         if self.family == "vmamba" and not (self.folder / "classification/models/csms6s.py").is_file():
             # VMamba itself does without; the two that began with its code take either of these for granted.
             core = types.ModuleType("selective_scan_cuda_core")
@@ -393,8 +398,9 @@ def main() -> None:
     here = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [path for path in sys.path if os.path.abspath(path) != here]  # its neighbours are nobody's modules
     warnings.simplefilter("ignore")  # of names that have moved
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command, which ends this process
     replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     peer = Peer()
     for line in sys.stdin:
         print(json.dumps(reply(peer, json.loads(line))), file=replies, flush=True)

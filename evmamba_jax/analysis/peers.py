@@ -71,6 +71,7 @@ class Peers:
     def close(self) -> None:
         """End the process."""
         if self._server:
+            self._server.process.kill()  # it keeps nothing, and may be in the middle of a long step
             self._server.close()
             self._server = None
 

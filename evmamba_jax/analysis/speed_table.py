@@ -52,35 +52,31 @@ COLUMNS = (
 NAMES = tuple(column if isinstance(column, str) else column[0] for column in COLUMNS)
 
 
-class Table(NamedTuple):
-    """Models and peers that a published table compares.
+# By our model the peers beside which a published table has it. VMamba: arXiv:2401.10166, table 1.
+TABLES: dict[str, dict[str, Sequence[str]]] = {
+    "vmamba": {
+        "vmamba_t": ("timm:swin_tiny_patch4_window7_224", "timm:convnext_tiny"),
+        "vmamba_s": ("timm:swin_small_patch4_window7_224", "timm:convnext_small"),
+        "vmamba_b": ("timm:swin_base_patch4_window7_224", "timm:convnext_base"),
+    }
+}
 
-    Attributes:
-        groups: by our model the peers that stand beside it.
-        top1: published accuracies of the peers on ImageNet-1K, per cent.
-    """
-
-    groups: Mapping[str, Sequence[str]]
-    top1: Mapping[str, float]
-
-
-TABLES = {
-    # VMamba (arXiv:2401.10166), table 1, whose accuracies of Swin and ConvNeXt are those of their own papers.
-    "vmamba": Table(
-        groups={
-            "vmamba_t": ("timm:swin_tiny_patch4_window7_224", "timm:convnext_tiny"),
-            "vmamba_s": ("timm:swin_small_patch4_window7_224", "timm:convnext_small"),
-            "vmamba_b": ("timm:swin_base_patch4_window7_224", "timm:convnext_base"),
-        },
-        top1={
-            "timm:swin_tiny_patch4_window7_224": 81.3,
-            "timm:swin_small_patch4_window7_224": 83.0,
-            "timm:swin_base_patch4_window7_224": 83.5,
-            "timm:convnext_tiny": 82.1,
-            "timm:convnext_small": 83.1,
-            "timm:convnext_base": 83.8,
-        },
-    )
+# Published top-1 on ImageNet-1K at 224 px, trained on nothing else, per cent: arXiv:2103.14030, table 1;
+# arXiv:2201.03545, table 1; arXiv:2012.12877, table 5; arXiv:2405.07992, table 1.
+PEERS_TOP1 = {
+    "timm:swin_tiny_patch4_window7_224": 81.3,
+    "timm:swin_small_patch4_window7_224": 83.0,
+    "timm:swin_base_patch4_window7_224": 83.5,
+    "timm:convnext_tiny": 82.1,
+    "timm:convnext_small": 83.1,
+    "timm:convnext_base": 83.8,
+    "timm:deit_tiny_patch16_224": 72.2,
+    "timm:deit_small_patch16_224": 79.8,
+    "timm:deit_base_patch16_224": 81.8,
+    "timm:mambaout_femto": 78.9,
+    "timm:mambaout_tiny": 82.7,
+    "timm:mambaout_small": 84.1,
+    "timm:mambaout_base": 84.2,
 }
 
 
@@ -137,7 +133,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m evmamba_jax.analy
 
 
 def _run(args: argparse.Namespace) -> int:
-    groups, top1 = _groups(args)
+    groups = _groups(args)
     if args.topology:
         from evmamba_jax.analysis import estimates  # late: the preflight brings all that a training needs
 
@@ -156,7 +152,7 @@ def _run(args: argparse.Namespace) -> int:
                 "versions": machine.versions("jax", "jaxlib", "flax") | (_of_peers(peers) if peers else {}),
             }
             report = _report(args, settings, {"seconds": args.seconds, "rounds": args.rounds}, _words(args, peers))
-            measure = Measuring(args.seconds, args.rounds, peers, groups, top1, _latencies(report))
+            measure = Measuring(args.seconds, args.rounds, peers, groups, _latencies(report))
             _fill(report, _cases([*groups], args), measure)
         finally:
             if peers:
@@ -171,16 +167,14 @@ def _run(args: argparse.Namespace) -> int:
 # What is asked for
 
 
-def _groups(args: argparse.Namespace) -> tuple[dict[str, Sequence[str]], Mapping[str, float]]:
-    """Return our models, each with the peers that stand beside it, and the published accuracies of peers."""
-    table = TABLES[args.table] if args.table else Table({}, {})
+def _groups(args: argparse.Namespace) -> dict[str, Sequence[str]]:
+    """Return our models, each with the peers that stand beside it."""
+    table = TABLES[args.table] if args.table else {}
     if not args.models and not args.table:
         raise UserError("no model is named: give --models NAME ..., or --table")
     for name in args.models:
         one_of("model", name, VARIANTS)
-    groups: dict[str, Sequence[str]] = {
-        name: (*table.groups.get(name, ()), *args.peers) for name in (*table.groups, *args.models)
-    }
+    groups: dict[str, Sequence[str]] = {name: (*table.get(name, ()), *args.peers) for name in (*table, *args.models)}
     named = any(groups.values())
     if named and not args.peer_python and not args.topology:
         raise UserError(
@@ -199,18 +193,19 @@ def _groups(args: argparse.Namespace) -> tuple[dict[str, Sequence[str]], Mapping
         raise UserError(f"--seconds {args.seconds:g}: give a positive number")
     if args.rounds < 3:
         raise UserError(f"--rounds {args.rounds}: give 3 or more, for quartiles")
-    return groups, table.top1
+    return groups
 
 
 def _cases(models: Sequence[str], args: argparse.Namespace) -> list[Case]:
     """Return all combinations, small batches first: the latency of one image is then known to the others."""
-    return [
+    cases = [
         Case(model, batch, side, dtype, mode)
         for model in models
         for side, dtype, mode, batch in itertools.product(
-            args.size or [input_size(model)[0]], args.dtype, args.mode, sorted({*args.batch})
+            args.size or [input_size(model)[0]], args.dtype, args.mode, sorted(args.batch)
         )
     ]
+    return list(dict.fromkeys(cases))
 
 
 def _device() -> Any:
@@ -311,9 +306,10 @@ def _words(args: argparse.Namespace, peers: Peers | None) -> str:
         if peers
         else ""
     )
+    threads = "one thread" if machine.threads() == 1 else f"{machine.threads()} threads"
     return (
         f"Median of rounds of {args.seconds:g} s together ({args.rounds} where steps are short, at least 3), images "
-        f"and weights on the device already, two steps to warm up; {machine.threads()} threads. Training: one update "
+        f"and weights on the device already, two steps to warm up; {threads}. Training: one update "
         "(forward, backward, clipping, AdamW, moving average). Latency: median of calls with one image that wait for "
         "the answer. Memory: what the device tells, or arguments, results and temporaries of the compiled program. "
         f"Multiply-adds: of one image, forward.{turns}"
@@ -343,7 +339,6 @@ class Measuring:
         rounds: how many there are where steps are short.
         peers: the other environment.
         groups: by our model the names of its peers.
-        top1: published accuracies of peers.
         latencies: what is known already, by model, side and type; what is measured is added.
     """
 
@@ -353,11 +348,10 @@ class Measuring:
         rounds: int,
         peers: Peers | None,
         groups: Mapping[str, Sequence[str]],
-        top1: Mapping[str, float],
         latencies: dict[tuple, float],
     ):
         self.seconds, self.rounds, self.peers, self.groups = seconds, rounds, peers, groups
-        self.top1, self.latencies = top1, latencies
+        self.latencies = latencies
 
     def __call__(self, case: Case) -> list[dict[str, Any]]:
         """Return the rows of a case: ours, then the peers'."""
@@ -446,9 +440,10 @@ class Measuring:
                 self.latencies[key] = 1e3 * waited(measure, self.seconds).median
         return self.latencies.get(key)
 
-    def _top1(self, name: str) -> float | None:
+    @staticmethod
+    def _top1(name: str) -> float | None:
         card = VARIANTS[name].card if name in VARIANTS else None
-        return card.top1 if card else self.top1.get(name)
+        return card.top1 if card else PEERS_TOP1.get(name)
 
 
 def _estimated(estimate: Callable[..., Any], topology: str, case: Case) -> list[dict[str, Any]]:

@@ -366,6 +366,44 @@ def test_an_environment_without_torch_or_timm(monkeypatch):
     assert answer == {"error": "timm has no model 'swin_tini'; near: swin_tiny", "kind": "name"}
 
 
+def test_official_code_is_found_in_a_clone(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", types.ModuleType("timm"))
+    torch = types.SimpleNamespace(
+        nn=types.SimpleNamespace(functional=None), cuda=types.SimpleNamespace(is_available=lambda: False)
+    )
+    asked = peer.Peer()
+    asked.torch = torch
+    file = tmp_path / "mambavision/models/mamba_vision.py"
+    config = tmp_path / "swin/classification/configs/vssm/tiny_224.yaml"
+    for path, text in {
+        file: "@register_pip_model\n@register_model\ndef small(**options):\n    pass\n\n\ndef other():\n    pass\n",
+        config: "",
+        tmp_path / "swin/classification/models/vmamba.py": "",
+    }.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    check = lambda model: peer.reply(asked, {"do": "check", "model": model})  # noqa: E731
+    assert check(f"official:{tmp_path}:small") == {}
+    assert check(f"official:{tmp_path}/swin:tiny_224") == {}
+    assert check(f"official:{tmp_path}:smal")["error"] == f"{tmp_path} has no model 'smal'; near: small"
+    assert check(f"official:{tmp_path / 'classification'}:small")["error"].startswith(
+        f"{tmp_path / 'classification'} is no clone of any of MzeroMiko/VMamba"
+    )
+
+    # Code whose libraries are missing is one line, and leaves no module and no path behind.
+    for name in ("layers", "models", "models.layers", "models.registry"):
+        monkeypatch.setitem(sys.modules, f"timm.{name}", types.ModuleType(name))
+    package = file.parent / "__init__.py"
+    package.write_text("import nowhere_installed")
+    monkeypatch.setattr(peer.Scan, "norms", lambda _: {})
+    paths = list(sys.path)
+    with pytest.raises(peer.Failure, match="the official code cannot be imported: No module named 'nowhere_installed'"):
+        peer.Official(torch, tmp_path).build("small", 32, 0.0)
+    assert sys.path == paths
+    for name in [name for name, module in sys.modules.items() if peer.Official._is_official(module)]:
+        del sys.modules[name]
+
+
 # Estimates, and what is drawn.
 
 
