@@ -8,6 +8,7 @@ import json
 import math
 import os
 import sys
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -141,9 +142,9 @@ def _run(args: argparse.Namespace) -> int:
         report = _report(args, {"device": args.topology}, {}, estimates.KNOWN)
         _fill(report, _cases([*groups], args), functools.partial(_estimated, estimates.estimate, args.topology))
     else:
-        device = _device()
         if args.peer_python:  # on a GPU, JAX would take most of its memory at once
             os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        device = _device()
         peers = _open_peers(args, groups, device)
         try:
             settings = {
@@ -153,7 +154,7 @@ def _run(args: argparse.Namespace) -> int:
             }
             report = _report(args, settings, {"seconds": args.seconds, "rounds": args.rounds}, _words(args, peers))
             measure = Measuring(args.seconds, args.rounds, peers, groups, _latencies(report))
-            _fill(report, _cases([*groups], args), measure)
+            _fill(report, _cases([*groups], args), measure, groups)
         finally:
             if peers:
                 peers.close()
@@ -191,6 +192,8 @@ def _groups(args: argparse.Namespace) -> dict[str, Sequence[str]]:
                 raise UserError(f"--{option} {value}: it must be at least {least}")
     if not (args.seconds > 0 and math.isfinite(args.seconds)):
         raise UserError(f"--seconds {args.seconds:g}: give a positive number")
+    if args.plot and not args.plot.absolute().parent.is_dir():
+        raise UserError(f"--plot {args.plot}: there is no folder {args.plot.parent}")
     if args.rounds < 3:
         raise UserError(f"--rounds {args.rounds}: give 3 or more, for quartiles")
     return groups
@@ -267,11 +270,16 @@ def _started(file: Path | None) -> dict[str, Any] | None:
 
 def _rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the rows of the table by the names of their columns; an empty cell is None."""
-    return [dict(itertools.zip_longest(NAMES, row)) for row in document["parts"][-1]["rows"]]
+    return [_named(row) for row in document["parts"][-1]["rows"]]
+
+
+def _named(row: Sequence[Any]) -> dict[str, Any]:
+    return dict(itertools.zip_longest(NAMES, row))
 
 
 def _case_of(row: Mapping[str, Any]) -> Case:
-    return Case(row["model"], row["images a step"], row["px"], row["type"], row["mode"])
+    """Return the case of a row of ours, or the one beside which a peer's row stands."""
+    return Case(row["beside"] or row["model"], row["images a step"], row["px"], row["type"], row["mode"])
 
 
 def _latencies(report: Report) -> dict[tuple, float]:
@@ -280,15 +288,22 @@ def _latencies(report: Report) -> dict[tuple, float]:
     return {(row["model"], row["px"], row["type"]): row["latency of one image, ms"] for row in rows}
 
 
-def _fill(report: Report, cases: Sequence[Case], measure: Callable[[Case], list[dict[str, Any]]]) -> None:
-    """Measure what the report does not hold yet."""
-    done = {_case_of(row) for row in _rows(report.document)}
+def _fill(
+    report: Report,
+    cases: Sequence[Case],
+    measure: Callable[[Case], list[dict[str, Any]]],
+    groups: Mapping[str, Sequence[str]] = types.MappingProxyType({}),
+) -> None:
+    """Measure what the report does not hold yet; a case that lacks a peer's row is measured again as a whole."""
     for number, case in enumerate(cases, 1):
         told = f"{number} of {len(cases)}: {case.words}"
-        if case in done:
+        own = [row for row in _rows(report.document) if _case_of(row) == case]
+        if {row["model"] for row in own} >= {case.model, *groups.get(case.model, ())}:
             print(f"{told}: measured before", file=sys.stderr, flush=True)
             continue
         print(told, file=sys.stderr, flush=True)
+        table = report.document["parts"][-1]
+        table["rows"] = [row for row in table["rows"] if _case_of(_named(row)) != case]
         try:
             rows = measure(case)
         except DeviceGone as error:

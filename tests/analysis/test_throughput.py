@@ -252,6 +252,7 @@ def test_a_stopped_command_goes_on(programs, tmp_path, capsys):
         (["--models", "vmamba_t", "--seconds", "nan"], "--seconds nan: give a positive number"),
         (["--models", "vmamba_t", "--rounds", "2"], "--rounds 2: give 3 or more"),
         (["--models", "vmamba_t", "--plot", "a.jpg"], "a.jpg must end in .png"),
+        (["--models", "vmamba_t", "--plot", "none/a.png"], "there is no folder none"),
         (["--models", "vmamba_t", "--topology", "v5e-1"], "--topology estimates train steps: give --mode training"),
         (["--models", "vmamba_t", "--topology", "v9-1", "--mode", "training"], "unknown topology 'v9-1'"),
         (["--models", "vmamba_t", "--topology", "h100-8", "--mode", "training"], "no time is known of a GPU"),
@@ -322,6 +323,16 @@ def test_ratios(beside, tmp_path):
     assert theirs["peak memory, MiB"] == 2.0
     known = json.loads(file.read_text())["environment"]
     assert known["versions"]["timm"] == "2"
+
+
+def test_a_case_without_a_peer_is_measured_again(beside, programs, tmp_path):
+    file = tmp_path / "speed.json"
+    command = [*beside, "--json", str(file), "--peers", "timm:one"]
+    for more, measured in (([], 1), ([], 0), (["timm:two"], 1), ([], 0)):
+        programs.clear()
+        assert speed_table.main([*command, *more]) == 0
+        assert len(programs) == measured
+    assert [row["model"] for row in rows_of(file)] == ["vmamba_t", "timm:one", "timm:two"]
 
 
 def test_a_peer_that_fails_is_a_row(beside, tmp_path):
