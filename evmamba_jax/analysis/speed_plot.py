@@ -86,11 +86,12 @@ def _draw_sizes(axes: Axes, mode: str, series: Series) -> None:
     sides = sorted({side for line in series.values() for side, _ in line})
     looks = zip(itertools.cycle("osD^vP"), itertools.cycle(COLOURS), strict=False)
     for (label, line), (marker, colour) in zip(series.items(), looks, strict=False):
-        axes.plot(*zip(*line, strict=True), color=colour, marker=marker, markersize=5, linewidth=1.6, label=label)
+        style = "-" if label.split(",")[0] in VARIANTS else (0, (6, 1.5))
+        axes.plot(*zip(*line, strict=True), color=colour, marker=marker, linestyle=style, linewidth=1.6, label=label)
     if len(sides) > 1:
         top = max(speed for line in series.values() for side, speed in line if side == sides[0])
         grid = np.geomspace(sides[0], sides[-1], 50)
-        guides = {"linear in the pixels": (2, "--"), "quadratic": (4, ":")}
+        guides = {"linear in the pixels": (2, "-."), "quadratic": (4, ":")}
         for words, (power, style) in guides.items():
             slope = 1.6 * top * (grid / sides[0]) ** -power
             axes.plot(grid, slope, color=GREY, linestyle=style, linewidth=1.1, label=words)
