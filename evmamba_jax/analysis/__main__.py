@@ -17,6 +17,8 @@ COMMANDS = {
         "evmamba_jax.analysis.speed_table",
         "measure images a second, latency, memory; beside peers, in turns",
     ),
+    "embeddings": ("evmamba_jax.analysis.embeddings", "features of pictures, and accuracies of neighbours and a probe"),
+    "compare": ("evmamba_jax.analysis.compare", "two models on the same images: what only one of them gets right"),
 }
 
 
