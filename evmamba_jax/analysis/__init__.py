@@ -9,17 +9,24 @@ from evmamba_jax.analysis.knn import Neighbours, Probe, knn_accuracy, knn_classe
 from evmamba_jax.analysis.receptive_field import ReceptiveField, area_shares, effective_receptive_field
 from evmamba_jax.analysis.scanning import scan_layers
 from evmamba_jax.analysis.speed import Throughput, throughput
+from evmamba_jax.analysis.stages import StageMaps, dense_stage_maps, stage_maps
+from evmamba_jax.analysis.tide import DetectionErrors, Mistake, detection_errors
+from evmamba_jax.analysis.wrong_pixels import PixelErrors, pixel_errors
 from evmamba_jax.counting import count_flops, count_parameters, flops_by_operation, xla_flops
 
 __all__ = [
     "ActivationMap",
     "Comparison",
     "DecayMap",
+    "DetectionErrors",
     "Features",
     "GradCam",
+    "Mistake",
     "Neighbours",
+    "PixelErrors",
     "Probe",
     "ReceptiveField",
+    "StageMaps",
     "Throughput",
     "activation_map",
     "area_shares",
@@ -28,6 +35,8 @@ __all__ = [
     "count_parameters",
     "decay_map",
     "decay_ratio",
+    "dense_stage_maps",
+    "detection_errors",
     "effective_receptive_field",
     "embeddings_of",
     "flops_by_operation",
@@ -36,8 +45,10 @@ __all__ = [
     "knn_classes",
     "linear_probe",
     "neighbours",
+    "pixel_errors",
     "rollout",
     "scan_layers",
+    "stage_maps",
     "throughput",
     "xla_flops",
 ]

@@ -18,6 +18,8 @@ COMMANDS = {
         "measure images a second, latency, memory; beside peers, in turns",
     ),
     "embeddings": ("evmamba_jax.analysis.embeddings", "features of pictures, and accuracies of neighbours and a probe"),
+    "errors": ("evmamba_jax.analysis.errors", "what goes wrong in a detector or segmenter, by kind and size"),
+    "stages": ("evmamba_jax.analysis.stages", "which stage and level fires where, and where boxes come from"),
     "compare": ("evmamba_jax.analysis.compare", "two models on the same images: what only one of them gets right"),
 }
 

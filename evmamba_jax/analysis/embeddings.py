@@ -13,7 +13,7 @@ from matplotlib.patches import Rectangle
 
 from evmamba_jax import cli
 from evmamba_jax.analysis import knn
-from evmamba_jax.analysis.knn import TEMPERATURE, knn_classes, linear_probe, neighbours
+from evmamba_jax.analysis.knn import TEMPERATURE, Neighbours, knn_classes, linear_probe, neighbours
 from evmamba_jax.analysis.labelled import DATA_HELP, Loose, of_place, of_run, told, view_of
 from evmamba_jax.analysis.subjects import MODEL_HELP, Subject, open_subject, png
 from evmamba_jax.data.files import Folder
@@ -25,7 +25,7 @@ from evmamba_jax.reports.drawing import BLUE, GREY, ORANGE, blank, draws_names, 
 from evmamba_jax.storage import local, storage_errors, written_whole
 
 _ASK = ("evaluation", "validation", "test")  # splits whose images may be queries, the first that is there
-_ROWS, _NEAR = 8, 6  # queries in the picture, and neighbours of each
+_ROWS, _NEAR = 6, 6  # queries in the picture, and neighbours of each
 
 
 class Features(NamedTuple):
@@ -126,7 +126,11 @@ def _run(args: argparse.Namespace) -> None:
         _write(args.out, found, known)
         print(f"{args.out}: features of {len(found.images):,} images")
     if args.picture:
-        _draw(args, subject, sources, bank, asked, known)
+        rows, wrong = _rows(subject, sources, bank, asked, args.k, known)
+        title = f"{subject.label}\nleft: queries; right: the images nearest to each, with the cosine of their features"
+        if known:
+            title += f"\n{wrong:,} of {len(asked.labels):,} queries are voted wrong; the first rows show some of these"
+        draw_neighbours(args.picture, rows, title)
         print(f"{args.picture} shows queries and their nearest neighbours")
 
 
@@ -216,56 +220,35 @@ class Row(NamedTuple):
     near: Sequence[tuple[np.ndarray, str, float, bool | None]]
 
 
-def _draw(
-    args: argparse.Namespace,
-    subject: Subject,
-    sources: Mapping[str, Any],
-    bank: Features,
-    asked: Features,
-    known: bool,
-) -> None:
+def _rows(
+    subject: Subject, sources: Mapping[str, Any], bank: Features, asked: Features, k: int, known: bool
+) -> tuple[list[Row], int]:
+    """Return the rows of the picture, and how many of all queries are voted wrong."""
     extra = 0 if known else 1  # a loose picture is its own nearest neighbour
     shown = min(_NEAR, len(bank.labels) - extra)
     if shown < 1:
         raise UserError("one picture has no neighbours: name two or more to draw them")
-    voters = max(shown + extra, min(args.k, len(bank.labels)))
-    near = neighbours(bank.embeddings, asked.embeddings, voters)
-    right = np.ones(len(asked.labels), bool)
-    if known:
-        voted = near._replace(index=near.index[:, : args.k], similarity=near.similarity[:, : args.k])
-        right = knn_classes(voted, bank.labels, len(bank.class_names)) == asked.labels
+    k = min(k, len(bank.labels))
+    near = neighbours(bank.embeddings, asked.embeddings, max(shown + extra, k))
+    votes = knn_classes(Neighbours(near.index[:, :k], near.similarity[:, :k]), bank.labels, len(bank.class_names))
+
+    def image(of: Features, place: int) -> np.ndarray:
+        return view_of(sources[str(of.splits[place])], int(of.index[place]), subject.data)
+
+    def name(of: Features, place: int) -> str:
+        return of.class_names[of.labels[place]] if known else Path(str(of.images[place])).name
+
     rows = []
-    for q in _telling(right):
-        others = [n for n in range(voters) if known or near.index[q, n] != q][:shown]
-
-        def image(of: Features, place: int) -> np.ndarray:
-            return view_of(sources[str(of.splits[place])], int(of.index[place]), subject.data)
-
-        def name(of: Features, place: int) -> str:
-            return of.class_names[of.labels[place]] if known else Path(str(of.images[place])).name
-
-        rows.append(
-            Row(
-                image(asked, q),
-                name(asked, q),
-                bool(right[q]) if known else None,
-                [
-                    (
-                        image(bank, j),
-                        name(bank, j),
-                        float(near.similarity[q, n]),
-                        bool(bank.labels[j] == asked.labels[q]) if known else None,
-                    )
-                    for n, j in ((n, int(near.index[q, n])) for n in others)
-                ],
-            )
-        )
-    title = f"{subject.label}: queries and the images nearest to them"
-    if known:
-        title += (
-            f"\n{(~right).sum():,} of {len(right):,} queries are voted wrong; up to {_ROWS // 2} of them come first"
-        )
-    draw_neighbours(args.picture, rows, title)
+    for q in _telling(votes == asked.labels):
+        right, label = bool(votes[q] == asked.labels[q]), asked.labels[q]
+        pairs = zip(near.index[q].tolist(), near.similarity[q].tolist(), strict=True)
+        beside = [
+            (image(bank, j), name(bank, j), similarity, bool(bank.labels[j] == label) if known else None)
+            for j, similarity in [pair for pair in pairs if known or pair[0] != q][:shown]
+        ]
+        title = name(asked, q) + ("" if right else f", voted {short(bank.class_names[votes[q]], 8)}")
+        rows.append(Row(image(asked, q), title, right if known else None, beside))
+    return rows, int((votes != asked.labels).sum())
 
 
 def _telling(right: np.ndarray) -> list[int]:
@@ -298,7 +281,7 @@ def draw_neighbours(path: Path, rows: Sequence[Row], title: str) -> None:
         blank(axes)
     for row, line in zip(rows, grid, strict=True):
         show(line[0], row.query)
-        line[0].set_title(f"{_sign(row.right)}{short(row.name, 14)}", fontsize=9, color=_colour(row.right), loc="left")
+        line[0].set_title(f"{_sign(row.right)}{short(row.name, 18)}", fontsize=9, color=_colour(row.right), loc="left")
         _frame(line[0], _colour(row.right))
         for axes, (image, name, similarity, same) in zip(line[2:], row.near, strict=False):
             show(axes, image)

@@ -22,7 +22,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from evmamba_jax import cli
-from evmamba_jax.analysis.stage_maps import batches, stage_number, take_apart
+from evmamba_jax.analysis.model_maps import batches, stage_number, take_apart
 from evmamba_jax.analysis.subjects import IMAGES_HELP, MODEL_HELP, open_subject, photographs, png, views
 from evmamba_jax.data.device import normalize
 from evmamba_jax.errors import UserError, nearest, printable

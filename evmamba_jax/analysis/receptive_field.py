@@ -28,7 +28,7 @@ from matplotlib.patches import Rectangle
 from tqdm import tqdm
 
 from evmamba_jax import cli
-from evmamba_jax.analysis.stage_maps import batches, maps_of, stage_number, take_apart
+from evmamba_jax.analysis.model_maps import batches, maps_of, stage_number, take_apart
 from evmamba_jax.analysis.subjects import IMAGES_HELP, MODEL_HELP, Subject, open_subject, photographs, png
 from evmamba_jax.answers import Picture
 from evmamba_jax.data.config import DataConfig

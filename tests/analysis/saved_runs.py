@@ -18,11 +18,10 @@ DIGITS, PETS = tuple(map(str, range(10))), ("cat", "dog", "bird")
 
 
 def classifier() -> Config:
-    """Return the configuration of a classifier of grey images of 8x8, without a scan."""
+    """Return the configuration of a classifier of few grey images of 8x8, without a scan."""
     options = {"width": 8, "depths": (0, 0, 1, 0), "patch_size": 2}
-    data = DataConfig(
-        "digits", eval_split="test", image_size=8, crop_pct=1.0, in_channels=1, mean=(0.3,), std=(0.38,), num_threads=2
-    )
+    about = {"image_size": 8, "crop_pct": 1.0, "in_channels": 1, "mean": (0.3,), "std": (0.38,), "num_threads": 2}
+    data = DataConfig("digits", train_split="train[:240]", eval_split="test[:80]", **about)
     return Config(model=ModelConfig("evmamba_t", 0.0, "float32", options), data=data, batch_size=32)
 
 

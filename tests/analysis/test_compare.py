@@ -81,7 +81,7 @@ def test_the_command_on_the_data_of_a_run(runs, tmp_path, capsys):
     assert main(["compare", *map(str, runs[:2]), "--out", str(out), "--csv", str(table)]) == 0
     said = capsys.readouterr().out
     data = classifier().data
-    source = open_source(data, "test")
+    source = open_source(data, data.eval_split)
     records = [source[i] for i in range(len(source))]
     images = preprocess([record["image"] for record in records], data)
     labels = np.array([record["label"] for record in records])

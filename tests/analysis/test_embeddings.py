@@ -49,17 +49,18 @@ def test_the_data_of_a_run(run, tmp_path, capsys):
     out, picture = tmp_path / "new" / "f.npz", tmp_path / "n.png"
     assert main(["embeddings", str(run), "--out", str(out), "--picture", str(picture), "--k", "5"]) == 0
     said = capsys.readouterr().out
-    sources = [open_source(classifier().data, split) for split in ("train", "test")]
+    data = classifier().data
+    sources = [open_source(data, split) for split in (data.train_split, data.eval_split)]
     records = [source[i] for source in sources for i in range(len(source))]
     expected = headless(run, preprocess([record["image"] for record in records], classifier().data))
     with np.load(out) as kept:
         np.testing.assert_allclose(kept["embeddings"], expected, atol=1e-5)
         assert kept["images"].tolist() == [record["id"] for record in records]
         assert kept["labels"].tolist() == [record["label"] for record in records]
-        assert kept["splits"].tolist() == ["train"] * 1437 + ["evaluation"] * 360
+        assert kept["splits"].tolist() == ["train"] * 240 + ["evaluation"] * 80
         assert kept["class_names"].tolist() == list(DIGITS)
         features, labels = kept["embeddings"], kept["labels"]
-    parts = features[:1437], labels[:1437], features[1437:], labels[1437:]
+    parts = features[:240], labels[:240], features[240:], labels[240:]
     assert f"5 nearest neighbours: {knn_accuracy(*parts, k=5):.2%} right" in said
     assert f"linear probe: {linear_probe(*parts).accuracy:.2%} right" in said
     with Image.open(picture) as drawn:
