@@ -123,6 +123,7 @@ def dense_stage_maps(task: Any, model: Any) -> Callable[[np.ndarray], StageMaps]
         batch = {name: np.expand_dims(array, 0) for name, array in example.items()}
         groups, detected = jax.device_get(forward(arrays, batch))
         seen = example["image"][: example["size"][0], : example["size"][1]]
+        groups = {group: groups[group] for group in sorted(groups, reverse=True)}  # as JAX returns them: levels first
         maps = _named(groups, size_of(example["image"]), size_of(seen))
         if detected is None:
             return StageMaps(seen, *maps)
@@ -256,34 +257,40 @@ def _lines(row: StageMaps, least: float) -> list[str]:
 def draw_stages(path: Path, rows: Sequence[tuple[str, StageMaps]], title: str, least: float = SCORE) -> None:
     """Draw a row for each image: the image, with boxes in the colour of their level, and every map over it.
 
+    Levels are in a second row, below the stages that they are made of.
+
     Args:
         path: the picture, a .png file.
         rows: a title and the maps of each image.
         title: over all of it.
         least: the least score of the boxes.
     """
-    columns = 1 + max(len(row.maps) for _, row in rows)
-    ratio = max(row.image.shape[0] / row.image.shape[1] for _, row in rows)
     boxed = any(row.found is not None for _, row in rows)
-    side = 2.0 if columns > 6 else 2.5
-    figure = Figure(figsize=(side * columns, (side * ratio + 0.3) * len(rows) + 0.9), dpi=100, layout="constrained")
-    words = f"{short(title, 90)}: mean absolute activation, each map from its least (dark) to its largest (bright)"
+    groups = ("stage", "level") if boxed else ("stage",)
+    places = [[i for i, words in enumerate(rows[0][1].names) if words.startswith(group)] for group in groups]
+    columns = 1 + max(len(own) for own in places)
+    ratio = max(row.image.shape[0] / row.image.shape[1] for _, row in rows)
+    lines = len(rows) * len(groups)
+    figure = Figure(figsize=(2.1 * columns, (2.1 * ratio + 0.3) * lines + 0.9), dpi=100, layout="constrained")
+    words = f"{short(title, 70)}: mean absolute activation\neach map from its least (dark) to its largest (bright)"
     figure.suptitle(words, x=0.01, ha="left", fontsize=11)
-    grid = figure.subplots(len(rows), columns, squeeze=False)
+    grid = figure.subplots(lines, columns, squeeze=False)
     for axes in grid.flat:
         blank(axes)
-    for (name, row), line in zip(rows, grid, strict=True):
-        show(line[0], row.image)
-        line[0].set_title(short(name, 30), loc="left", fontsize=9)
+    for number, (name, row) in enumerate(rows):
+        own = grid[number * len(groups) : (number + 1) * len(groups)]
+        show(own[0, 0], row.image)
+        own[0, 0].set_title(short(name, 26), loc="left", fontsize=9)
         if row.found is not None and row.levels is not None:
-            _draw_boxes(line[0], row.found, row.levels, least)
-        for axes, own, words, strides in zip(line[1:], row.maps, row.names, row.strides, strict=False):
-            _draw_map(axes, row, own, strides)
-            level = int(words.split()[1]) - 1
-            colour = COLOURS[level % len(COLOURS)] if words.startswith("level") else "black"
-            axes.set_title(f"{words}, {own.shape[0]}x{own.shape[1]}", loc="left", fontsize=9, color=colour)
+            _draw_boxes(own[0, 0], row.found, row.levels, least)
+        for line, group, indices in zip(own, groups, places, strict=True):
+            for level, (axes, i) in enumerate(zip(line[1:], indices, strict=False)):
+                _draw_map(axes, row, row.maps[i], row.strides[i])
+                size = f"{row.maps[i].shape[0]}x{row.maps[i].shape[1]}"
+                colour = COLOURS[level % len(COLOURS)] if group == "level" else "black"
+                axes.set_title(f"{row.names[i]}, {size}", loc="left", fontsize=9, color=colour)
     if boxed:
-        count = sum(name.startswith("level") for name in rows[0][1].names)
+        count = len(places[1])
         handles = [
             Line2D([], [], color=COLOURS[level % len(COLOURS)], linewidth=2, label=f"box of level {level + 1}")
             for level in range(count)
