@@ -14,7 +14,7 @@ from matplotlib.patches import Rectangle
 from tqdm import tqdm
 
 from evmamba_jax import cli
-from evmamba_jax.analysis.subjects import png
+from evmamba_jax.analysis.subjects import open_subject, png
 from evmamba_jax.analysis.tide import KINDS, SIZES, DetectionErrors, Mistake, detection_errors
 from evmamba_jax.analysis.wrong_pixels import PixelErrors, pixel_errors
 from evmamba_jax.answers import SCORE
@@ -59,6 +59,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m evmamba_jax.analy
 def _run(args: argparse.Namespace) -> None:
     name, _, place = args.model.partition("=") if "=" in args.model else ("", "", args.model)
     if not is_composed(place, name):
+        open_subject(args.model)  # says what is wrong with a place that holds no model
         raise UserError(
             f"{args.model} names the classes of whole images, and errors looks into detectors and segmenters: take "
             "compare, or the run's report.html"

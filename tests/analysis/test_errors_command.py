@@ -91,7 +91,7 @@ def refused(capsys, *arguments) -> str:
 def test_mistakes_are_told_in_one_line(maps, tmp_path, capsys):
     run, _ = maps
     assert "names the classes of whole images" in refused(capsys, save_run(tmp_path / "a", classifier(), DIGITS))
-    assert "nowhere" in refused(capsys, "nowhere")
+    assert "'nowhere' is neither a model" in refused(capsys, "nowhere")
     assert "is no folder" in refused(capsys, run, "--data", tmp_path / "nowhere")
     assert "split 'validation'" in refused(capsys, run, "--split", "validation")
     assert "has 11 classes and the model 3" in refused(capsys, save_run(tmp_path / "b", segmenter(), PETS))
