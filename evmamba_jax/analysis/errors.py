@@ -29,7 +29,7 @@ from evmamba_jax.segmentation.losses import IGNORED
 from evmamba_jax.storage import local, storage_errors, written_whole
 from evmamba_jax.weights.load import is_composed
 
-_EXAMPLES, _KEPT = 5, 8  # pictured errors of a kind; label maps
+_EXAMPLES, _KEPT = 5, 4  # pictured errors of a kind; label maps
 _PAIRS = 15  # confused pairs of classes, in table and picture
 _SMALLEST = 48  # pixels of a pictured part's side
 
@@ -379,13 +379,18 @@ def _of_label_maps(args: argparse.Namespace, predictor: DensePredictor, source: 
         counted = errors.confusion.sum()
         worst.append((-1 + errors.confusion.trace() / max(counted, 1), one.index, Map(one.pixels, truth, one.found)))
         worst.sort(key=lambda entry: entry[:2])
-        del worst[_KEPT // 2 :]
+        del worst[_KEPT:]
     assert total is not None
     print("\n".join(_pixel_lines(total, predictor.class_names)))
     draw_pixel_errors(
         args.out, total, [one for *_, one in worst], predictor.class_names, f"{args.model} on {source.name}"
     )
     return _pixel_figures(total, predictor.class_names, len(source))
+
+
+def _name(k: int, names: Sequence[str]) -> str:
+    """Return a class's name, with its number where another class has the same name."""
+    return short(names[k], 20) if names.count(names[k]) == 1 else numbered(k, names, 18)
 
 
 def _share(pair: np.ndarray) -> str:
@@ -408,7 +413,7 @@ def _pixel_lines(errors: PixelErrors, names: Sequence[str]) -> list[str]:
         lines.append(f"  {errors.border[0, 1] / wrong:.1%} of the wrong pixels are near a border")
     lines.append(f"{'class':<22}{'taken for':<22}{'pixels':>12}{'of the class':>14}{'of all wrong':>14}")
     for one in errors.pairs()[:_PAIRS]:
-        pair = f"{numbered(one.label, names, 18):<22}{numbered(one.found, names, 18):<22}"
+        pair = f"{_name(one.label, names):<22}{_name(one.found, names):<22}"
         lines.append(f"{pair}{one.pixels:>12,}{one.share:>14.2%}{one.pixels / wrong:>14.2%}")
     more = len(errors.pairs()) - _PAIRS
     return [*lines, f"and {more:,} pairs more"] if more > 0 else lines
@@ -445,13 +450,13 @@ def draw_pixel_errors(
     wrong = total - errors.confusion.trace()
     pairs = errors.pairs()[:_PAIRS]
     top = max(3.2, 0.33 * len(pairs) + 0.8)
-    figure = Figure(figsize=(12.5, top + 2.2 * len(maps[:_KEPT]) / 2 + 0.9), dpi=100, layout="constrained")
+    heights = [top, 1.75 * -(-len(maps) // 2) + 0.4]
+    figure = Figure(figsize=(12.5, sum(heights) + 0.5), dpi=100, layout="constrained")
     figure.suptitle(f"{short(title, 100)}: {wrong / max(total, 1):.2%} of the pixels wrong", x=0.01, ha="left")
-    heights = [top, 2.2 * -(-len(maps) // 2) + 0.4]
     above, below = figure.subfigures(2, 1, height_ratios=heights, squeeze=False).ravel()
     confused, where = above.subplots(1, 2)
-    confused.set_title("class → taken for: share of the class's pixels", loc="left", fontsize=10)
-    words = [f"{numbered(one.label, class_names, 20)} → {numbered(one.found, class_names, 20)}" for one in pairs]
+    confused.set_title("class → taken for, the most pixels first: share of the class's pixels", loc="left", fontsize=10)
+    words = [f"{_name(one.label, class_names)} → {_name(one.found, class_names)}" for one in pairs]
     notes = [f"{one.pixels:,} pixels, {one.pixels / wrong:.0%} of all wrong ones" for one in pairs]
     bars(confused, [one.share for one in pairs], words, notes, ORANGE)
     where.set_title("share of the pixels that is wrong", loc="left", fontsize=10)

@@ -305,7 +305,9 @@ def _draw_map(axes: Axes, row: StageMaps, own: np.ndarray, strides: tuple[float,
     grey = row.image[..., :3].mean(-1)
     axes.imshow(grey, cmap="gray", vmin=0, vmax=255, extent=(0, width, height, 0))
     extent = (0, own.shape[1] * strides[1], own.shape[0] * strides[0], 0)
-    axes.imshow(own, cmap="inferno", alpha=0.72, extent=extent, interpolation="nearest")
+    flat = float(own.max() == own.min())  # neither dark nor bright then
+    limits = {"vmin": own.min() - flat, "vmax": own.max() + flat}
+    axes.imshow(own, cmap="inferno", alpha=0.72, extent=extent, interpolation="nearest", **limits)
     axes.set(xlim=(0, width), ylim=(height, 0))
 
 
