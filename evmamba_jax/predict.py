@@ -243,18 +243,19 @@ def pictures_in(given: Sequence[str]) -> Iterator[Picture]:
             yield Picture(path, Path(path.name))
             continue
         names = Folder(path).find().names
-        images = [Picture(path / inside, Path(inside)) for inside in names if _is_image(path / inside)]
+        images = [Picture(path / inside, Path(inside)) for inside in names if is_image(path / inside)]
         if not images:
             raise UserError(f"there are no images in the folder {path}")
         yield from images
 
 
-def _is_image(path: Path) -> bool:
+def is_image(path: Path) -> bool:
+    """Return whether a file begins as an image does; one that cannot be opened counts, so that it is told."""
     try:
         with open(path, "rb") as file:
             return looks_like_image(file.read(4096))
     except OSError:
-        return True  # so that it is said to be left out
+        return True
 
 
 def _answered(

@@ -20,7 +20,7 @@ from evmamba_jax.data.files import Folder
 from evmamba_jax.data.listing import by_folders
 from evmamba_jax.data.pictures import kind_of
 from evmamba_jax.errors import UserError
-from evmamba_jax.predict import pictures_in
+from evmamba_jax.predict import is_image, pictures_in
 from evmamba_jax.reports.drawing import BLUE, GREY, ORANGE, blank, draws_names, save, short, show
 from evmamba_jax.storage import local, storage_errors, written_whole
 
@@ -162,7 +162,8 @@ def _has_classes(place: str) -> bool:
     path = Path(place)
     if kind_of(place) != "folder" or not path.is_dir():
         return kind_of(place) != "folder" or path.suffix in (".zip", ".tar")
-    return len(by_folders(Folder(path).find().names).rows) > 0
+    names = Folder(path).find().names
+    return any(is_image(path / names[int(row)]) for row in by_folders(names).rows)  # other files make no class
 
 
 def _tell_accuracies(bank: Features, asked: Features, k: int) -> None:

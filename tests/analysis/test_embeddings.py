@@ -94,6 +94,15 @@ def test_pictures_of_no_class(run, pets, tmp_path, capsys):
     assert picture.exists()
 
 
+def test_a_folder_of_loose_pictures_and_of_other_files(run, pets, tmp_path, capsys):
+    light = pets / "val" / "light"
+    (light / "notes").mkdir()
+    (light / "notes" / "colours.txt").write_text("this one is light")
+    assert main(["embeddings", str(run), str(light), "--out", str(tmp_path / "f.npz")]) == 0
+    with np.load(tmp_path / "f.npz") as kept:
+        assert kept["images"].tolist() == [str(light / f"{i}.png") for i in range(2)]
+
+
 def test_a_model_without_a_head(run, pets):
     subject = open_subject(str(run))
     subject.model.head = None
