@@ -238,7 +238,7 @@ class Theirs(Side):
 
         torch.set_num_threads(THREADS)
         torch.manual_seed(0)
-        # A sampling ratio of 0 takes as many samples of a bin as it has cells. So does ours.
+        # With a sampling ratio of 0, torchvision samples each cell of a bin once, as we do.
         self.pool = functools.partial(MultiScaleRoIAlign, [str(i) for i in range(len(STRIDES))], sampling_ratio=0)
         model = MaskRCNN(
             Backbone(),

@@ -34,8 +34,8 @@ class ActivationMap(NamedTuple):
         layer: whose scans they are; ``layer.walks`` names the W walks.
         pixels: the P chosen ones.
         walks: (B, P, W, rows, columns) what each walk brings from each pixel; 0 where it comes from none.
-        merged: (B, P, rows, columns) of all walks together: their sum, of which then the mean over channels is taken,
-            or the mean of its absolute value.
+        merged: (B, P, rows, columns) of all walks together: the walks are added, then their sum, or its absolute value,
+            is averaged over channels.
         class_walks: (B, P, W) what each walk brings from the class token; None where there is none.
         class_merged: (B, P) of all walks together.
     """
