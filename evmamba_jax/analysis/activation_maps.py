@@ -103,7 +103,8 @@ def check_memory(layer: ScanLayer, images: int, pixels: int, channels: Channels,
         return
     fit = int((memory * _GIB - fixed) // one)
     takes = f"{(fixed + pixels * one) / _GIB:.2g} GiB"
-    of = f"{pixels} pixels in {images} image{'s' * (images > 1)}" + ", each channel," * (channels == "each")
+    of = f"{pixels} pixel{'s' * (pixels > 1)} in {images} image{'s' * (images > 1)}"
+    of += ", each channel," * (channels == "each")
     less = f"take {fit} pixels or fewer at a time" if fit > 0 else "take fewer images, or smaller ones"
     less += ", or their mean over channels" if channels == "each" else ""
     raise UserError(f"the map of {layer.name} for {of} takes {takes}, and memory={memory:g} allows less: {less}")
