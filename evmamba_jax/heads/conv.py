@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ class ConvNorm(nnx.Module):
         size: side of the kernel, odd.
         norm: makes the norm of so many channels.
         kernel_init: of the kernel; None: Kaiming's normal by the fan out.
+        convolution: what a kernel larger than 1x1 is applied with.
         dtype: compute type; the norm's statistics are float32 or wider.
         rngs: source of the initial values.
     """
@@ -37,6 +39,7 @@ class ConvNorm(nnx.Module):
         *,
         norm: Any = BatchNorm,
         kernel_init: Initializer | None = None,
+        convolution: Callable[..., jax.Array] = jax.lax.conv_general_dilated,
         dtype: Dtype | None,
         rngs: nnx.Rngs,
     ):
@@ -49,7 +52,9 @@ class ConvNorm(nnx.Module):
         if size == 1:
             self.conv = nnx.Linear(c_in, c_out, **layer)
         else:
-            self.conv = nnx.Conv(c_in, c_out, (size, size), padding=size // 2, **layer)
+            self.conv = nnx.Conv(
+                c_in, c_out, (size, size), padding=size // 2, conv_general_dilated=convolution, **layer
+            )
         self.norm = norm(c_out, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, counted: jax.Array | None = None) -> jax.Array:

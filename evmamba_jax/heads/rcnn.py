@@ -12,6 +12,7 @@ from flax.typing import Dtype, Initializer
 
 from evmamba_jax.heads.conv import ConvNorm, ConvNormReLU
 from evmamba_jax.heads.maps import Deconv
+from evmamba_jax.heads.region_conv import region_conv
 from evmamba_jax.layers import initializers as init
 from evmamba_jax.layers.norm import BatchNorm
 
@@ -106,7 +107,8 @@ class BoxHead(nnx.Module):
     ):
         layer = {"dtype": dtype, "rngs": rngs}
         linear = functools.partial(nnx.Linear, bias_init=init.zeros, **layer)
-        self.convs = nnx.List(ConvNormReLU(in_width, in_width, 3, norm=norm, **layer) for _ in range(convs))
+        conv = functools.partial(ConvNormReLU, in_width, in_width, 3, norm=norm, convolution=region_conv, **layer)
+        self.convs = nnx.List(conv() for _ in range(convs))
         inputs = [size * size * in_width, *[width] * (fcs - 1)]
         self.fcs = nnx.List(linear(c, width, kernel_init=fc_init(c, width)) for c in inputs)
         self.cls = linear(width, num_classes + 1, kernel_init=init.normal(0.01))
@@ -160,10 +162,15 @@ class MaskHead(nnx.Module):
         fan_out = lambda pixels, channels: init.normal(math.sqrt(2 / (pixels * channels)))  # noqa: E731
         if norm is None:
             conv = functools.partial(
-                nnx.Conv, kernel_size=(3, 3), padding=1, kernel_init=fan_out(9, width), **with_bias
+                nnx.Conv,
+                kernel_size=(3, 3),
+                padding=1,
+                kernel_init=fan_out(9, width),
+                conv_general_dilated=region_conv,
+                **with_bias,
             )
         else:
-            conv = functools.partial(ConvNorm, size=3, norm=norm, **layer)
+            conv = functools.partial(ConvNorm, size=3, norm=norm, convolution=region_conv, **layer)
         self.convs = nnx.List(conv(c, width) for c in [in_width, *[width] * (depth - 1)])
         self.upsample = Deconv(width, width, kernel_init=fan_out(4, width), **with_bias)
         logits_init = logits_init or fan_out(1, num_classes)
