@@ -72,19 +72,24 @@ class Program:
     entry: str
     frames: dict[int, tuple[str, int, int]]  # file, line, and the calling frame or 0
 
-    def source(self, instruction: Instruction) -> str:
-        """Return ``file.py:line`` of the innermost frame in this project's code, or of the innermost at all."""
+    def chain(self, instruction: Instruction) -> list[tuple[str, int]]:
+        """Return file and line of every call that led to the instruction, the innermost first; empty where unknown."""
         file, line = instruction.attribute(r'source_file="([^"]*)"'), instruction.attribute(r"source_line=(\d+)")
         if file:
-            return f"{_short(file)}:{line}"
+            return [(file, int(line or 0))]
         number = int(instruction.attribute(r"stack_frame_id=(\d+)") or 0)
-        chain = []
+        found = []
         while number in self.frames:
             file, at, number = self.frames[number]
-            chain.append((file, at))
-        ours = [frame for frame in chain if "/evmamba_jax/" in frame[0] or "/pallas_kernels/" in frame[0]]
-        for file, at in (ours or chain)[:1]:
-            return f"{_short(file)}:{at}"
+            found.append((file, at))
+        return found
+
+    def source(self, instruction: Instruction) -> str:
+        """Return ``file.py:line`` of the innermost call in this project's code, or of the innermost at all."""
+        calls = self.chain(instruction)
+        ours = [call for call in calls if "/evmamba_jax/" in call[0] or "/pallas_kernels/" in call[0]]
+        for file, line in (ours or calls)[:1]:
+            return f"{_short(file)}:{line}"
         return ""
 
 

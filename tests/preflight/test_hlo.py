@@ -84,6 +84,19 @@ def test_largest_buffers_and_their_places(step):
     assert not any("1024" in buffer.array.text for buffer in rest)  # that one stays on the chip
 
 
+def test_the_calls_that_led_to_an_instruction(step):
+    runs, _ = hlo.runs(step)
+    chains = {run.instruction.name: step.chain(run.instruction) for run in runs}
+    library, ours, script = (
+        ("/opt/site-packages/flax/nnx/nn/linear.py", 170),
+        ("/home/me/clone/evmamba_jax/layers/mlp.py", 44),
+        ("/home/me/run.py", 18),
+    )
+    assert chains["wide"] == [library, ours, script]
+    assert chains["narrow"] == [("/home/me/clone/pallas_kernels/sequential.py", 33)]  # written out, not numbered
+    assert chains["permuted"] == []
+
+
 def test_slowest_places(step):
     runs, _ = hlo.runs(step)
     first, second = hlo.slowest(step, runs)
