@@ -2,8 +2,8 @@
 
 Each part is compiled by itself for one chip, with its gradients, at the official sizes: images of 800x1344 pixels with
 100 objects. A part's memory is what the compiler sets aside beside arguments and results; in the whole step parts
-follow each other, and XLA shares much of it. Times are the compiler's, without most waiting for memory, and without all
-trips but one of loops whose length depends on data.
+follow each other, and XLA shares much of it. Times are the preflight's, without all trips but one of loops whose length
+depends on data.
 
     python benchmarks/detector_parts.py [--chips v5e:2 v6e:4] [--configs NAME ...] [--fast] [--out FILE]
 
@@ -17,6 +17,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,15 +38,19 @@ PARTS = (
 def compile_part(config: str, part: str, generation: str, images: int) -> None:
     """Compile a part in this process, and print its facts as a line of JSON."""
     from evmamba_jax.preflight import aot, hlo
+    from evmamba_jax.preflight.clock import clock
 
     function, arguments = parts_of(config, images)[part]()
-    compiled = aot.compile_for(generation, function, *arguments)
-    memory, program = compiled.memory_analysis(), hlo.parse(compiled.as_text())
+    with tempfile.TemporaryDirectory() as dump_folder:
+        aot.prepare(dump_folder)
+        compiled = aot.compile_for(generation, function, *arguments)
+        memory, program = compiled.memory_analysis(), hlo.parse(compiled.as_text())
+        items = clock(program, dump_folder, generation)
     found, unknown = hlo.runs(program)
     facts = {
         "temporaries": memory.temp_size_in_bytes,
         "results": memory.output_size_in_bytes,
-        "milliseconds": sum(hlo.cycles(run) * run.times for run in found) / aot.GENERATIONS[generation].clock * 1e3,
+        "milliseconds": sum(item.seconds for item in items) * 1e3,
         "kernels": sum(times for *_, times in hlo.pallas_calls(found)),
         "unknown": len(unknown),
     }
@@ -168,9 +173,9 @@ def main():
     report.text(
         "Each part of a train step compiled by itself for one chip, with its gradients, images of 800x1344 pixels with "
         f"100 objects; `{ALONE}`: without gradients, one image of a test. Temporaries: what the compiler sets aside "
-        "beside arguments and results, at its peak. Milliseconds: XLA's estimate of its instructions, without most "
-        "waiting for memory, without the Pallas kernels, whose runs are counted, and with a single trip of each loop "
-        "whose length depends on data. Of a cascade, box head and masks are one round's. Written by "
+        "beside arguments and results, at its peak. Milliseconds: by the preflight's clock, kernels included, with a "
+        "single trip of each loop whose length depends on data. Of a cascade, box head and masks are one round's. "
+        "Written by "
         f"`benchmarks/detector_parts.py{' --fast' if options.fast else ''}`."
     )
     sizes = [("temporaries, MiB", "{:,.1f}"), ("results, MiB", "{:,.1f}"), ("ms", "{:.2f}"), ("kernels", "{}")]

@@ -27,7 +27,8 @@ from jax.experimental.layout import Format, Layout
 from evmamba_jax.measuring import machine
 from evmamba_jax.measuring.document import Cell, Report
 from evmamba_jax.preflight import aot, hlo
-from evmamba_jax.preflight.kernels import BATCH, Kernel, Scan, compile_scan, read_schedule
+from evmamba_jax.preflight.clock import clock
+from evmamba_jax.preflight.kernels import BATCH, Kernel, Scan, compile_scan
 from evmamba_jax.preflight.scans import DETECTOR, model_scans
 from pallas_kernels import ATROUS, CROSS, Order, selective_scan
 
@@ -88,8 +89,8 @@ the time step, and sums of the results of several calls, are XLA's and are not i
 XLA = f"""\
 `selective_scan` with {PEER[0]} images of {PEER[1]} tokens, {PEER[2]} channels, {PEER[3]} states,
 bfloat16 streams, whole programs, each with the layouts of arguments and results that the compiler likes best for it: a
-program around it would choose them so. What is not a kernel counts with XLA's own `estimated_cycles`, loops by their
-trips: an estimate of low trust, good for factors well above 2.
+program around it would choose them so. By the preflight's clock: each instruction takes as long as its schedule or its
+traffic, whichever is longer, loops by their trips.
 """
 
 
@@ -208,26 +209,20 @@ def peers(report: Report, dump_folder: str) -> None:
                 except jax.errors.JaxRuntimeError as error:
                     report.row(*what, str(error).splitlines()[0])
                     continue
-                total, of_kernels = program_cycles(compiled.as_text(), name, dump_folder)
+                total, of_kernels = program_seconds(compiled.as_text(), name, dump_folder)
                 ours = ours or total
-                clock = aot.GENERATIONS[name].clock
                 temporaries = compiled.memory_analysis().temp_size_in_bytes / 2**30
-                report.row(*what, 1e3 * total / clock, 1e3 * of_kernels / clock, temporaries, total / ours)
+                report.row(*what, 1e3 * total, 1e3 * of_kernels, temporaries, total / ours)
 
 
-def program_cycles(text: str, generation: str, dump_folder: str) -> tuple[float, float]:
-    """Return the cycles of a compiled program, XLA's estimates and its kernels' schedules, and of the latter alone."""
-    found, unknown = hlo.runs(hlo.parse(text))
+def program_seconds(text: str, generation: str, dump_folder: str) -> tuple[float, float]:
+    """Return the time of a compiled program, and of its kernels alone."""
+    program = hlo.parse(text)
+    _, unknown = hlo.runs(program)
     if unknown:
         raise ValueError(f"loops of unknown trips: {unknown}")
-    kernels = 0.0
-    rest = 0
-    for run in found:
-        if 'custom_call_target="tpu_custom_call"' in run.instruction.line:
-            kernels += run.times * read_schedule(dump_folder, run.instruction.name, generation).cycles
-        else:
-            rest += run.times * hlo.cycles(run)
-    return rest + kernels, kernels
+    items = clock(program, dump_folder, generation)
+    return sum(i.seconds for i in items), sum(i.seconds for i in items if i.kind == "kernels")
 
 
 def every_scan(report: Report, dump_folder: str, size: str, generations: list[str], work: Path) -> None:
@@ -276,9 +271,9 @@ def _times(kernels: list[Kernel]) -> Cell:
     problems = [kernel.problem for kernel in kernels if kernel.problem]
     if problems:
         return f"refused: {problems[0]}"
-    clock = aot.GENERATIONS[kernels[0].generation].clock
+    rate = aot.GENERATIONS[kernels[0].generation].clock
     return [
-        1e3 * sum(kernel.cycles for kernel in kernels if kernel.direction == direction) / clock
+        1e3 * sum(kernel.cycles for kernel in kernels if kernel.direction == direction) / rate
         for direction in OPERATIONS
     ]
 

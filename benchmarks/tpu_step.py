@@ -68,7 +68,6 @@ def compile_step(model: str, form: str) -> None:
         "temporaries": memory.temp_size_in_bytes,
         "kept": memory.output_size_in_bytes - memory.alias_size_in_bytes,
         "kernels": len(hlo.pallas_calls(found)),
-        "cycles": sum(hlo.cycles(run) * run.times for run in found),
         "copies": list(copies(program, found)),
         "compile_cpu_seconds": seconds,
         "bytes_accessed": (compiled.cost_analysis() or {}).get("bytes accessed"),

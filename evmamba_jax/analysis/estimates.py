@@ -9,16 +9,14 @@ from evmamba_jax.errors import UserError
 from evmamba_jax.models.registry import abstract_model
 from evmamba_jax.preflight import aot, gpu
 from evmamba_jax.preflight.__main__ import inspect
+from evmamba_jax.preflight.clock import UNCERTAINTY
 from evmamba_jax.preflight.program import Request
 from evmamba_jax.preflight.report import needed, step_bounds, step_time
 
 KNOWN = (
-    "Estimates: nothing ran. The TPU's compiler gives the cycles of its instructions and the schedules of the Pallas "
-    "kernels; most waiting for memory is not in them, and they have never been compared with a chip. Beside the "
-    "compiler's own schedules its cycles are 4 to 8 times too high for reductions such as LayerNorm, and far too low "
-    "for others, such as the weight gradient of a depthwise convolution; a whole step of EfficientVMamba-T is by "
-    "schedules and bytes about 0.4 of its estimate. Compare estimates of one kind of TPU with each other, and with "
-    "nothing else."
+    "Estimates: nothing ran. Each instruction takes as long as the schedule of the TPU's compiler or its bytes to and "
+    "from memory, whichever is longer, and no transfer between memories or devices is hidden behind another one. "
+    f"{UNCERTAINTY}"
 )
 
 
@@ -26,7 +24,7 @@ class Estimate(NamedTuple):
     """What the compiler says of a train step.
 
     Attributes:
-        images_per_second: with no exchange between devices hidden behind computation.
+        images_per_second: with no exchange between devices or memories hidden behind computation.
         memory: bytes of a device.
         compile_seconds: here.
         multiply_adds: of one image in evaluation mode.

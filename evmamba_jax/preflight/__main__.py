@@ -31,7 +31,7 @@ from evmamba_jax.tasks import task_of
 from evmamba_jax.training import parse_command
 
 GRANULE = 8  # images: the search for a batch goes in rows of a TPU's registers
-LEAST_MEMORY = 2e9  # bytes: the smallest step of the tests takes 1.2e9, a reader of kernels 0.7e9
+LEAST_MEMORY = 2e9  # bytes: the smallest step of the tests takes 1.2e9
 
 
 def main(argv: list[str] | None = None, prog: str = "python -m evmamba_jax.preflight") -> int:
@@ -123,33 +123,6 @@ def _check_export(file: Path) -> None:
         raise UserError(f"--export {file} cannot be written: it must be a file in a folder that exists and is yours")
 
 
-def inspect(request: Request, *, fast: bool) -> dict[str, Any]:
-    """Compile as asked for and return the facts, the schedules of Pallas kernels included."""
-    facts = _run(request, fast=fast)
-    if "schedules" in facts:
-        facts["kernel_cycles"], facts["unread_kernels"] = _counted(facts["kernels"], facts.pop("schedules"))
-    return facts
-
-
-def _counted(calls: list[list[Any]], schedules: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
-    """Return the kernels that are called, each with its number of calls, and the number of calls of no known kernel."""
-    unread = 0
-    counts = [0] * len(schedules)
-    for name, types, times in calls:
-        # The compiler adds to a kernel's name: "scan.3", "scan.1.references_6_".
-        fitting = [
-            number
-            for number, kernel in enumerate(schedules)
-            if (name == kernel["name"] or name.startswith(kernel["name"] + ".")) and types == kernel["types"]
-        ]
-        if fitting:
-            counts[fitting[0]] += times
-        else:
-            unread += times
-    called = [kernel | {"count": count} for kernel, count in zip(schedules, counts, strict=True) if count]
-    return sorted(called, key=lambda kernel: -kernel["count"] * kernel["cycles"]), unread
-
-
 def _find_batch(request: Request, facts: dict[str, Any], *, fast: bool) -> str:
     """Search the largest batch of a device; return the result in words."""
     devices, granule = facts["devices"], GRANULE * facts["accumulation"]
@@ -158,8 +131,8 @@ def _find_batch(request: Request, facts: dict[str, Any], *, fast: bool) -> str:
     def compile_for(batch: int) -> float:
         if batch == start and fast:
             return needed(facts)
-        trial = dataclasses.replace(request, batch_per_device=batch, export="", schedules=False)
-        need = needed(_run(trial, fast=True))
+        trial = dataclasses.replace(request, batch_per_device=batch, export="", timed=False)
+        need = needed(inspect(trial, fast=True))
         print(f"batch {batch} a device: {need / 2**30:.2f} GiB", file=sys.stderr)
         return need
 
@@ -173,8 +146,8 @@ def _find_batch(request: Request, facts: dict[str, Any], *, fast: bool) -> str:
     )
 
 
-def _run(request: Request, *, fast: bool) -> dict[str, Any]:
-    """Let another process serve a request, and show how it gets on."""
+def inspect(request: Request, *, fast: bool) -> dict[str, Any]:
+    """Let another process compile as asked for, show how it gets on, and return the facts."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",  # the process that compiles uses no device, should there be one
         "CUDA_VISIBLE_DEVICES": "-1",
@@ -182,8 +155,9 @@ def _run(request: Request, *, fast: bool) -> dict[str, Any]:
     }
     if fast:
         environment["JAX_OPTIMIZATION_LEVEL"] = "O1"
-    command = [sys.executable, "-m", "evmamba_jax.preflight.program", json.dumps(dataclasses.asdict(request))]
-    with tempfile.TemporaryFile("w+") as log:
+    with tempfile.TemporaryFile("w+") as log, tempfile.TemporaryDirectory() as dump_folder:
+        text = json.dumps(dataclasses.asdict(request))
+        command = [sys.executable, "-m", "evmamba_jax.preflight.program", text, dump_folder]
         with (
             subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment) as process,
             _Progress(process.pid) as progress,
@@ -202,8 +176,7 @@ def _run(request: Request, *, fast: bool) -> dict[str, Any]:
         if "facts" not in answer:
             log.seek(0)
             raise UserError(_death(code, progress, log.read()))
-    facts = answer["facts"]
-    return facts | {"peak_rss": progress.peak + facts.pop("reader_rss", 0)}
+    return answer["facts"] | {"peak_rss": progress.peak}
 
 
 def _death(code: int, progress: "_Progress", log: str) -> str:

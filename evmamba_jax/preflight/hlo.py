@@ -1,13 +1,11 @@
-"""Reads a compiled step's text (optimized HLO): how often each instruction runs, arrays, collectives, cycles."""
+"""Reads a compiled step's text (optimized HLO): how often each instruction runs, arrays, collectives."""
 
 import dataclasses
 import functools
 import math
 import re
 from collections.abc import Iterator
-from typing import Any
 
-import jax
 import numpy as np
 
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](?:\{([\d,]*)(?::([^}]*))?\})?")
@@ -57,6 +55,16 @@ class Instruction:
         """Return what the first group of a pattern finds in the line."""
         match = re.search(pattern, self.line)
         return match[1] if match else None
+
+    @functools.cached_property
+    def operands(self) -> list[str]:
+        """The names of what it is given."""
+        return re.findall(r"%([\w.\-]+)", self.attribute(rf" {re.escape(self.opcode)}\(([^)]*)\)") or "")
+
+    @property
+    def is_kernel(self) -> bool:
+        """Whether it calls a Pallas kernel."""
+        return 'custom_call_target="tpu_custom_call"' in self.line
 
     @property
     def op_name(self) -> str:
@@ -234,10 +242,9 @@ def trips(program: Program, loop: Instruction) -> int | None:
     return limits[0] if len(limits) == 1 and is_counter else None
 
 
-def cycles(run: Run) -> int:
-    """Return XLA's estimate for one run of an instruction; 0 where it gives none."""
-    estimate = int(run.instruction.attribute(r'"estimated_cycles":"(\d+)"') or 0)
-    return estimate if estimate < 2**40 else 0  # what it cannot estimate it calls endless
+def is_exchange(instruction: Instruction) -> bool:
+    """Return whether an instruction is an exchange between devices, or the start or end of one."""
+    return instruction.opcode.removesuffix("-start").removesuffix("-done") in COLLECTIVES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,9 +316,8 @@ def _operand_arrays(program: Program, one: Instruction, inner: list[Instruction]
     """Return the bytes of the arguments of a reduce-scatter, whose result is but a share."""
     if not one.opcode.startswith("reduce-scatter"):
         return 0
-    names = re.findall(r"%([\w.\-]+)", (one.attribute(rf" {one.opcode}\(([^)]*)\)") or ""))
     known = {i.name: i for i in (*program.computations.get(computation, ()), *inner)}
-    return sum(array.size for name in names if name in known for array in known[name].result)
+    return sum(array.size for name in one.operands if name in known for array in known[name].result)
 
 
 def _group(instruction: Instruction, devices: int) -> list[int]:
@@ -362,36 +368,6 @@ def buffers(program: Program, found: list[Run]) -> list[Buffer]:
     return sorted(each, key=lambda buffer: -buffer.array.padded)
 
 
-@dataclasses.dataclass(frozen=True)
-class Slow:
-    """What XLA's instructions of one place of the program take in a step, by its own estimate.
-
-    Attributes:
-        cycles: of all runs of all of them.
-        count: instructions.
-        op_name: of the one that takes most.
-        source: ``file.py:line``.
-    """
-
-    cycles: int
-    count: int
-    op_name: str
-    source: str
-
-
-def slowest(program: Program, found: list[Run]) -> list[Slow]:
-    """Return the places whose instructions take longest, the way back apart from the way there; longest first."""
-    places: dict[tuple[str, bool], list[tuple[int, str]]] = {}
-    for run in found:
-        taken, name = cycles(run) * run.times, run.instruction.op_name
-        if taken:
-            places.setdefault((program.source(run.instruction), "transpose(" in name), []).append((taken, name))
-    each = [
-        Slow(sum(taken for taken, _ in runs), len(runs), max(runs)[1], source) for (source, _), runs in places.items()
-    ]
-    return sorted(each, key=lambda slow: -slow.cycles)
-
-
 def arguments(program: Program) -> dict[str, Array]:
     """Return the step's arguments by the name JAX gives them, ``state['model']['params']['head.kernel']``."""
     entry = [i for i in program.computations[program.entry] if i.opcode == "parameter"]
@@ -403,33 +379,5 @@ def pallas_calls(found: list[Run]) -> list[tuple[str, list[str], int]]:
     return [
         (run.instruction.name, [array.text for array in run.instruction.result], run.times)
         for run in found
-        if 'custom_call_target="tpu_custom_call"' in run.instruction.line
+        if run.instruction.is_kernel
     ]
-
-
-Shaped = list[tuple[tuple[int, ...], str]]  # dimensions and type, as StableHLO names it, of some arrays
-
-
-def stablehlo_kernels(lowered: jax.stages.Lowered) -> Iterator[tuple[str, Shaped, Shaped, str]]:
-    """Yield name, arguments, results and configuration of each Pallas TPU kernel of a lowered step, once."""
-    seen = set()
-    module: Any = lowered.compiler_ir("stablehlo")
-    stack = [module.operation]
-    while stack:
-        operation = stack.pop()
-        for region in operation.regions:
-            for block in region.blocks:
-                stack.extend(inner.operation for inner in block.operations)
-        if operation.name != "stablehlo.custom_call":
-            continue
-        if operation.attributes["call_target_name"].value == "tpu_custom_call":
-            config = operation.attributes["backend_config"].value
-            name = operation.attributes["kernel_name"].value if "kernel_name" in operation.attributes else "pallas"
-            arguments, results = (
-                [(tuple(value.type.shape), str(value.type.element_type)) for value in values]
-                for values in (operation.operands, operation.results)
-            )
-            key = str((name, arguments, results, config))
-            if key not in seen:
-                seen.add(key)
-                yield name, arguments, results, config

@@ -190,18 +190,9 @@ def compile_kernel(kernel: Kernel, call: Any, dump_folder: str) -> Kernel:
 
 
 def read_schedule(dump_folder: str, name: str, generation: str) -> schedules.Schedule:
-    """Read a scan kernel's schedule, its guarded loops weighed by how often the guard lets them run.
-
-    The kernels guard loops by the block of channels alone: the first block clears what all blocks add to, and the last
-    one sums it. So a guarded loop runs in one of so many steps of the grid as its last axis has.
-    """
+    """Read a scan kernel's schedule, its guarded loops weighed by how often the guard lets them run."""
     schedule = schedules.read(dump_folder, name, generation)
-    guarded = {
-        number: loop.trips / schedule.grid[-1]
-        for number, loop in enumerate(schedule.loops)
-        if loop.depth == 1 and loop.predicated == loop.rows and loop.trips is not None
-    }
-    return schedules.read(dump_folder, name, generation, trips=guarded)
+    return schedules.read(dump_folder, name, generation, trips=schedules.guarded(schedule))
 
 
 def moved_bytes(call: Any) -> int:

@@ -5,30 +5,27 @@ of memory takes its process with it. Its answers are lines of JSON on standard o
 and at last ``{"facts": ...}`` or ``{"error": ...}``.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
 import re
-import subprocess
 import sys
-import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from evmamba_jax.errors import UserError
-from evmamba_jax.preflight import aot, gpu, hlo, schedules
+from evmamba_jax.preflight import aot, gpu, hlo
+from evmamba_jax.preflight.clock import clock
 from evmamba_jax.tasks import task_of
 from evmamba_jax.training import parse_command
 from evmamba_jax.training.mesh import make_mesh
 from evmamba_jax.training.setup import Setup
 
-LARGEST = 8  # arrays and places in the code that a report lists
+LARGEST = 8  # arrays that a report lists
 
 
 @dataclasses.dataclass
@@ -40,27 +37,25 @@ class Request:
         topology: a TPU topology's or a GPU's name.
         batch_per_device: replaces config.batch_size where it is not 0.
         export: a file for the lowered step, or "".
-        schedules: whether to read the schedules of the step's Pallas kernels.
-        kernels: a file that holds such kernels, from the process that compiles their step: read their schedules, and
-            compile nothing else.
+        timed: whether to time the step's instructions, by the schedules that the compiler then writes.
     """
 
     arguments: list[str]
     topology: str
     batch_per_device: int = 0
     export: str = ""
-    schedules: bool = True
-    kernels: str = ""
+    timed: bool = True
 
 
 def main() -> None:
-    """Serve the request in the last argument."""
+    """Serve the request in the last argument but one; the last is a folder for the compiler's schedules."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever libraries print is no answer
     tell = lambda **words: print(json.dumps(words), file=answers)  # noqa: E731
-    request = Request(**json.loads(sys.argv[-1]))
+    *_, text, dump_folder = sys.argv
+    request = Request(**json.loads(text))
     try:
-        tell(facts=kernel_facts(request) if request.kernels else step_facts(request, tell))
+        tell(facts=step_facts(request, tell, dump_folder))
     except (UserError, ImportError) as error:
         tell(error=str(error))
     except Exception as error:  # a fault of the program that is checked, or of this one: where, and what
@@ -70,10 +65,13 @@ def main() -> None:
         raise
 
 
-def step_facts(request: Request, tell) -> dict[str, Any]:
-    """Build, lower, compile and read the step."""
+def step_facts(request: Request, tell, dump_folder: str) -> dict[str, Any]:
+    """Build, lower, compile and read the step; a TPU's compiler writes its schedules into the folder."""
     config, _ = parse_command(["train_tpu.py", *request.arguments])
     tell(stage=f"describing {request.topology}")
+    timed = request.timed and not gpu.is_gpu(request.topology)
+    if timed:
+        aot.prepare(dump_folder)
     target = gpu.target(request.topology) if gpu.is_gpu(request.topology) else _tpu(request.topology)
     if request.batch_per_device:
         config.batch_size = request.batch_per_device * len(target["devices"])
@@ -101,47 +99,19 @@ def step_facts(request: Request, tell) -> dict[str, Any]:
     if request.export:
         tell(stage=f"exporting to {request.export}")
         Path(request.export).write_bytes(exported(setup, target["platform"]))
-    kernels = list(hlo.stablehlo_kernels(lowered)) if request.schedules else []
-    with _reading(request, kernels) as schedules:
-        tell(stage=f"compiling for {mesh.size} devices")
-        started = time.perf_counter()
-        try:
-            compiled = lowered.compile()
-        except jax.errors.JaxRuntimeError as error:
-            return facts | {"refusal": refusal(str(error)), "compile_seconds": time.perf_counter() - started}
-        facts["compile_seconds"] = time.perf_counter() - started
-        tell(stage="reading what the compiler made")
-        return facts | compiled_facts(compiled, facts) | schedules()
-
-
-@contextlib.contextmanager
-def _reading(request: Request, kernels: list[Any]) -> Iterator[Callable[[], dict[str, Any]]]:
-    """Have the schedules of kernels read by another process, beside this one; yield what waits for its facts."""
-    if not kernels:
-        yield dict
-        return
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump(kernels, file)
-        file.flush()
-        request = dataclasses.replace(request, kernels=file.name)
-        # --fast is for XLA's part of the step.
-        environment = {name: value for name, value in os.environ.items() if name != "JAX_OPTIMIZATION_LEVEL"}
-        command = [sys.executable, "-m", "evmamba_jax.preflight.program", json.dumps(dataclasses.asdict(request))]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-
-        def facts() -> dict[str, Any]:
-            answers, _ = process.communicate()
-            answer = json.loads((answers.splitlines() or ["{}"])[-1])
-            if "facts" not in answer:
-                death = f"the reader of kernels ended with code {process.returncode}; is there memory for it?"
-                raise UserError(answer.get("error", death))
-            return answer["facts"]
-
-        try:
-            yield facts
-        finally:
-            process.kill()
-            process.wait()
+    tell(stage=f"compiling for {mesh.size} devices")
+    started = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        return facts | {"refusal": refusal(str(error)), "compile_seconds": time.perf_counter() - started}
+    facts["compile_seconds"] = time.perf_counter() - started
+    tell(stage="reading what the compiler made")
+    program = hlo.parse(compiled.as_text() or "")
+    if timed:
+        items = clock(program, dump_folder, facts["generation"])
+        facts["times"] = [dataclasses.asdict(item) for item in items]
+    return facts | compiled_facts(compiled, program, facts)
 
 
 def _tpu(name: str) -> dict[str, Any]:
@@ -193,9 +163,8 @@ def refusal(message: str) -> dict[str, Any]:
     return {"line": " ".join(lines[:1])[:600], "needed": needed}
 
 
-def compiled_facts(compiled: jax.stages.Compiled, facts: dict[str, Any]) -> dict[str, Any]:
-    """Read memory, exchanges, cycles and kernels of a compiled step."""
-    program = hlo.parse(compiled.as_text() or "")
+def compiled_facts(compiled: jax.stages.Compiled, program: hlo.Program, facts: dict[str, Any]) -> dict[str, Any]:
+    """Read memory and exchanges of a compiled step."""
     runs, unknown = hlo.runs(program)
     memory: Any = compiled.memory_analysis()
     parts: dict[str, list[int]] = {}
@@ -217,10 +186,7 @@ def compiled_facts(compiled: jax.stages.Compiled, facts: dict[str, Any]) -> dict
             for b in hlo.buffers(program, runs)[:LARGEST]
         ],
         "collectives": [dataclasses.asdict(e) | {"moved": e.moved} for e in exchanges],
-        "cycles": sum(hlo.cycles(run) * run.times for run in runs),
-        "slowest": [dataclasses.asdict(slow) for slow in hlo.slowest(program, runs)[:LARGEST]],
         "unknown_loops": len(unknown),
-        "kernels": hlo.pallas_calls(runs),
     }
 
 
@@ -237,52 +203,6 @@ def _part(name: str) -> str:
         if name.startswith(start):
             return part
     return "other"
-
-
-# Types as StableHLO, HLO and NumPy write them.
-_TYPES = {
-    **{"f32": ("f32", "float32"), "bf16": ("bf16", "bfloat16"), "f16": ("f16", "float16"), "i1": ("pred", "bool")},
-    **{f"i{bits}": (f"s{bits}", f"int{bits}") for bits in (8, 16, 32)},
-    **{f"ui{bits}": (f"u{bits}", f"uint{bits}") for bits in (8, 16, 32)},
-}
-
-
-def kernel_facts(request: Request) -> dict[str, Any]:
-    """Compile each Pallas kernel of a step by itself, which is how its schedule can be had, and read its cycles."""
-    with open(request.kernels) as file:
-        kernels = json.load(file)
-    import resource  # which is there where libtpu is
-
-    generation = aot.topology(request.topology).generation
-    found = []
-    with tempfile.TemporaryDirectory() as folder:
-        aot.prepare(folder)
-        for name, arguments, results, config in kernels:
-            shapes = [[jax.ShapeDtypeStruct(shape, _TYPES[kind][1]) for shape, kind in v] for v in (arguments, results)]
-            call = jax.ffi.ffi_call(
-                "tpu_custom_call",
-                shapes[1],
-                custom_call_api_version=1,
-                legacy_backend_config=config,
-                has_side_effect=True,  # nobody reads what it makes
-            )
-            aot.compile_for(generation.name, call, *shapes[0])
-            schedule = schedules.read(folder, "ffi_call", generation.name)  # the newest: the one just compiled
-            spills = sum(loop.spills for loop in schedule.loops)
-            types = [f"{_TYPES[kind][0]}[{','.join(map(str, shape))}]" for shape, kind in results]
-            found.append(
-                {
-                    "name": name,
-                    "types": types,
-                    "cycles": schedule.cycles,
-                    "is_complete": schedule.is_complete,
-                    "vmem": schedule.vmem_bytes,
-                    "spills": spills,
-                    "busiest": max(schedule.loops, key=lambda loop: loop.cycles).busiest if schedule.loops else None,
-                }
-            )
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"schedules": found, "reader_rss": peak}
 
 
 if __name__ == "__main__":

@@ -4,7 +4,10 @@ import collections
 from collections.abc import Iterator
 from typing import Any
 
+from evmamba_jax.preflight.clock import KINDS, UNCERTAINTY
+
 GIB = 2**30
+LINES = 12  # of the code, that take longest
 _PARTS = ("parameters", "batch statistics", "moving average", "optimizer", "input batch", "other")
 
 
@@ -14,10 +17,8 @@ def report(facts: dict[str, Any], *, fast: bool) -> str:
     if "refusal" in facts:
         return "\n".join([*lines, "", *_refused(facts)])
     lines += ["", *_memory(facts), "", *_buffers(facts), "", *_exchanges(facts)]
-    if "kernel_cycles" in facts:
-        lines += ["", *_kernels(facts)]
-    if facts["platform"] == "tpu":
-        lines += ["", *_slowest(facts)]
+    if "times" in facts:
+        lines += ["", *_kernels(facts), "", *_longest(facts)]
     return "\n".join([*lines, "", *_time(facts, fast)])
 
 
@@ -111,64 +112,93 @@ def _exchanges(facts: dict[str, Any]) -> Iterator[str]:
 
 
 def _kernels(facts: dict[str, Any]) -> Iterator[str]:
-    yield "Pallas kernels, those that take longest first (static cycles: without waiting for memory)"
-    for kernel in facts["kernel_cycles"]:
-        unit, load = kernel["busiest"] or ("nothing", 0.0)
-        at_least = "" if kernel["is_complete"] else "at least "
-        cycles = kernel["cycles"]
+    # Calls of one kernel are numbered, and the compiler adds to its name: "scan.3", "scan.1.references_6_".
+    calls: dict[tuple, list[dict]] = collections.defaultdict(list)
+    for item in facts["times"]:
+        if item["kind"] == "kernels":
+            seconds = None if item["schedule"] is None else item["schedule"] / item["runs"]
+            calls[item["name"].partition(".")[0], seconds].append(item)
+    yield "Pallas kernels, those that take longest first" if calls else "No Pallas kernels"
+    for (name, seconds), each in sorted(calls.items(), key=lambda call: -_total(call[1], "seconds")):
+        one, count = each[0], sum(item["runs"] for item in each)
+        if seconds is None:
+            yield f"  {count:4} x {name}: the compiler wrote no schedule"
+            continue
+        at_least = "" if one["is_complete"] else "at least "
         yield (
-            f"  {kernel['count']:4} x {kernel['name']}: {at_least}{cycles:,.0f} cycles, "
-            f"{cycles / facts['clock'] * 1e3:.3f} ms; {unit} {load:.0%}; VMEM {_size(kernel['vmem'])}; "
-            f"spills {kernel['spills']}"
+            f"  {count:4} x {name}: {at_least}{seconds * facts['clock']:,.0f} cycles, {seconds * 1e3:.3f} ms; "
+            f"{one['unit']} {one['load']:.0%}; VMEM {_size(one['vmem'])}; spills {one['spills']}"
         )
-    if facts["unread_kernels"]:
-        yield f"  {facts['unread_kernels']} calls of kernels whose schedule was not found"
 
 
-def _slowest(facts: dict[str, Any]) -> Iterator[str]:
-    yield "Lines whose XLA instructions take longest, by XLA's own estimate"
-    for place in facts["slowest"]:
-        milliseconds = place["cycles"] / facts["clock"] * 1e3
-        yield f"  {milliseconds:7.3f} ms  {place['count']:4} x  {place['source']}  {_end(place['op_name'])}"
+def _longest(facts: dict[str, Any]) -> Iterator[str]:
+    places: dict[tuple[str, str], list[dict]] = collections.defaultdict(list)
+    for item in facts["times"]:
+        places[item["source"], item["direction"]].append(item)
+    yield "Lines whose instructions take longest: ms, of them by schedule and by memory alone, instructions"
+    for (source, direction), each in sorted(places.items(), key=lambda place: -_total(place[1], "seconds"))[:LINES]:
+        op_name = _end(max(each, key=lambda item: item["seconds"])["op_name"])
+        yield f"  {_three(each)}  {len(each):5} x  {source or 'of unknown source'} {direction}  {op_name}"
+
+
+def _three(items: list[dict[str, Any]]) -> str:
+    """Return the milliseconds of instructions, those of their schedules, and those of their memory."""
+    return " ".join(f"{_total(items, name) * 1e3:8.3f}" for name in ("seconds", "schedule", "memory"))
+
+
+def _total(items: list[dict[str, Any]], name: str) -> float:
+    return sum(item[name] or 0.0 for item in items)
 
 
 def step_time(facts: dict[str, Any]) -> dict[str, float]:
-    """Return the seconds of XLA's instructions, of kernels and of exchanges over the links of a slice."""
-    kernels = sum(kernel["count"] * kernel["cycles"] for kernel in facts.get("kernel_cycles", ()))
+    """Return the seconds of XLA's instructions, of kernels, of hidden transfers, and of exchanges within a slice.
+
+    Hidden are the transfers between main memory and the chip's own for which nothing has to wait.
+    """
+    kernels = [item for item in facts["times"] if item["kind"] == "kernels"]
+    others = [item for item in facts["times"] if item["kind"] != "kernels"]
     moved = sum(e["times"] * e["moved"] for e in facts["collectives"] if not e["between_slices"])
     return {
-        "XLA": facts["cycles"] / facts["clock"],
-        "kernels": kernels / facts["clock"],
+        "XLA": _total(others, "seconds"),
+        "kernels": _total(kernels, "seconds"),
+        "transfers": sum(max(0.0, item["memory"] - item["seconds"]) for item in others if item["kind"] == "transfers"),
         "exchanges": moved / facts["link_bandwidth"],
     }
 
 
 def step_bounds(parts: dict[str, float]) -> tuple[float, float]:
-    """Return the seconds of a step with all exchanges hidden, and with none; ``parts`` are those of its time."""
+    """Return the seconds of a step with transfers and exchanges hidden, and with none; ``parts``: of its time."""
     compute = parts["XLA"] + parts["kernels"]
-    return max(compute, parts["exchanges"]), compute + parts["exchanges"]
+    return max(compute, parts["exchanges"]), compute + parts["transfers"] + parts["exchanges"]
 
 
 def _time(facts: dict[str, Any], fast: bool) -> Iterator[str]:
     if facts["platform"] != "tpu":
         yield "Time of a step: not known. XLA's GPU compiler estimates none, and chose its kernels without trying them."
         return
-    parts = step_time(facts)
+    parts, items = step_time(facts), facts["times"]
     low, high = step_bounds(parts)
     images = facts["batch_size"]
     speed = f"{images / high:,.0f} to {images / low:,.0f} images/s"
-    yield f"Time of a step (rough): {low * 1e3:.1f} to {high * 1e3:.1f} ms, {speed}"
+    yield f"Time of a step (estimate): {low * 1e3:.1f} to {high * 1e3:.1f} ms, {speed}"
+    yield "  kind: ms, of them by schedule and by memory alone, instructions"
+    for kind in KINDS:
+        each = [item for item in items if item["kind"] == kind]
+        yield f"  {kind:16} {_three(each)}  {len(each):5}"
     yield (
-        f"  XLA {parts['XLA'] * 1e3:.1f} ms, Pallas kernels {parts['kernels'] * 1e3:.1f} ms, exchanges "
-        f"{parts['exchanges'] * 1e3:.2f} ms at full bandwidth; from all of them hidden to none"
+        f"  exchanges {parts['exchanges'] * 1e3:.2f} ms at full bandwidth, transfers for which nothing waits "
+        f"{parts['transfers'] * 1e3:.2f} ms: from all of both hidden to none"
     )
-    missing = ["most waiting for memory", "the latency of exchanges", "input"]
+    bare = [item for item in items if item["schedule"] is None and item["kind"] != "transfers"]
+    if bare:
+        share = _total(bare, "seconds") / (parts["XLA"] + parts["kernels"])
+        yield f"  {len(bare)} instructions without a schedule, by their bytes alone: {share:.1%} of the time"
+    yield f"  {UNCERTAINTY}"
+    missing = ["the latency of memory and exchanges", "input"]
     if facts["unknown_loops"]:
         missing.append(f"all trips but one of {facts['unknown_loops']} loops whose length depends on data")
-    if facts.get("unread_kernels"):
-        missing.append("kernels whose schedule was not found")
     if any(exchange["between_slices"] for exchange in facts["collectives"]):
         missing.append("the network between slices")
-    yield f"  Not in it: {', '.join(missing)}. Never compared with hardware: use it to compare programs, not to plan."
+    yield f"  Not in it: {', '.join(missing)}."
     if fast:
         yield "  --fast compiles a slower program than training runs: memory and exchanges hold, the time is too long."

@@ -98,10 +98,30 @@ class Schedule:
         return "\n".join(lines)
 
 
-def _names(dump_folder: Path) -> list[str]:
-    """Return the names of everything scheduled in a dump folder; a call's number (``.1``) is part of its name."""
-    found = (re.fullmatch(rf"\d+-(.+)-\d+-{TIMELINE}\.txt", file) for file in os.listdir(dump_folder))
-    return sorted({match[1] for match in found if match and not match[1].startswith(("<", "TLP"))})
+def files(dump_folder: str | os.PathLike[str], *, of_last_program: bool = False) -> dict[str, tuple[Path, Path | None]]:
+    """Return the two files, timeline and loads, of everything scheduled in a dump folder.
+
+    A call's number (``.1``) is part of its name; of what was compiled several times under one name, the last counts.
+
+    Args:
+        dump_folder: the folder.
+        of_last_program: leave out what belongs to programs that were compiled before the last one.
+    """
+    folder = Path(dump_folder)
+    # TIME-NAME-PASS-label.txt; the first that a program writes is its control, "TLP", and "<...>".
+    pattern = re.compile(rf"(\d+)-(.+)-\d+-({TIMELINE}|{LOADS})\.txt")
+    found = [match for file in (os.listdir(folder) if folder.is_dir() else ()) if (match := pattern.fullmatch(file))]
+    began = max((int(match[1]) for match in found if match[2] == "TLP"), default=0) if of_last_program else 0
+    newest: dict[str, tuple[int, dict[str, Path]]] = {}
+    for match in found:
+        time, name = int(match[1]), match[2]
+        if time < began or name.startswith(("<", "TLP")):
+            continue
+        if name not in newest or newest[name][0] < time:
+            newest[name] = time, {}
+        if newest[name][0] == time:
+            newest[name][1][match[3]] = folder / match[0]
+    return {name: (both[TIMELINE], both.get(LOADS)) for name, (_, both) in newest.items() if TIMELINE in both}
 
 
 def read(
@@ -127,14 +147,26 @@ def read(
         FileNotFoundError: there is no such kernel in the folder.
         ValueError: an unknown generation, trips of a loop that is not there, or a format this reader does not know.
     """
+    known = files(dump_folder)
+    # XLA numbers the calls of one name.
+    found = [name for name in known if re.fullmatch(rf"{re.escape(kernel)}(\.\d+)?", name)]
+    if not found:
+        there = ", ".join(sorted(known)[:20]) if os.path.isdir(dump_folder) else "no such folder"
+        raise FileNotFoundError(
+            f"no schedule of {kernel!r} in {dump_folder} (there are: {there or 'none'}); was aot.prepare called with "
+            "this folder before the first compilation?"
+        )
+    last = max(found, key=lambda name: int(known[name][0].name.partition("-")[0]))
+    return read_files(kernel, known[last], generation, trips=trips)
+
+
+def read_files(
+    kernel: str, both: tuple[Path, Path | None], generation: str, *, trips: Mapping[int, float] | None = None
+) -> Schedule:
+    """Read a schedule from its two files, as :func:`files` names them; all else is as for :func:`read`."""
     if generation not in GENERATIONS:
         raise ValueError(f"unknown generation {generation!r}; allowed: {', '.join(GENERATIONS)}")
-    timeline = _newest(Path(dump_folder), kernel, TIMELINE)
-    stem = timeline.name.removesuffix(f"-{TIMELINE}.txt").rpartition("-")[0]
-    loads = next(
-        (file for file in timeline.parent.iterdir() if re.fullmatch(rf"{re.escape(stem)}-\d+-{LOADS}\.txt", file.name)),
-        None,
-    )
+    timeline, loads = both
     try:
         if loads is None:
             raise _Unknown("the loads on its units are missing")
@@ -151,24 +183,24 @@ def read(
         ) from error
 
 
+def guarded(schedule: Schedule) -> dict[int, float]:
+    """Return the trips of the loops that a scan kernel guards, by their number, for another reading.
+
+    The kernels guard loops by the block of channels alone: the first block clears what all blocks add to, and the last
+    one sums it. So a guarded loop runs in one of so many steps of the grid as its last axis has.
+    """
+    return {
+        number: loop.trips / schedule.grid[-1]
+        for number, loop in enumerate(schedule.loops)
+        if loop.depth == 1 and loop.predicated == loop.rows and loop.trips is not None
+    }
+
+
 class _Unknown(Exception):
     """Something in a dump that the reader does not know."""
 
 
 _LEAD = 8  # trips by which a pipeline's loop may exceed its grid; with double buffers it is 2
-
-
-def _newest(folder: Path, kernel: str, label: str) -> Path:
-    # TIME-NAME.NUMBER-PASS-label.txt; XLA numbers the calls of one name.
-    pattern = re.compile(rf"(\d+)-{re.escape(kernel)}(\.\d+)?-\d+-{label}\.txt")
-    found = [(int(match[1]), file) for file in folder.glob("*.txt") if (match := pattern.fullmatch(file.name))]
-    if not found:
-        there = ", ".join(_names(folder)[:20]) if folder.is_dir() else "no such folder"
-        raise FileNotFoundError(
-            f"no schedule of {kernel!r} in {folder} (there are: {there or 'none'}); was aot.prepare called with this "
-            "folder before the first compilation?"
-        )
-    return max(found)[1]
 
 
 @dataclasses.dataclass
@@ -179,7 +211,7 @@ class _Region:
     indent: int
     role: str  # pred_region, loop_body, ...
     start: int = 0
-    end: int = 0
+    end: int = -1  # not known
     trips: float | None = None  # of a loop_body: its constant number of trips
     grid: tuple[int, ...] = ()  # of a loop_body: the grid that Pallas walks in it
 
@@ -221,7 +253,7 @@ def _read_timeline(text: str) -> tuple[list[_Region], tuple[int, ...], int]:
             # Windows are fetched ahead of the body, so the loop makes a few more trips than the grid has steps.
             if loop and loop.trips is not None and 0 < loop.trips - math.prod(bounds) <= _LEAD:
                 loop.grid = bounds
-    if not regions or not regions[0].end:
+    if not regions or regions[0].end < 0:
         raise _Unknown("it lists no regions with their rows")
     return regions, grid, vmem
 

@@ -20,6 +20,7 @@ from evmamba_jax.errors import UserError
 from evmamba_jax.measuring import machine
 from evmamba_jax.measuring.rounds import spread, steps_for, take_turns, waited
 from evmamba_jax.models import abstract_model
+from evmamba_jax.preflight.clock import UNCERTAINTY
 from evmamba_jax.training import parse_command
 
 SMALL = ("--size", "32", "--rounds", "3", "--seconds", "3")
@@ -425,8 +426,8 @@ def test_an_estimate_is_of_the_step_that_is_measured(monkeypatch):
         seen["config"], _ = parse_command(["train", *request.arguments])
         memory = {"arguments": 1, "temporaries": 2, "code": 3, "kept_outputs": 4}
         return {
-            **{"cycles": 3e6, "clock": 1e9, "kernel_cycles": [{"count": 2, "cycles": 1e6}], "collectives": []},
-            **{"link_bandwidth": 1.0, "memory": memory, "available": 100, "compile_seconds": 7.0},
+            "times": [{"kind": "kernels", "seconds": 2e-3}, {"kind": "elementwise", "seconds": 3e-3, "memory": 1e-3}],
+            **{"collectives": [], "link_bandwidth": 1.0, "memory": memory, "available": 100, "compile_seconds": 7.0},
         }
 
     monkeypatch.setattr(estimates, "inspect", inspect)
@@ -444,7 +445,7 @@ def test_an_estimate_is_a_row_that_says_so(monkeypatch, tmp_path):
     assert speed_table.main([*command, "--json", str(file)]) == 0
     (row,) = rows_of(file)
     assert [row["images/s"], row["told by"], row["note"]] == [1600.0, "compiler", "estimate"]
-    assert "never been compared with a chip" in file.with_suffix(".md").read_text()
+    assert UNCERTAINTY in file.with_suffix(".md").read_text()
 
 
 def test_what_is_drawn(programs, tmp_path):

@@ -1,5 +1,6 @@
 """The pre-flight check as a command: what it refuses, what it reports, what it exports."""
 
+import dataclasses
 import importlib.util
 import os
 import signal
@@ -17,8 +18,9 @@ from evmamba_jax.data.sources import describe
 from evmamba_jax.errors import UserError
 from evmamba_jax.preflight import __main__ as command
 from evmamba_jax.preflight import aot, gpu, program
+from evmamba_jax.preflight.clock import UNCERTAINTY, Timed
 from evmamba_jax.preflight.program import Request
-from evmamba_jax.preflight.report import needed, report, step_time
+from evmamba_jax.preflight.report import needed, report, step_bounds, step_time
 from evmamba_jax.training import parse_command
 
 ROOT = Path(__file__).parents[2]
@@ -91,7 +93,7 @@ def test_without_the_compilers(monkeypatch):
         ("h100-8", "the GPU compiler is not installed: pip install jax-cuda13-plugin=="),
     ):
         with pytest.raises(ImportError) as caught:
-            program.step_facts(Request(SMALL, topology), lambda **words: None)
+            program.step_facts(Request(SMALL, topology), lambda **words: None, "nowhere")
         assert message in str(caught.value)
         assert "\n" not in str(caught.value)
 
@@ -150,33 +152,25 @@ def test_refusals_of_the_compiler(message, bytes_needed):
     assert needed(facts | {"refusal": refusal}) > facts["available"]
 
 
+def timed(kind: str, seconds: float, **others: Any) -> dict[str, Any]:
+    """Return an instruction's time, as the process that compiles tells it."""
+    item = Timed(kind, kind, 1, seconds, seconds, 0, 0.0, True, "VALU", 0.9, 0, 0, "forward", "a.py:1", "jit(f)/add")
+    return dataclasses.asdict(item) | others
+
+
 def test_the_time_of_a_step_is_the_sum_of_its_parts():
     inside = {"times": 10, "moved": 2e6, "between_slices": False}
     facts = {
-        **{"clock": 1e9, "cycles": 3e6, "link_bandwidth": 1e9},
+        "link_bandwidth": 1e9,
         "collectives": [inside, inside | {"between_slices": True}],
-        "kernel_cycles": [{"count": 4, "cycles": 5e5}, {"count": 1, "cycles": 1e6}],
+        "times": [
+            *(timed("elementwise", 2e-3), timed("matrix products", 1e-3), timed("kernels", 3e-3)),
+            timed("transfers", 1e-3, schedule=None, memory=5e-3),
+        ],
     }
-    assert step_time(facts) == {"XLA": 3e-3, "kernels": 3e-3, "exchanges": 20e-3}
-
-
-def test_calls_are_counted_by_kernel():
-    common = {"cycles": 10, "is_complete": True, "vmem": 0, "spills": 0, "busiest": None}
-    schedules = [
-        {"name": "scan", "types": ["f32[8]"], **common},
-        {"name": "scan", "types": ["f32[16]"], **common},
-        {"name": "scan_backward", "types": ["f32[8]"], **common, "cycles": 99},
-        {"name": "unused", "types": ["f32[8]"], **common},
-    ]
-    calls = [["scan.3", ["f32[8]"], 2], ["scan.1.references_6_", ["f32[8]"], 1], ["scan", ["f32[16]"], 49]]
-    calls += [["scan_backward.7", ["f32[8]"], 5], ["other.1", ["f32[8]"], 4]]
-    kernels, unread = command._counted(calls, schedules)
-    assert [(kernel["name"], kernel["types"], kernel["count"]) for kernel in kernels] == [
-        ("scan_backward", ["f32[8]"], 5),
-        ("scan", ["f32[16]"], 49),
-        ("scan", ["f32[8]"], 3),
-    ]
-    assert unread == 4
+    parts = step_time(facts)
+    assert parts == pytest.approx({"XLA": 4e-3, "kernels": 3e-3, "transfers": 4e-3, "exchanges": 20e-3})
+    assert step_bounds(parts) == pytest.approx((20e-3, 31e-3))  # exchanges take longest, or nothing is hidden
 
 
 def test_the_largest_batch_in_words(monkeypatch):
@@ -189,7 +183,7 @@ def test_the_largest_batch_in_words(monkeypatch):
     asked: list[int] = []
     memory = {"arguments": 2**30, "temporaries": 64 * 2**27, "code": 0, "kept_outputs": 0}
     facts = {"devices": 8, "accumulation": 2, "batch_size": 512, "available": 16 * 2**30, "memory": memory}
-    monkeypatch.setattr(command, "_run", compiled)
+    monkeypatch.setattr(command, "inspect", compiled)
     text = command._find_batch(Request([], "v5e-8"), facts, fast=True)
     assert "112 a device, config.batch_size=896 (15.00 of 16.00 GiB; 128 do not" in text
     assert 64 not in asked  # that one is known
@@ -252,11 +246,12 @@ def test_a_step_compiled_for_eight_chips(tmp_path):
         " of 15.75 GiB of a device",
         "optimizer",
         "Largest arrays",
-        "Lines whose XLA instructions take longest",
+        "Pallas kernels, those that take longest first",
+        "Lines whose instructions take longest",
         "all-reduce",
-        "Time of a step (rough): ",
+        "Time of a step (estimate): ",
         "images/s",
-        "Never compared with hardware",
+        UNCERTAINTY,
     ):
         assert words in out, words
     assert "compiling for 8 devices" in err  # progress

@@ -44,7 +44,6 @@ def test_loops_multiply(step):
     assert times["all-reduce.7"] == 49
     assert times["f"] == 49 * 14
     assert unknown == ["r"]  # it ends when a random number pleases
-    assert sum(hlo.cycles(run) * run.times for run in runs) == 1000 + 49 * 14 * 100 + 7
 
 
 def test_known_trip_count_comes_first():
@@ -95,15 +94,6 @@ def test_the_calls_that_led_to_an_instruction(step):
     assert chains["wide"] == [library, ours, script]
     assert chains["narrow"] == [("/home/me/clone/pallas_kernels/sequential.py", 33)]  # written out, not numbered
     assert chains["permuted"] == []
-
-
-def test_slowest_places(step):
-    runs, _ = hlo.runs(step)
-    first, second = hlo.slowest(step, runs)
-    # The ones in the loop of 49 x 14 trips, and the one of a branch, say no line; they are told together.
-    assert (first.cycles, first.count, first.source) == (49 * 14 * 100 + 7, 2, "")
-    assert (second.cycles, second.count, second.source) == (1000, 1, "evmamba_jax/layers/mlp.py:44")
-    assert second.op_name == "jit(train_step)/convert"
 
 
 def test_arguments_and_kernels(step):
