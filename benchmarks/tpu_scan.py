@@ -28,6 +28,15 @@ from evmamba_jax.measuring import machine
 from evmamba_jax.measuring.document import Cell, Report
 from evmamba_jax.preflight import aot, hlo
 from evmamba_jax.preflight.clock import clock
+from evmamba_jax.preflight.floor import (
+    ATTAINABLE,
+    REGISTER,
+    SCAN_EXPONENTIAL,
+    SCAN_VECTOR,
+    VECTOR_UNITS,
+    ScanFloor,
+    hbm_seconds,
+)
 from evmamba_jax.preflight.kernels import BATCH, Kernel, Scan, compile_scan
 from evmamba_jax.preflight.scans import DETECTOR, model_scans
 from pallas_kernels import ATROUS, CROSS, Order, selective_scan
@@ -47,16 +56,6 @@ PEER = (BATCH, 784, 384, 16)
 
 FREE = Format(Layout.AUTO)  # the compiler chooses
 
-REGISTER = 1024  # elements of 4 bytes
-VECTOR_UNITS = 4  # operations a cycle
-# Operations of the vector units for each token and channel: so many for each state, and so many besides. Forward: the
-# exponent, its scaling, decay, input, their sum, output, its sum; what a token costs besides is not in the floor.
-# Backward, as the kernel has them: 5 of these again, and 14 on the way back, decays kept. Besides, 6 for the step size,
-# 5 to unpack u twice and dy, and for dt u twice, 4 for the slope of softplus, and for the gradients 3 of the step size,
-# 1 of its bias, 2 of u.
-OPERATIONS = {"forward": (7, 0), "backward": (5 + 14, 6 + 5 + 4 + 3 + 1 + 2)}
-ATTAINABLE = 0.8  # of the peak of HBM
-
 EVERY_SCAN = {
     size: f"""\
 Every distinct scan of every registered model, {images}, bfloat16, for one JAX device (a chip; of tpu7x, half a chip):
@@ -70,6 +69,14 @@ step, states N, orders.
     }.items()
 }
 
+
+def _counted(operations: dict[str, tuple[int, int]]) -> str:
+    """Say how many operations a token and channel take."""
+    return ", ".join(
+        f"{direction} {each} a state and {besides} besides" for direction, (each, besides) in operations.items()
+    )
+
+
 THREE_MODELS = f"""\
 Batch {BATCH} a JAX device (a chip; of tpu7x, half a chip), bfloat16, kernels alone: projections to B, C and the rank of
 the time step, and sums of the results of several calls, are XLA's and are not in here.
@@ -77,10 +84,10 @@ the time step, and sums of the results of several calls, are XLA's and are not i
 - **ms by cycles**: the schedules of all calls, a row a cycle, over the clock; without waiting for memory.
 - **HBM moved**, **ms by HBM**: what the windows of all calls bring in and out, at {ATTAINABLE:.0%} of the peak.
 - **floor**: the largest of three times of a fused scan. HBM: x and y once, projections (float32) once; backward: x, dy
-  and dx once, projections read and their gradients written (**fused ideal**). Exponentials: one for each token, channel
-  and state, {REGISTER} a cycle of a core. Vector: {OPERATIONS["forward"][0]} operations for each; backward, by the
-  kernel's own count, {OPERATIONS["backward"][0]} for each and {OPERATIONS["backward"][1]} for each token and channel;
-  {VECTOR_UNITS * REGISTER} a cycle of a core.
+  and dx once, projections read and their gradients written (**fused ideal**). Exponential unit, for each token and
+  channel: {_counted(SCAN_EXPONENTIAL)}; {REGISTER} elements a cycle of a core. Vector units: {_counted(SCAN_VECTOR)},
+  by the kernel's own count; {VECTOR_UNITS * REGISTER} elements a cycle of a core. The count is in
+  `evmamba_jax/preflight/floor.py`.
 - **ratio**: the larger of the two times over the floor.
 - **busiest unit**: of the loop that takes most, and the share of its slots in use. **spills**: registers that one turn
   of the innermost loops writes to memory, all calls together.
@@ -92,45 +99,6 @@ bfloat16 streams, whole programs, each with the layouts of arguments and results
 program around it would choose them so. By the preflight's clock: each instruction takes as long as its schedule or its
 traffic, whichever is longer, loops by their trips.
 """
-
-
-@dataclasses.dataclass(frozen=True)
-class Floor:
-    """The least time, in seconds, by each of three limits of one JAX device, and the bytes of the first."""
-
-    bytes: int
-    hbm: float
-    exponentials: float
-    vector: float
-
-    @classmethod
-    def of(cls, scans: list[Scan], generation: aot.Generation, direction: str) -> "Floor":
-        """Return the floor of a fused scan, which reads and writes every pixel once."""
-        elements = sum(s.batch * s.visits * s.channels * s.state for s in scans)
-        for_each, besides = OPERATIONS[direction]
-        operations = sum(s.batch * s.visits * s.channels * (for_each * s.state + besides) for s in scans)
-        images = sum(2 * s.batch * s.height * s.width * s.channels for s in scans)  # x, y and their gradients: bfloat16
-        packed = sum(4 * s.batch * s.visits * (s.rank + 2 * s.state) for s in scans)
-        moved = 2 * images + packed if direction == "forward" else 3 * images + 2 * packed
-        rate = REGISTER * generation.cores_per_device * generation.clock
-        return cls(
-            bytes=moved,
-            hbm=hbm_seconds(moved, generation),
-            exponentials=elements / rate,
-            vector=operations / (VECTOR_UNITS * rate),
-        )
-
-    @property
-    def binding(self) -> tuple[str, float]:
-        """The limit that holds, and its time."""
-        limits = {"HBM": self.hbm, "exponentials": self.exponentials, "vector": self.vector}
-        return max(limits.items(), key=lambda limit: limit[1])
-
-
-def hbm_seconds(moved: float, generation: aot.Generation) -> float:
-    """Return how long a JAX device takes to move bytes from and to HBM."""
-    share = generation.cores_per_device / generation.cores
-    return moved / (ATTAINABLE * generation.hbm_bandwidth * share)
 
 
 def figures(report: Report, dump_folder: str) -> None:
@@ -154,7 +122,7 @@ def figures(report: Report, dump_folder: str) -> None:
         generation = aot.GENERATIONS[name]
         for title, scans in FIGURES.items():
             kernels = [k for scan in scans for k in compile_scan(scan, name, dump_folder)]
-            for direction in OPERATIONS:
+            for direction in SCAN_VECTOR:
                 report.row(title, name, direction, *_figure(generation, direction, scans, kernels))
 
 
@@ -166,7 +134,7 @@ def _figure(generation: aot.Generation, direction: str, scans: list[Scan], kerne
     compute = sum(call.cycles for call in calls) / generation.clock
     moved = sum(call.hbm_bytes for call in calls)
     waiting = hbm_seconds(moved, generation)
-    floor = Floor.of(scans, generation, direction)
+    floor = ScanFloor.of(scans, generation, direction)
     limit, least = floor.binding
     slowest = max(calls, key=lambda call: call.cycles)
     times = [1e3 * compute, moved / 1e6, 1e3 * waiting, 1e3 * least]
@@ -274,7 +242,7 @@ def _times(kernels: list[Kernel]) -> Cell:
     rate = aot.GENERATIONS[kernels[0].generation].clock
     return [
         1e3 * sum(kernel.cycles for kernel in kernels if kernel.direction == direction) / rate
-        for direction in OPERATIONS
+        for direction in SCAN_VECTOR
     ]
 
 
