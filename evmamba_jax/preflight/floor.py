@@ -14,10 +14,12 @@ and the longest of the four times of its rest, and the step the sum of its parts
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from evmamba_jax.preflight.aot import Generation
 from evmamba_jax.preflight.kernels import Scan
+from evmamba_jax.preflight.parts import PARTS
 from evmamba_jax.preflight.work import Work
 
 ATTAINABLE = 0.8  # of the peak of HBM
@@ -101,14 +103,19 @@ class Floor:
     limits: dict[str, float]
 
     @property
+    def limit(self) -> str:
+        """The longest of the limits."""
+        return max(self.limits, key=self.limits.__getitem__)
+
+    @property
     def seconds(self) -> float:
         """The kernels, and after them the longest of the limits."""
-        return self.kernels + max(self.limits.values())
+        return self.kernels + self.limits[self.limit]
 
     @property
     def set_by(self) -> str:
         """What takes most of it: ``kernels``, or the name of a limit."""
-        return max({"kernels": self.kernels, **self.limits}.items(), key=lambda one: one[1])[0]
+        return "kernels" if self.kernels > self.limits[self.limit] else self.limit
 
 
 def floors(work: dict[str, Work], generation: Generation) -> dict[str, Floor]:
@@ -129,3 +136,33 @@ def _floor(work: Work, generation: Generation) -> Floor:
         work.exponential / rate,
     )
     return Floor(kernels, dict(zip(LIMITS, seconds, strict=True)))
+
+
+class Compared(NamedTuple):
+    """What a part of a step takes, in seconds, its floor, and what sets that; empty where there is no floor."""
+
+    part: str
+    seconds: float
+    floor: float
+    set_by: str
+
+    @property
+    def ratio(self) -> float | None:
+        """The time over its floor."""
+        return self.seconds / self.floor if self.floor else None
+
+
+def compare(seconds: Mapping[str, float], least: Mapping[str, Floor]) -> list[Compared]:
+    """Return the times of a step's parts beside their floors, and at last those of the whole step."""
+    rows = []
+    for part in PARTS:
+        floor = least.get(part)
+        if floor or part in seconds:
+            taken = seconds.get(part, 0.0)
+            rows.append(Compared(part, taken, floor.seconds, floor.set_by) if floor else Compared(part, taken, 0.0, ""))
+    set_by: dict[str, float] = dict.fromkeys(("kernels", *LIMITS), 0.0)
+    for floor in least.values():
+        set_by["kernels"] += floor.kernels
+        set_by[floor.limit] += floor.limits[floor.limit]
+    whole = sum(row.seconds for row in rows), sum(row.floor for row in rows)
+    return [*rows, Compared("all", *whole, max(set_by, key=set_by.__getitem__))]

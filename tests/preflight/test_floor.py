@@ -9,6 +9,7 @@ import pytest
 
 from evmamba_jax import ops
 from evmamba_jax.preflight import aot, floor
+from evmamba_jax.preflight.floor import Floor, compare
 from evmamba_jax.preflight.kernels import Scan
 from evmamba_jax.preflight.parts import PARTS, part_of
 from evmamba_jax.preflight.work import Call, Work, count, minimum_cut, step_work
@@ -228,6 +229,23 @@ def test_parts_of_chains():
     assert part_of([linear, blocks, script]) == "projections"
     assert part_of([linear, script]) == "other"
     assert part_of([]) == "other"
+
+
+def test_times_beside_floors():
+    least = {
+        "norms": Floor(0.0, {"matrix": 0.0, "memory": 2.0, "vector": 1.5, "exponential": 0.0}),
+        "scans": Floor(3.0, {"matrix": 0.0, "memory": 0.5, "vector": 0.0, "exponential": 0.0}),
+        "MLP": Floor(0.0, {"matrix": 4.0, "memory": 2.5, "vector": 0.0, "exponential": 0.0}),
+    }
+    rows = compare({"norms": 3.0, "scans": 7.0, "other": 1.0}, least)
+    assert [tuple(row) for row in rows] == [
+        ("norms", 3.0, 2.0, "memory"),
+        ("scans", 7.0, 3.5, "kernels"),
+        ("MLP", 0.0, 4.0, "matrix"),
+        ("other", 1.0, 0.0, ""),
+        ("all", 11.0, 9.5, "matrix"),
+    ]
+    assert [row.ratio for row in rows] == [1.5, 2.0, 0.0, None, 11 / 9.5]
 
 
 SMALL = {
