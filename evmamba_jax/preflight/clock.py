@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from evmamba_jax.preflight import hlo, schedules
 from evmamba_jax.preflight.aot import GENERATIONS, Generation
 from evmamba_jax.preflight.hlo import Instruction, Program, Run
+from evmamba_jax.preflight.parts import instruction_parts
 from evmamba_jax.preflight.schedules import Schedule
 
 ATTAINABLE = 0.8  # of the peak of the main memory's bandwidth
@@ -66,6 +67,7 @@ class Timed:
         direction: ``backward`` for what differentiation made, else ``forward``.
         source: ``file.py:line``.
         op_name: the path of JAX operations.
+        part: of the step, one of :data:`evmamba_jax.preflight.parts.PARTS`.
     """
 
     name: str
@@ -83,6 +85,7 @@ class Timed:
     direction: str
     source: str
     op_name: str
+    part: str
 
 
 def bandwidth(generation: Generation) -> float:
@@ -113,6 +116,7 @@ def clock(program: Program, dump_folder: str | os.PathLike[str], generation: str
     scheduled = _Schedules(program, dump_folder, generation)
     moving: dict[str, tuple[Run, float]] = {}  # transfers on their way, the first to start first, and seconds left
     items: list[Timed] = []
+    parts = instruction_parts(program)
 
     def add(run: Run, kind: str, moved: int, schedule: Schedule | None, waiting: float = 0.0) -> Timed:
         one, memory = run.instruction, moved * run.times / rate
@@ -136,6 +140,7 @@ def clock(program: Program, dump_folder: str | os.PathLike[str], generation: str
                 direction="backward" if "transpose(" in one.op_name else "forward",
                 source=program.source(one),
                 op_name=one.op_name,
+                part=parts[one.name],
             )
         )
         return items[-1]

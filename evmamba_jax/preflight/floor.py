@@ -3,7 +3,7 @@
 Four limits are counted for every part of the step (``parts.py``), each for itself and at its best:
 
 - **matrix unit**: multiply-adds of matrix products and convolutions at the published bfloat16 peak, gradients included.
-- **memory**: the bytes that must move, at ``ATTAINABLE`` of the published bandwidth.
+- **memory**: the bytes that must move, at the share of the published bandwidth that ``clock.py`` counts on.
 - **vector units**: four registers of 1024 elements a cycle. Two bfloat16 numbers in the place of one, which a v6e can
   compute with, are not counted on.
 - **exponential unit**: one register a cycle.
@@ -18,11 +18,11 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from evmamba_jax.preflight.aot import Generation
+from evmamba_jax.preflight.clock import bandwidth
 from evmamba_jax.preflight.kernels import Scan
 from evmamba_jax.preflight.parts import PARTS
 from evmamba_jax.preflight.work import Work
 
-ATTAINABLE = 0.8  # of the peak of HBM
 REGISTER = 1024  # elements of 4 bytes
 VECTOR_UNITS = 4  # operations a cycle
 
@@ -39,7 +39,7 @@ LIMITS = ("matrix", "memory", "vector", "exponential")
 
 def hbm_seconds(moved: float, generation: Generation) -> float:
     """Return how long a JAX device takes to move bytes from and to HBM."""
-    return moved / (ATTAINABLE * generation.hbm_bandwidth / generation.devices_per_chip)
+    return moved / bandwidth(generation)
 
 
 def _vector_rate(generation: Generation) -> float:

@@ -9,6 +9,8 @@ import functools
 from collections.abc import Iterable
 from pathlib import Path
 
+from evmamba_jax.preflight.hlo import Program
+
 PARTS = (
     "augmentation",
     "stem",  # patches, and the downsampling between stages
@@ -63,6 +65,27 @@ _FUNCTIONS = {
 def part_of(frames: Iterable[tuple[str, int]]) -> str:
     """Return the part, one of ``PARTS``, from file and line of every call that led to an operation, innermost first."""
     return next((part for part in (_says(*frame) for frame in frames) if part), "other")
+
+
+def instruction_parts(program: Program) -> dict[str, str]:
+    """Return the part of every instruction of a compiled program, by its name.
+
+    A fusion belongs whole to what its result is part of. What the compiler has added, such as a copy, says nothing of
+    where it comes from: it belongs to what makes its first known argument, or else to what uses its result.
+    """
+    parts: dict[str, str] = {}
+    for inside in program.computations.values():
+        for one in inside:
+            parts[one.name] = part_of(program.chain(one))
+            if parts[one.name] == "other":
+                parts[one.name] = next(
+                    (parts[name] for name in one.operands if parts.get(name, "other") != "other"), "other"
+                )
+        for one in reversed(inside):
+            for name in one.operands if parts[one.name] != "other" else ():
+                if parts.get(name) == "other":
+                    parts[name] = parts[one.name]
+    return parts
 
 
 @functools.cache

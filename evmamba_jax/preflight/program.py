@@ -12,6 +12,7 @@ import re
 import sys
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ import jax
 from evmamba_jax.errors import UserError
 from evmamba_jax.preflight import aot, gpu, hlo
 from evmamba_jax.preflight.clock import clock
+from evmamba_jax.preflight.floor import floors
+from evmamba_jax.preflight.work import step_work
 from evmamba_jax.tasks import task_of
 from evmamba_jax.training import parse_command
 from evmamba_jax.training.mesh import make_mesh
@@ -101,14 +104,19 @@ def step_facts(request: Request, tell, dump_folder: str) -> dict[str, Any]:
         Path(request.export).write_bytes(exported(setup, target["platform"]))
     tell(stage=f"compiling for {mesh.size} devices")
     started = time.perf_counter()
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        return facts | {"refusal": refusal(str(error)), "compile_seconds": time.perf_counter() - started}
+    with ThreadPoolExecutor() as beside:
+        # The compiler leaves Python to others.
+        work = beside.submit(step_work, config, devices=mesh.size) if timed else None
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            return facts | {"refusal": refusal(str(error)), "compile_seconds": time.perf_counter() - started}
     facts["compile_seconds"] = time.perf_counter() - started
     tell(stage="reading what the compiler made")
     program = hlo.parse(compiled.as_text() or "")
-    if timed:
+    if work is not None:
+        least = floors(work.result(), aot.GENERATIONS[facts["generation"]])
+        facts["floor"] = {part: dataclasses.asdict(floor) for part, floor in least.items()}
         items = clock(program, dump_folder, facts["generation"])
         facts["times"] = [dataclasses.asdict(item) for item in items]
     return facts | compiled_facts(compiled, program, facts)

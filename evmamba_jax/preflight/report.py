@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from evmamba_jax.preflight.clock import KINDS, UNCERTAINTY
+from evmamba_jax.preflight.floor import Floor, compare
 
 GIB = 2**30
 LINES = 12  # of the code, that take longest
@@ -19,7 +20,8 @@ def report(facts: dict[str, Any], *, fast: bool) -> str:
     lines += ["", *_memory(facts), "", *_buffers(facts), "", *_exchanges(facts)]
     if "times" in facts:
         lines += ["", *_kernels(facts), "", *_longest(facts)]
-    return "\n".join([*lines, "", *_time(facts, fast)])
+    lines += ["", *_time(facts, fast)]
+    return "\n".join([*lines, "", *_floor(facts)] if "floor" in facts else lines)
 
 
 def needed(facts: dict[str, Any]) -> float:
@@ -148,6 +150,16 @@ def _three(items: list[dict[str, Any]]) -> str:
 
 def _total(items: list[dict[str, Any]], name: str) -> float:
     return sum(item[name] or 0.0 for item in items)
+
+
+def _floor(facts: dict[str, Any]) -> Iterator[str]:
+    yield "Parts of the step: ms, the least that the chip allows, times that, and what sets it (docs/preflight.md)"
+    seconds: dict[str, float] = collections.defaultdict(float)
+    for item in facts["times"]:
+        seconds[item["part"]] += item["seconds"]
+    for row in compare(seconds, {part: Floor(**floor) for part, floor in facts["floor"].items()}):
+        ratio = f"{row.ratio:6.2f}" if row.ratio else f"{'-':>6}"
+        yield f"  {row.part:16} {row.seconds * 1e3:8.3f} {row.floor * 1e3:8.3f} {ratio}  {row.set_by}".rstrip()
 
 
 def step_time(facts: dict[str, Any]) -> dict[str, float]:

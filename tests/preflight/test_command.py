@@ -154,7 +154,9 @@ def test_refusals_of_the_compiler(message, bytes_needed):
 
 def timed(kind: str, seconds: float, **others: Any) -> dict[str, Any]:
     """Return an instruction's time, as the process that compiles tells it."""
-    item = Timed(kind, kind, 1, seconds, seconds, 0, 0.0, True, "VALU", 0.9, 0, 0, "forward", "a.py:1", "jit(f)/add")
+    item = Timed(
+        kind, kind, 1, seconds, seconds, 0, 0.0, True, "VALU", 0.9, 0, 0, "forward", "a.py:1", "jit(f)/add", "other"
+    )
     return dataclasses.asdict(item) | others
 
 
@@ -252,6 +254,8 @@ def test_a_step_compiled_for_eight_chips(tmp_path):
         "Time of a step (estimate): ",
         "images/s",
         UNCERTAINTY,
+        "Parts of the step",
+        "  all  ",
     ):
         assert words in out, words
     assert "compiling for 8 devices" in err  # progress

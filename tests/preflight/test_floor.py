@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import pytest
 
 from evmamba_jax import ops
-from evmamba_jax.preflight import aot, floor
+from evmamba_jax.preflight import aot, floor, hlo
 from evmamba_jax.preflight.floor import Floor, compare
 from evmamba_jax.preflight.kernels import Scan
-from evmamba_jax.preflight.parts import PARTS, part_of
+from evmamba_jax.preflight.parts import PARTS, instruction_parts, part_of
 from evmamba_jax.preflight.work import Call, Work, count, minimum_cut, step_work
 from evmamba_jax.training import parse_command
 from pallas_kernels import CROSS, Order
@@ -229,6 +229,33 @@ def test_parts_of_chains():
     assert part_of([linear, blocks, script]) == "projections"
     assert part_of([linear, script]) == "other"
     assert part_of([]) == "other"
+
+
+COMPILED = """HloModule jit_step
+
+ENTRY %main (x: f32[8,16], y: f32[16,16]) -> f32[8,16] {
+  %x = f32[8,16]{1,0} parameter(0)
+  %y = f32[16,16]{1,0} parameter(1)
+  %copied = f32[8,16]{1,0} copy(%x)
+  %product = f32[8,16]{1,0} dot(%copied, %y), metadata={source_file="/a/evmamba_jax/layers/mlp.py" source_line=9}
+  %moved = f32[8,16]{1,0} copy(%product)
+  %sum = f32[8]{0} reduce(%moved), metadata={source_file="/a/flax/nnx/nn/normalization.py" source_line=9}
+  %apart = f32[8]{0} iota(), iota_dimension=0
+  ROOT %out = f32[8,16]{1,0} add(%apart, %sum)
+}
+"""
+
+
+def test_what_the_compiler_adds_belongs_to_its_neighbours():
+    parts = instruction_parts(hlo.parse(COMPILED))
+    assert {name: part for name, part in parts.items() if part == "MLP"}.keys() == {
+        "x",
+        "y",
+        "copied",
+        "product",
+        "moved",
+    }
+    assert {name: part for name, part in parts.items() if part == "norms"}.keys() == {"sum", "out", "apart"}
 
 
 def test_times_beside_floors():
