@@ -1,21 +1,26 @@
-"""Memory of whole train steps on v5e: with the kernels and without, with rematerialisation and without.
+"""Whole train steps on TPUs: their memory, or their time beside its floor. All are estimates.
 
 Nothing runs on a TPU: the exact step of ``train_tpu.py``, 128 images a chip, is compiled by the real TPU compiler: with
 the Pallas kernels, with the portable ``sequential`` scans, and with the kernels and blocks in loops that recompute what
 the policy ``dots_and_scans`` does not keep. With parameters divided over four chips, the exchanges of that form are
 counted, inside its loops and outside.
 
-    python benchmarks/tpu_step.py [--models evmamba_t vmamba_t vim_s] [--fast] [--out FILE]
+    python benchmarks/tpu_step.py [--models evmamba_t vmamba_t vim_s] [--fast] [--out FILE]  # memory, on v5e
+    python benchmarks/tpu_step.py --parts [--models evmamba_t vmamba_t] [--generations v5e v6e] [--out FILE]  # time
 
-``--fast`` compiles at JAX's optimisation level O1: the same peak, three to five times sooner.
+``--fast`` compiles at JAX's optimisation level O1: the same peak, three to five times sooner. ``--parts`` compiles the
+step with the kernels for each generation, times its instructions by the preflight's clock, and counts the least time
+that each part of it allows. What a step takes to compile depends on the model: 3 to 15 minutes of a core.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +36,9 @@ FORMS = {  # scans, rematerialisation and chips
     "loops": ("pallas", "dots_and_scans", 1),
     "divided": ("pallas", "dots_and_scans", 4),
 }
+MODELS = ("evmamba_t", "vmamba_t", "vim_s")  # of the table of memory
+EVERY_FAMILY = (*MODELS, "msvmamba_t", "mambavision_t")
+GENERATIONS = ("v5e", "v6e")
 MEBIBYTE = 2**20
 # What a fusion may hold that only moves numbers about, or rounds them on the way.
 MOVES = {
@@ -39,29 +47,36 @@ MOVES = {
 }
 
 
-def compile_step(model: str, form: str) -> None:
+def compile_step(model: str, form: str, generation: str) -> None:
     """Compile one step in this process, and print its facts as a line of JSON."""
     from evmamba_jax.preflight import aot, hlo
+    from evmamba_jax.preflight.clock import clock
+    from evmamba_jax.preflight.floor import floors
+    from evmamba_jax.preflight.work import step_work
     from evmamba_jax.tasks import task_of
     from evmamba_jax.training import parse_command
     from evmamba_jax.training.mesh import make_mesh
     from evmamba_jax.training.setup import Setup
     from pallas_kernels.scan2d import KERNELS
 
-    implementation, remat, chips = FORMS[form]
+    is_timed = form == "parts"
+    implementation, remat, chips = FORMS["kernels" if is_timed else form]
     if implementation == "sequential":
         KERNELS.clear()  # the portable scans, as on a platform without kernels
     config, _ = parse_command(["train_tpu.py", "--config", f"configs/{model}.py"])
     config.batch_size, config.model.remat, config.mesh.fsdp = BATCH * chips, remat, chips
-    devices = aot.topology(f"v5e-{chips}").devices
-    kind = task_of(config)
-    class_names, examples, _ = kind.describe(config)
-    lowered = Setup(kind(config, class_names), make_mesh(config, devices), examples).lower()
-    began = time.process_time()
-    compiled = lowered.compile()
-    seconds = time.process_time() - began
+    with tempfile.TemporaryDirectory() as dump_folder:
+        aot.prepare(dump_folder if is_timed else None)
+        devices = aot.topology(f"{generation}-{chips}").devices
+        kind = task_of(config)
+        class_names, examples, _ = kind.describe(config)
+        lowered = Setup(kind(config, class_names), make_mesh(config, devices), examples).lower()
+        began = time.process_time()
+        compiled = lowered.compile()
+        seconds = time.process_time() - began
+        program = hlo.parse(compiled.as_text())
+        timed = [dataclasses.asdict(one) for one in clock(program, dump_folder, generation)] if is_timed else []
     memory = compiled.memory_analysis()
-    program = hlo.parse(compiled.as_text())
     found, _ = hlo.runs(program)
     facts = {
         "arguments": memory.argument_size_in_bytes,
@@ -77,6 +92,9 @@ def compile_step(model: str, form: str) -> None:
             if one.kind == "all-gather" and one.size >= MEBIBYTE / 4
         ],
     }
+    if is_timed:
+        least = floors(step_work(config, devices=chips), aot.GENERATIONS[generation])
+        facts |= {"times": timed, "floor": {part: dataclasses.asdict(floor) for part, floor in least.items()}}
     print(json.dumps(facts))
 
 
@@ -135,7 +153,7 @@ def fill(report: Report, models: list[str], forms: list[str], *, fast: bool) -> 
         for form, (implementation, remat, chips) in FORMS.items():
             if chips > 1 or form not in forms:
                 continue
-            f = run(model, form, fast=fast)
+            f = run(model, form, GENERATIONS[0], fast=fast)
             if "refusal" in f:
                 report.row(model, implementation, remat, f["refusal"])
                 continue
@@ -152,7 +170,7 @@ def fill(report: Report, models: list[str], forms: list[str], *, fast: bool) -> 
                 details.append("\n".join([f"{model}, {remat}, copies beside its kernels:", "", *grouped(f["copies"])]))
     for text in details:
         report.text(text)
-    divided = {model: run(model, "divided", fast=fast) for model in models if "divided" in forms}
+    divided = {model: run(model, "divided", GENERATIONS[0], fast=fast) for model in models if "divided" in forms}
     report.text("\n".join(f"- {model}, parameters over 4 chips: {gathers(f)}" for model, f in divided.items()))
 
 
@@ -179,11 +197,50 @@ def grouped(copies: list) -> Iterator[str]:
         yield f"- {count} x {text} {side} a kernel, {size / MEBIBYTE:.0f} MiB each"
 
 
-def run(model: str, form: str, *, fast: bool) -> dict:
+def fill_parts(report: Report, models: list[str], generations: list[str]) -> None:
+    """Add the time and the floor of one step after another, and of its parts."""
+    from evmamba_jax.preflight.floor import LIMITS, Floor, compare
+
+    report.text(
+        f"`configs/MODEL.py`, {BATCH} images a chip, with the kernels and without rematerialisation. Time: by the "
+        "preflight's clock. Floor: what the chip allows at least, counted from the step's traced program "
+        "(docs/preflight.md); of a part the time of its scans and the longest of four limits of its rest, of the step "
+        "the sum of its parts. The columns of limits are sums over all parts, each at its best, and so no shares of "
+        "the floor. A fusion counts whole to the part of its result, so neighbouring parts are to be read together. "
+        "Written by `benchmarks/tpu_step.py --parts`."
+    )
+    facts = {}
+    times = [(name, "{:.2f}") for name in ("ms", "floor, ms", "ratio", "kernels", *LIMITS)]
+    report.table("model", "TPU", *times, ("CPU s", "{:.0f}"))
+    for model in models:
+        for generation in generations:
+            f = run(model, "parts", generation, fast=False)
+            if "refusal" in f:
+                report.row(model, generation, f["refusal"])
+                continue
+            least = {part: Floor(**floor) for part, floor in f["floor"].items()}
+            seconds: dict[str, float] = {}
+            for item in f["times"]:
+                seconds[item["part"]] = seconds.get(item["part"], 0.0) + item["seconds"]
+            rows = facts[model, generation] = compare(seconds, least)
+            kernels = sum(floor.kernels for floor in least.values())
+            limits = [sum(floor.limits[name] for floor in least.values()) for name in LIMITS]
+            whole = rows[-1]
+            milliseconds = [1e3 * number for number in (kernels, *limits)]
+            cells = [1e3 * whole.seconds, 1e3 * whole.floor, whole.ratio, *milliseconds]
+            report.row(model, generation, *cells, f["compile_cpu_seconds"])
+    for (model, generation), rows in facts.items():
+        report.heading(f"{model}, {generation}")
+        report.table("part", ("ms", "{:.3f}"), ("floor, ms", "{:.3f}"), ("ratio", "{:.2f}"), "floor set by")
+        for row in rows:
+            report.row(row.part, 1e3 * row.seconds, 1e3 * row.floor, row.ratio, row.set_by)
+
+
+def run(model: str, form: str, generation: str, *, fast: bool) -> dict:
     """Compile a step in a process of its own; what the compiler refuses is a result too."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
     environment |= {"PYTHONPATH": str(ROOT)} | ({"JAX_OPTIMIZATION_LEVEL": "O1"} if fast else {})
-    command = [sys.executable, __file__, "--one", model, form]
+    command = [sys.executable, __file__, "--one", model, form, generation]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         from evmamba_jax.preflight.program import refusal
@@ -195,19 +252,25 @@ def run(model: str, form: str, *, fast: bool) -> dict:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=["evmamba_t", "vmamba_t", "vim_s"])
-    parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=FORMS)
-    parser.add_argument("--fast", action="store_true")
+    parser.add_argument("--models", nargs="+", help="default: of three families; with --parts of all")
+    parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=FORMS, help="of the table of memory")
+    parser.add_argument("--fast", action="store_true", help="compile with less optimisation; for memory alone")
+    parser.add_argument("--parts", action="store_true", help="time and floor instead of memory")
+    parser.add_argument("--generations", nargs="+", default=list(GENERATIONS), metavar="TPU", help="of --parts")
     parser.add_argument("--out", type=Path, help="also write the results to this JSON file, and Markdown beside it")
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         compile_step(*options.one)
         return
-    title = "Whole train steps on v5e: the compiler's figures, nothing ran on a TPU"
     versions = machine.versions("jax", "jaxlib", "libtpu")
+    what = " beside their floors: estimates" if options.parts else " on v5e: the compiler's figures"
+    title = f"Whole train steps{what}, nothing ran on a TPU"
     report = Report(title, options.out, versions=versions, date=machine.today())
-    fill(report, options.models, options.forms, fast=options.fast)
+    if options.parts:
+        fill_parts(report, options.models or list(EVERY_FAMILY), options.generations)
+    else:
+        fill(report, options.models or list(MODELS), options.forms, fast=options.fast)
 
 
 if __name__ == "__main__":
