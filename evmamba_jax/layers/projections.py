@@ -103,16 +103,43 @@ def _depthwise(
     """Convolve x (B, ..., C) with kernel (..., 1, C), the way the platform lowered for does it best.
 
     XLA's CPU back end takes grouped convolutions one group at a time; as a sum of shifted products it runs 20 to 40
-    times faster forward and 2 to 12 times faster backward.
+    times faster forward and 2 to 12 times faster backward. On a TPU the convolution is left alone but for the gradient
+    of its kernel, by :func:`_kernel_gradient`.
     """
 
     def convolution(x, kernel):
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
 
+    def backward(operands, dy):
+        x, kernel = operands
+        (dx,) = jax.linear_transpose(lambda x: convolution(x, kernel), x)(dy)
+        return dx, _kernel_gradient(x, dy, kernel.shape[:-2], strides, padding).astype(kernel.dtype)
+
+    on_tpu = jax.custom_vjp(convolution)
+    on_tpu.defvjp(lambda x, kernel: (convolution(x, kernel), (x, kernel)), backward)
     shifted_products = functools.partial(
         _shifted_products, strides=tuple(strides), padding=tuple(tuple(pad) for pad in padding)
     )
-    return jax.lax.platform_dependent(x, kernel, cpu=shifted_products, default=convolution)
+    return jax.lax.platform_dependent(x, kernel, cpu=shifted_products, tpu=on_tpu, default=convolution)
+
+
+def _kernel_gradient(
+    x: jax.Array, dy: jax.Array, size: tuple[int, ...], strides: Sequence[int], padding: Sequence[tuple[int, int]]
+) -> jax.Array:
+    """Return the gradient (..., 1, C) of a kernel from x and the gradient dy (B, ..., C) of the result.
+
+    One sum of products for each place in the kernel: XLA joins them with what makes dy. The convolution that says the
+    same takes five times as long where its operands lie on the chip (XLA then goes through them pixel by pixel).
+    """
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    x, dy = jnp.pad(x, ((0, 0), *padding, (0, 0))).astype(wide), dy.astype(wide)
+
+    def of(place):
+        axes = zip(place, dy.shape[1:-1], strides, strict=True)
+        beside = x[(slice(None), *(slice(start, start + (n - 1) * step + 1, step) for start, n, step in axes))]
+        return (beside * dy).sum(range(dy.ndim - 1))
+
+    return jnp.stack([of(place) for place in itertools.product(*map(range, size))]).reshape(*size, 1, -1)
 
 
 # Jitted, so that a 7x7 kernel's 49 products are traced once for all blocks of one shape.
