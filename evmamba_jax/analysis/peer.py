@@ -9,6 +9,8 @@ then "environment", "name", "memory" or "run".
 - ``{"do": "load", "model": ..., "batch": 8, "size": 224, "dtype": "float32", "mode": "inference"}``: makes a step, and
   tells ``parameters`` and, on a GPU, ``bytes`` at the peak. Other models that were loaded before stay.
 - ``{"do": "time", "model": ..., "steps": 3}``: ``seconds`` of a step, the mean.
+- ``{"do": "cost", "model": ..., "steps": 3}``: ``seconds`` of the processor a step, over all threads, and ``bytes`` of
+  this process's memory at the peak of these steps.
 - ``{"do": "drop"}``: all models go.
 """
 
@@ -27,12 +29,32 @@ import sys
 import time
 import types
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 _MARK = "_official"  # of the modules of an official repository, and of what stands in for others
 _FUNCTIONS = {"vim": "vim/models_mamba.py", "mambavision": "mambavision/models/mamba_vision.py"}
 DROP_PATH, LEARNING_RATE, DECAY, CLIP, AVERAGE = 0.1, 1e-7, 0.04, 1.0, 0.9999  # as our own step has them
+
+
+def cost_of(run: Callable[[], Any], steps: int) -> dict[str, float]:
+    """Run something several times: "seconds" of the processor a time, and "bytes" of this process at the peak.
+
+    The peak is the resident memory since this call began where Linux says it, else since the process began.
+    """
+    clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    with contextlib.suppress(OSError):
+        clear.write_text("5")  # the peak begins anew
+    began = time.process_time()
+    for _ in range(steps):
+        run()
+    seconds = (time.process_time() - began) / steps
+    if status.exists():
+        return {"seconds": seconds, "bytes": 1024 * int(re.findall(r"VmHWM:\s+(\d+)", status.read_text())[0])}
+    resource = importlib.import_module("resource")  # which Windows has not
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"seconds": seconds, "bytes": peak if sys.platform == "darwin" else 1024 * peak}
 
 
 class Failure(Exception):
@@ -351,6 +373,10 @@ class Peer:
     def time(self, model: str, steps: int) -> dict[str, Any]:
         """Make steps."""
         return {"seconds": self.loaded[model].seconds(steps)}
+
+    def cost(self, model: str, steps: int) -> dict[str, Any]:
+        """Make steps, and tell what they cost the processor and the memory."""
+        return cost_of(self.loaded[model].step, steps)
 
     def drop(self) -> dict[str, Any]:
         """Forget all models."""

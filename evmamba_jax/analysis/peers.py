@@ -63,6 +63,10 @@ class Peers:
         """Return the mean seconds of so many steps of a loaded model; errors as for :meth:`load`."""
         return self._ask(do="time", model=model, steps=steps)["seconds"]
 
+    def cost(self, model: str, steps: int) -> dict[str, float]:
+        """Return what a step costs, as :func:`evmamba_jax.analysis.peer.cost_of` tells; errors as for :meth:`load`."""
+        return self._ask(do="cost", model=model, steps=steps)
+
     def drop(self) -> None:
         """Forget the models that are loaded."""
         if self._server:

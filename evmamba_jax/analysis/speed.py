@@ -208,13 +208,22 @@ def training_config(name: str, batch: int, side: int, dtype: str) -> Any:
 
 
 def _training(model: str | nnx.Module, batch: int, side: int, dtype: str) -> Program:
+    if not isinstance(model, str):
+        raise UserError(f"a {type(model).__name__} cannot be measured in training: give a registered name")
+    return train_step(training_config(model, batch, side, dtype))
+
+
+def train_step(config: Any) -> Program:
+    """Compile the update of a training, as ``train_tpu.py`` runs it, on one device, and place its arrays.
+
+    Args:
+        config: a :class:`evmamba_jax.config.Config` of classification.
+    """
     from evmamba_jax.tasks import task_of
     from evmamba_jax.training.mesh import batch_sharding, make_mesh
     from evmamba_jax.training.setup import Setup
 
-    if not isinstance(model, str):
-        raise UserError(f"a {type(model).__name__} cannot be measured in training: give a registered name")
-    config = training_config(model, batch, side, dtype)
+    batch, side = config.batch_size, config.data.image_size
     kind = task_of(config)
     class_names, examples, _ = kind.describe(config)
     task = kind(config, class_names)

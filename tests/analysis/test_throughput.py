@@ -3,6 +3,7 @@
 import ast
 import json
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -363,6 +364,29 @@ def test_the_process_of_peers_imports_nothing_of_ours():
     names = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
     names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert {name.split(".")[0] for name in names} <= sys.stdlib_module_names
+
+
+def test_cost_is_of_the_processor_and_at_the_peak():
+    def work(seconds):
+        began = time.thread_time()
+        while time.thread_time() - began < seconds:
+            pass
+
+    rested = peer.cost_of(lambda: time.sleep(0.2), 1)
+    assert rested["seconds"] < 0.15
+    held = []
+
+    def run():
+        work(0.05)
+        held.append(len(b"a" * (100 << 20)))  # written, then let go
+
+    worked = peer.cost_of(run, 2)
+    assert len(held) == 2
+    assert worked["seconds"] >= 0.05
+    assert worked["bytes"] > rested["bytes"] + (90 << 20)
+    asked = peer.Peer()
+    asked.loaded["one"] = types.SimpleNamespace(step=run)
+    assert set(peer.reply(asked, {"do": "cost", "model": "one", "steps": 1})) == {"seconds", "bytes"}
 
 
 def test_an_environment_without_torch_or_timm(monkeypatch):
