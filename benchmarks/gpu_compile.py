@@ -8,7 +8,6 @@ the kernels too, but does not write down their PTX when asked in the same way.
 """
 
 import argparse
-import functools
 import os
 import re
 import subprocess
@@ -19,26 +18,11 @@ from pathlib import Path
 os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # before the plugin looks for a GPU
 
 import jax
-import jax.numpy as jnp
-from gpu_scan import BATCH, SHAPES
+from lib.gpu_scans import BATCH, compiled_shapes
 
 from evmamba_jax.measuring import machine
 from evmamba_jax.measuring.document import Report
 from evmamba_jax.preflight.gpu import GPUS, kernel_ptx
-from pallas_kernels import gpu
-
-
-def arguments(orders, height, width, channels, rank, state):
-    """Return the arguments of ``scan2d``, abstract."""
-    like, sets = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32), len(orders)
-    return (
-        jax.ShapeDtypeStruct((BATCH, height, width, channels), jnp.bfloat16),
-        like((sets, channels, rank + 2 * state)),
-        like((sets, rank, channels)),
-        like((sets, channels)),
-        like((sets, channels, state)),
-        like((sets, channels)),
-    )
 
 
 def assembled(text):
@@ -68,13 +52,8 @@ def main():
     numbers = [("registers", "{}"), ("spilled, bytes", "{}"), ("read back, bytes", "{}")]
     report.table("GPU", "shape", "pass", *numbers)
     for kind, (name, *_) in GPUS.items():
-        for shape, (orders, *sizes) in SHAPES.items():
-            own = arguments(orders, *sizes)
-            forward, backward = gpu.SCAN2D.passes(orders=orders)
-            for direction, function, inputs in (
-                ("forward", forward, own),
-                ("backward", backward, (own, own[:1])),
-            ):
+        for shape, passes in compiled_shapes():
+            for direction, (function, inputs) in passes.items():
                 figures = assembled(kernel_ptx(function, kind, inputs))
                 report.row(name, shape, direction, *figures)
 

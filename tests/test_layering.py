@@ -65,8 +65,8 @@ ROWS = {
     "benchmarks": """analysis arrays checkpoints cli configs data detection errors evmamba_jax layers measuring models
                      pallas_kernels pallas_kernels.gpu pallas_kernels.tpu predict preflight pruning reports tasks
                      training weights""",
-    "tests": """__main__ analysis answers arrays checkpoints cli config configs counting data dense detection errors
-                evmamba_jax heads layers lora measuring models ops packaged pallas_kernels pallas_kernels.gpu
+    "tests": """__main__ analysis answers arrays benchmarks checkpoints cli config configs counting data dense detection
+                errors evmamba_jax heads layers lora measuring models ops packaged pallas_kernels pallas_kernels.gpu
                 pallas_kernels.tpu predict preflight preprocessing pruning ranges reports segmentation storage tasks
                 train train_tpu training verify weights""",
 }

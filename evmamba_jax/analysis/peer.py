@@ -269,6 +269,10 @@ class Official:
         counters = ("FlopCountAnalysis", "flop_count_str", "flop_count", "parameter_count")
         _stand_in("fvcore", empty)
         _stand_in("fvcore.nn", dict.fromkeys(counters))
+        if importlib.util.find_spec("selective_scan_cuda_core"):
+            # EfficientVMamba imports it from a folder that its author had.
+            core = {"selective_scan_cuda_core": importlib.import_module("selective_scan_cuda_core")}
+            _stand_in("selective_scan_vmamba_pt202", core)
         if self._has_kernels():
             return
         if not self.torch.cuda.is_available():
@@ -327,6 +331,7 @@ class Peer:
         self.device = device
         self.torch.set_num_threads(threads)
         self.torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as XLA has it; nothing on a CPU
+        self.torch.backends.cudnn.benchmark = True  # as the official trainers have it
         found = {"Python": platform.python_version()}
         for package in ("torch", "timm"):
             try:

@@ -4,13 +4,19 @@
     python tests/kernels/compare_gpu.py --interpret      # by Pallas's interpreter, on any machine
     python tests/kernels/compare_gpu.py --ptx h200       # the PTX that XLA makes of them, interpreted: minutes
 
-The last takes JAX 0.10.2 and ``pip install -e ".[preflight-cuda]"``.
+Differences are told as they are found; last comes a line of JSON, the worst. The PTX takes JAX 0.10.2 and
+``pip install -e ".[preflight-cuda]"``.
 """
 
 import argparse
+import functools
+import itertools
+import json
 import os
 import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -29,9 +35,48 @@ BOTH = (Order(), Order(reverse=True))
 ARGUMENTS = ("x", "x_weight", "dt_weight", "dt_bias", "A", "D")
 
 
-def compare(compiled, interpret=False):
-    """Compare small results and gradients of functions, ``compiled``, with loops in float64; stop if one is wrong."""
-    programs, wanted = [], []
+class Case(NamedTuple):
+    """A small call of a kernel.
+
+    Attributes:
+        name: of the scan.
+        function: the forward or the backward pass.
+        arrays: its arguments.
+        wanted: by their names the results, in float64.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    arrays: Sequence[Any]
+    wanted: dict[str, np.ndarray]
+
+
+class Difference(NamedTuple):
+    """How far a result is from the loop's.
+
+    Attributes:
+        name: of the scan.
+        what: result or gradient.
+        error: largest difference, as a share of the largest value.
+        limit: what the error must stay below.
+    """
+
+    name: str
+    what: str
+    error: float
+    limit: float
+
+    @property
+    def wrong(self) -> bool:
+        """Whether the result is too far off; NaN is."""
+        return not self.error < self.limit
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.what} differs by {self.error:.1e} of its maximum"
+
+
+def cases(interpret: bool = False) -> Iterator[Case]:
+    """Yield both passes of ``scan2d`` for five sets of orders and types, then of ``selective_scan``."""
     for name, orders, state, rank, dtype in (
         ("atrous", ATROUS, 16, 3, jnp.float32),
         ("cross", CROSS, 1, 17, jnp.float32),
@@ -47,8 +92,8 @@ def compare(compiled, interpret=False):
         indices = [order.indices(5, 6) for order in orders]
         y, gradients = scan_oracle.scan2d(problem, indices, np.asarray(dy, np.float64))
         forward, backward = gpu.SCAN2D.passes(orders=orders, interpret=interpret)
-        programs += [(forward, arrays), (backward, [tuple(arrays), (dy,)])]
-        wanted += [(name, {"y": y}), (name, {argument: gradients[argument] for argument in ARGUMENTS})]
+        yield Case(name, forward, arrays, {"y": y})
+        yield Case(name, backward, [tuple(arrays), (dy,)], {argument: gradients[argument] for argument in ARGUMENTS})
 
     problem = scan_oracle.make_scan(
         2, length=21, state=8, groups=2, share=40, optional=("D", "delta_bias", "initial_state")
@@ -63,17 +108,37 @@ def compare(compiled, interpret=False):
     names = ("u", "delta", "A", "B", "C", "D", "delta_bias", "initial_state")
     arrays = [jnp.asarray(forms[of](problem[of]), jnp.float32) for of in names]
     cotangents = [jnp.asarray(forms[of](x), jnp.float32) for of, x in (("y", dy), ("final", d_final))]
-    programs += [(forward, arrays), (backward, [tuple(arrays), tuple(cotangents)])]
-    wanted.append(("selective_scan", {"y": forms["y"](y), "last state": forms["final"](final)}))
-    wanted.append(("selective_scan", {of: forms[of](gradients[of]) for of in names}))
-    for (function, arrays), (name, values) in zip(programs, wanted, strict=True):
-        with jax.default_matmul_precision("highest"):  # else XLA's own products are in TF32
-            result = compiled(function)(*arrays)
-        for (what, exact), one in zip(values.items(), jax.tree.leaves(result), strict=True):
-            error = np.abs(np.asarray(one, np.float64) - exact).max() / np.abs(exact).max()
-            print(f"{name}: {what} differs by {error:.1e} of its maximum", flush=True)
-            if not error < (4e-3 if one.dtype == jnp.bfloat16 else 1e-5):
-                sys.exit(f"{name}: {what} is wrong")
+    results = {"y": forms["y"](y), "last state": forms["final"](final)}
+    yield Case("selective_scan", forward, arrays, results)
+    backwards = {of: forms[of](gradients[of]) for of in names}
+    yield Case("selective_scan", backward, [tuple(arrays), tuple(cotangents)], backwards)
+
+
+def differences(case: Case, compiled: Callable[..., Any]) -> Iterator[Difference]:
+    """Yield how far each result of a case is off; ``compiled`` makes of a function what runs."""
+    with jax.default_matmul_precision("highest"):  # else XLA's own products are in TF32
+        result = compiled(case.function)(*case.arrays)
+    for (what, exact), one in zip(case.wanted.items(), jax.tree.leaves(result), strict=True):
+        error = np.abs(np.asarray(one, np.float64) - exact).max() / np.abs(exact).max()
+        yield Difference(case.name, what, float(error), 4e-3 if one.dtype == jnp.bfloat16 else 1e-5)
+
+
+def compare(compiled: Callable[..., Any], chosen: Iterable[Case]) -> list[Difference]:
+    """Print how far every result is off, and return all."""
+    found = []
+    for case in chosen:
+        for difference in differences(case, compiled):
+            print(difference, file=sys.stderr, flush=True)
+            found.append(difference)
+    return found
+
+
+def summary(found: Sequence[Difference]) -> dict[str, Any]:
+    """Return the largest share that an error has of its limit, and of which result; or what is wrong."""
+    wrong = [str(difference) for difference in found if difference.wrong]
+    worst = max(found, key=lambda difference: difference.error / difference.limit)
+    named = {"worst": worst.error / worst.limit, "of": f"{worst.name}, {worst.what}"}
+    return {"wrong": "; ".join(wrong)} if wrong else named
 
 
 def emulated(kind):
@@ -97,16 +162,27 @@ def main():
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--interpret", action="store_true", help="by Pallas's interpreter, on any machine")
     where.add_argument("--ptx", metavar="GPU", choices=GPUS, help=f"interpret the PTX for one of {', '.join(GPUS)}")
+    parser.add_argument("--only", metavar="SCAN", help="of all passes only the first of this scan, e.g. both")
     options = parser.parse_args()
+    chosen: Iterable[Case] = cases(options.interpret)
+    if options.only:
+        chosen = itertools.islice((case for case in chosen if case.name == options.only), 1)
     if options.ptx:
         os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # before the plugin looks for a GPU
         jax.config.update("jax_platforms", "cpu")
         call.call = emulated(options.ptx)
         device = AbstractDevice(device_kind=GPUS[options.ptx][0], num_cores=None, platform="gpu")
         with use_abstract_mesh(AbstractMesh((1,), ("data",), abstract_device=device)):
-            compare(lambda function: function)
+            found = compare(lambda function: function, chosen)
     else:
-        compare(jax.jit, options.interpret)
+        # An interpreted kernel is a large program of small steps that runs once.
+        flags = {"xla_llvm_disable_expensive_passes": True} if options.interpret else {}
+        found = compare(functools.partial(jax.jit, compiler_options=flags), chosen)
+    if not found:
+        parser.error(f"--only {options.only}: there is no such scan")
+    facts = summary(found)
+    print(json.dumps(facts))
+    sys.exit("wrong" in facts)
 
 
 if __name__ == "__main__":
