@@ -10,7 +10,7 @@ from pallas_kernels.gpu import walks
 from pallas_kernels.gpu.arrays import Arrays, arrays_of
 from pallas_kernels.gpu.backward import backward
 from pallas_kernels.gpu.forward import forward
-from pallas_kernels.gpu.program import WIDTH, Program
+from pallas_kernels.gpu.program import Program
 from pallas_kernels.gpu.triton import BlockSpec, call, program_id
 from pallas_kernels.gpu.walks import WalkTable
 
@@ -67,8 +67,8 @@ def run(table: WalkTable, program: Program, arrays: Arrays, dtype: Any = jnp.flo
         if rank:
             seen |= {"B": seen["packed"], "C": seen["packed"]}
             seen |= {"d_B": seen["d_packed"], "d_C": seen["d_packed"]} if program.gradient else {}
-        first = lax.rem(program_id(0), jnp.int32(program.blocks)) * WIDTH
-        own = first + jnp.arange(WIDTH) < channels if channels % WIDTH else None
+        first = lax.rem(program_id(0), jnp.int32(program.blocks)) * program.width
+        own = first + jnp.arange(program.width) < channels if channels % program.width else None
         (backward if program.gradient else forward)(seen, program, own)
 
     elements = images * channels * (groups if not rank else 1) * int(table.rows[..., walks.LENGTH].sum())

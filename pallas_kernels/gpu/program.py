@@ -7,6 +7,8 @@ A program is one warp. It has ``width`` channels of one image and goes along its
     state 0      h00  h01  h02  ...            the state (N, P) in registers: a column a thread
     state 1      h10  h11  h12  ...
     B, C, low     a value for each state or rank, the same for all threads
+
+With a single state and nothing to project, a thread going forward has two neighbouring channels.
 """
 
 import dataclasses
@@ -14,7 +16,7 @@ import dataclasses
 from pallas_kernels.gpu import walks
 from pallas_kernels.gpu.walks import WalkTable
 
-WIDTH = 32  # channels of a program, one for each thread of its warp
+WIDTH = 32  # channels of a program, one for each thread of its warp; some have two for each
 
 
 def power_of_two(count: int) -> int:
@@ -105,10 +107,14 @@ def plan_program(
         tokens_a_turn = 2  # nothing to wait for, and a fourth of the program to compile
     # A program keeps a state for each turn of one chunk, and one for each chunk. This bounds the former.
     chunk = min(tokens, max(walks.MATRIX_SIDE, 512 * tokens_a_turn // state))
+    # A row of two channels a thread is read and written by half as many instructions, of twice the bytes. With a
+    # projection their weights would fill the registers; and sums over channels are of one a thread.
+    pairs = state == 1 and not rank and not gradient and not channels % (2 * WIDTH)
+    width = 2 * WIDTH if pairs else WIDTH
     return Program(
-        width=WIDTH,
+        width=width,
         channels=channels,
-        blocks=-(-channels // WIDTH),
+        blocks=-(-channels // width),
         state=state,
         rank=rank,
         softplus=softplus,

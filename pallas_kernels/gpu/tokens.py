@@ -20,7 +20,7 @@ from jax import lax
 
 from pallas_kernels.contract import LOG2E
 from pallas_kernels.gpu import walks
-from pallas_kernels.gpu.program import Program, power_of_two
+from pallas_kernels.gpu.program import WIDTH, Program, power_of_two
 from pallas_kernels.gpu.triton import Device, load, slice_of, store
 
 # 2 artanh(z) / z by powers of z**2, highest first, for z up to 1 / 3: a fit, 4e-9 off.
@@ -53,7 +53,9 @@ class States:
     def __init__(self, refs: Refs, program: Program, own: Mask):
         self.refs, self.device = refs, Device(program.interpret)
         self.shape = (program.state, program.width)
-        channels = self.device.column_a_thread(self.device.limited(jnp.arange(program.width), program.registers))
+        channels = self.device.limited(jnp.arange(program.width), program.registers)
+        if program.width == WIDTH:  # of more, a thread has the neighbours that it has of a row
+            channels = self.device.column_a_thread(channels)
         self.index = tuple(
             jnp.broadcast_to(x, self.shape) for x in (jnp.arange(program.state)[:, None], channels[None])
         )

@@ -76,7 +76,7 @@ class Difference(NamedTuple):
 
 
 def cases(interpret: bool = False) -> Iterator[Case]:
-    """Yield both passes of ``scan2d`` for five sets of orders and types, then of ``selective_scan``."""
+    """Yield both passes of ``scan2d`` for five sets of orders and types, then of two ``selective_scan``."""
     for name, orders, state, rank, dtype in (
         ("atrous", ATROUS, 16, 3, jnp.float32),
         ("cross", CROSS, 1, 17, jnp.float32),
@@ -95,23 +95,26 @@ def cases(interpret: bool = False) -> Iterator[Case]:
         yield Case(name, forward, arrays, {"y": y})
         yield Case(name, backward, [tuple(arrays), (dy,)], {argument: gradients[argument] for argument in ARGUMENTS})
 
-    problem = scan_oracle.make_scan(
-        2, length=21, state=8, groups=2, share=40, optional=("D", "delta_bias", "initial_state")
-    )
-    dy, d_final = (np.random.default_rng(3).normal(size=problem[of].shape) for of in ("u", "initial_state"))
-    y, final, gradients = scan_oracle.scan(problem, softplus_delta=True, reverse=True, dy=dy, d_state=d_final)
-    forward, backward = gpu.SELECTIVE_SCAN.passes(delta_softplus=True, reverse=True, interpret=interpret)
-    forms = dict.fromkeys(("u", "delta", "y"), lambda x: x.reshape(*x.shape[:2], 2, -1))
-    forms |= dict.fromkeys(("initial_state", "final"), lambda x: x.reshape(x.shape[0], 2, -1, 8).swapaxes(2, 3))
-    forms |= {"A": lambda x: x.reshape(2, -1, 8).swapaxes(1, 2)} | dict.fromkeys("BC", lambda x: x)
-    forms |= dict.fromkeys(("D", "delta_bias"), lambda x: x.reshape(2, -1))
-    names = ("u", "delta", "A", "B", "C", "D", "delta_bias", "initial_state")
-    arrays = [jnp.asarray(forms[of](problem[of]), jnp.float32) for of in names]
-    cotangents = [jnp.asarray(forms[of](x), jnp.float32) for of, x in (("y", dy), ("final", d_final))]
-    results = {"y": forms["y"](y), "last state": forms["final"](final)}
-    yield Case("selective_scan", forward, arrays, results)
-    backwards = {of: forms[of](gradients[of]) for of in names}
-    yield Case("selective_scan", backward, [tuple(arrays), tuple(cotangents)], backwards)
+    for name, state, share in (("selective_scan", 8, 40), ("selective_scan, two channels a thread", 1, 64)):
+        problem = scan_oracle.make_scan(
+            2, length=21, state=state, groups=2, share=share, optional=("D", "delta_bias", "initial_state")
+        )
+        dy, d_final = (np.random.default_rng(3).normal(size=problem[of].shape) for of in ("u", "initial_state"))
+        y, final, gradients = scan_oracle.scan(problem, softplus_delta=True, reverse=True, dy=dy, d_state=d_final)
+        forward, backward = gpu.SELECTIVE_SCAN.passes(delta_softplus=True, reverse=True, interpret=interpret)
+        forms = dict.fromkeys(("u", "delta", "y"), lambda x: x.reshape(*x.shape[:2], 2, -1))
+        forms |= dict.fromkeys(
+            ("initial_state", "final"), lambda x, n=state: x.reshape(x.shape[0], 2, -1, n).swapaxes(2, 3)
+        )
+        forms |= {"A": lambda x, n=state: x.reshape(2, -1, n).swapaxes(1, 2)} | dict.fromkeys("BC", lambda x: x)
+        forms |= dict.fromkeys(("D", "delta_bias"), lambda x: x.reshape(2, -1))
+        names = ("u", "delta", "A", "B", "C", "D", "delta_bias", "initial_state")
+        arrays = [jnp.asarray(forms[of](problem[of]), jnp.float32) for of in names]
+        cotangents = [jnp.asarray(forms[of](x), jnp.float32) for of, x in (("y", dy), ("final", d_final))]
+        results = {"y": forms["y"](y), "last state": forms["final"](final)}
+        yield Case(name, forward, arrays, results)
+        backwards = {of: forms[of](gradients[of]) for of in names}
+        yield Case(name, backward, [tuple(arrays), tuple(cotangents)], backwards)
 
 
 def differences(case: Case, compiled: Callable[..., Any]) -> Iterator[Difference]:

@@ -107,17 +107,20 @@ def test_long_walks_keep_the_state_before_each_chunk():
 
 
 @pytest.mark.parametrize(
-    ("length", "state", "groups", "reverse", "softplus", "dtype"),
+    ("length", "state", "groups", "share", "reverse", "softplus", "dtype"),
     [
-        (21, 8, 2, False, True, np.float32),
-        (5, 3, 1, True, False, np.float32),
-        (1, 1, 1, False, True, np.float32),
-        (17, 1, 3, True, True, jnp.bfloat16),
+        (21, 8, 2, 3, False, True, np.float32),
+        (5, 3, 1, 3, True, False, np.float32),
+        (1, 1, 1, 3, False, True, np.float32),
+        (17, 1, 3, 3, True, True, jnp.bfloat16),
+        (5, 1, 2, 128, False, True, np.float32),  # two channels a thread going forward, and two blocks of them
     ],
 )
-def test_selective_scan_and_gradients(length, state, groups, reverse, softplus, dtype):
+def test_selective_scan_and_gradients(length, state, groups, share, reverse, softplus, dtype):
     optional = ("D", "delta_bias", "initial_state")
-    problem = scan_oracle.make_scan(3, length=length, state=state, groups=groups, optional=optional, softplus=softplus)
+    problem = scan_oracle.make_scan(
+        3, length=length, state=state, groups=groups, share=share, optional=optional, softplus=softplus
+    )
     narrow = {"u", "delta", "B", "C"}
     problem = {name: jnp.asarray(a, dtype if name in narrow else np.float32) for name, a in problem.items()}
     rng = np.random.default_rng(4)
