@@ -9,32 +9,17 @@ the kernels too, but does not write down their PTX when asked in the same way.
 
 import argparse
 import os
-import re
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # before the plugin looks for a GPU
 
 import jax
+from lib.gpu_assembly import assemble
 from lib.gpu_scans import BATCH, compiled_shapes
 
 from evmamba_jax.measuring import machine
 from evmamba_jax.measuring.document import Report
 from evmamba_jax.preflight.gpu import GPUS, kernel_ptx
-
-
-def assembled(text):
-    """Return (registers, bytes spilled, bytes filled) of a kernel."""
-    [ptxas] = Path(sys.prefix).glob("lib/python3*/site-packages/nvidia/*/bin/ptxas")
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "ptx").write_text(text)
-        architecture = re.search(r"\.target (\w+)", text)[1]
-        command = [ptxas, "-v", f"-arch={architecture}", "ptx", "-o", "cubin"]
-        said = subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder).stderr
-    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
-    return int(re.search(r"Used (\d+) registers", said)[1]), int(spills[1]), int(spills[2])
 
 
 def main():
@@ -54,8 +39,8 @@ def main():
     for kind, (name, *_) in GPUS.items():
         for shape, passes in compiled_shapes():
             for direction, (function, inputs) in passes.items():
-                figures = assembled(kernel_ptx(function, kind, inputs))
-                report.row(name, shape, direction, *figures)
+                code = assemble(kernel_ptx(function, kind, inputs))
+                report.row(name, shape, direction, code.registers, code.spilled, code.filled)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ there is Triton, or CUDA, with a compiler and a binary for every release of CUDA
 deprecated since JAX 0.11, but JAX 0.12 has it, and it compiles the scans for the A100, H100 and H200 alike
 (``benchmarks/results/gpu_compile.md`` lists the registers). And the scan needs nothing that only Mosaic GPU has: it
 multiplies no large matrices, and a program is one warp, which waits for no other. All that depends on
-Pallas for Triton is in ``triton.py``, so that another way can be taken when this one ends.
+Pallas for Triton is in ``triton.py``, so that another way can be taken when this one ends;
+``benchmarks/results/gpu_mosaic.md`` has a trial of it, compiled, and the decision of December 2026.
 
 From the call to the chip: ``images.py`` and ``sequences.py`` bring a call into the kernels' form (``split_matmul.py``:
 the projection's products), ``walks.py`` lays out the orders, ``program.py`` says what a program does, ``arrays.py``
