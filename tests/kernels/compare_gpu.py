@@ -9,12 +9,11 @@ Differences are told as they are found; last comes a line of JSON, the worst. Th
 """
 
 import argparse
-import functools
-import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,22 +116,24 @@ def cases(interpret: bool = False) -> Iterator[Case]:
         yield Case(name, backward, [tuple(arrays), tuple(cotangents)], backwards)
 
 
-def differences(case: Case, compiled: Callable[..., Any]) -> Iterator[Difference]:
-    """Yield how far each result of a case is off; ``compiled`` makes of a function what runs."""
+def compiled(chosen: Sequence[Case], options: dict[str, bool]) -> list[Callable[..., Any]]:
+    """Compile the functions of cases beside one another."""
     with jax.default_matmul_precision("highest"):  # else XLA's own products are in TF32
-        result = compiled(case.function)(*case.arrays)
-    for (what, exact), one in zip(case.wanted.items(), jax.tree.leaves(result), strict=True):
-        error = np.abs(np.asarray(one, np.float64) - exact).max() / np.abs(exact).max()
-        yield Difference(case.name, what, float(error), 4e-3 if one.dtype == jnp.bfloat16 else 1e-5)
+        lowered = [jax.jit(case.function).lower(*case.arrays) for case in chosen]
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda program: program.compile(compiler_options=options), lowered))
 
 
-def compare(compiled: Callable[..., Any], chosen: Iterable[Case]) -> list[Difference]:
-    """Print how far every result is off, and return all."""
+def compare(chosen: Sequence[Case], functions: Sequence[Callable[..., Any]]) -> list[Difference]:
+    """Print how far every result of cases is off, and return all; functions are the cases' own, or what runs them."""
     found = []
-    for case in chosen:
-        for difference in differences(case, compiled):
-            print(difference, file=sys.stderr, flush=True)
-            found.append(difference)
+    for case, function in zip(chosen, functions, strict=True):
+        results = jax.tree.leaves(function(*case.arrays))
+        for (what, exact), one in zip(case.wanted.items(), results, strict=True):
+            error = np.abs(np.asarray(one, np.float64) - exact).max() / np.abs(exact).max()
+            limit = 4e-3 if one.dtype == jnp.bfloat16 else 1e-5
+            found.append(Difference(case.name, what, float(error), limit))
+            print(found[-1], file=sys.stderr, flush=True)
     return found
 
 
@@ -167,22 +168,23 @@ def main():
     where.add_argument("--ptx", metavar="GPU", choices=GPUS, help=f"interpret the PTX for one of {', '.join(GPUS)}")
     parser.add_argument("--only", metavar="SCAN", help="of all passes only the first of this scan, e.g. both")
     options = parser.parse_args()
-    chosen: Iterable[Case] = cases(options.interpret)
+    chosen = [*cases(options.interpret)]
+    names = list(dict.fromkeys(case.name for case in chosen))
+    if options.only and options.only not in names:
+        parser.error(f"--only {options.only}: there is no such scan; there are {'; '.join(names)}")
     if options.only:
-        chosen = itertools.islice((case for case in chosen if case.name == options.only), 1)
+        chosen = [case for case in chosen if case.name == options.only][:1]
     if options.ptx:
         os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # before the plugin looks for a GPU
         jax.config.update("jax_platforms", "cpu")
         call.call = emulated(options.ptx)
         device = AbstractDevice(device_kind=GPUS[options.ptx][0], num_cores=None, platform="gpu")
         with use_abstract_mesh(AbstractMesh((1,), ("data",), abstract_device=device)):
-            found = compare(lambda function: function, chosen)
+            found = compare(chosen, [case.function for case in chosen])
     else:
         # An interpreted kernel is a large program of small steps that runs once.
-        flags = {"xla_llvm_disable_expensive_passes": True} if options.interpret else {}
-        found = compare(functools.partial(jax.jit, compiler_options=flags), chosen)
-    if not found:
-        parser.error(f"--only {options.only}: there is no such scan")
+        quick = {"xla_llvm_disable_expensive_passes": True} if options.interpret else {}
+        found = compare(chosen, compiled(chosen, quick))
     facts = summary(found)
     print(json.dumps(facts))
     sys.exit("wrong" in facts)
