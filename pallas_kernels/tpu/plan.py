@@ -91,8 +91,12 @@ def _schedule(
     # The sums of dB and dC over the channels of a block take all of its tiles at once.
     limit = max(tuning.states_in_flight, maths.state)
     flying = tiles if sum_each_token else max(n for n in _divisors(tiles) if n * maths.state <= limit)
-    # A product's weights have a side of at most 128, which is the matrix unit's.
-    sides = (LANES // max(maths.slab, SUBLANES), LANES // channels if gradient else tuning.pixels_a_product)
+    # A product's weights have a side of at most the matrix unit's; both of their sides are streamed on the way back.
+    sides = (
+        (LANES // max(maths.slab, SUBLANES), LANES // channels)
+        if gradient
+        else (tuning.product_side // max(maths.slab, SUBLANES),)
+    )
     return Schedule(
         turns=tuning.turns(state=maths.state, channels=channels, tiles=flying, gradient=gradient),
         tiles=flying,
