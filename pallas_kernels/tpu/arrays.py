@@ -161,7 +161,8 @@ def scratch(call: Call, *, gradient: bool, names: Iterable[str]) -> dict[str, tu
     in_flight = (maths.state, block.schedule.channels_in_flight, block.lanes)
     image = (*block.axes, block.channels, block.lanes)
     found: dict[str, tuple[int, ...]] = {"dt": image}
-    if call.shape.result != FLOAT32 and ("dx" if gradient else "y") in names:
+    several = gradient or sum(len(walk.orders) for walk in block.walks) > 1
+    if call.shape.result != FLOAT32 and several and ("dx" if gradient else "y") in names:
         found["sum"] = image  # results are rounded once, at the end
     if block.chunks > 1 or gradient:
         found["state"] = (block.blocks if block.chunks > 1 else 1, *state)  # from chunk to chunk

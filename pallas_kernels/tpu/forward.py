@@ -19,7 +19,6 @@ from pallas_kernels.tpu.tokens import (
     first_states,
     named,
     over_channels,
-    round_result,
 )
 
 
@@ -30,7 +29,8 @@ def forward(*references, names: tuple[str, ...], block: Block) -> None:
     # With chunks, every block of channels has states that run on from chunk to chunk.
     chunked = block.chunks > 1
     mine = number if chunked else 0
-    y = refs.y if refs.sum is None else refs.sum
+    y = refs.y if refs.sum is None else refs.sum  # all walks but the last add up here
+    visits = [(walk, before) for walk in block.walks for _, before in block.segments(walk)]
 
     if chunked:
 
@@ -44,9 +44,10 @@ def forward(*references, names: tuple[str, ...], block: Block) -> None:
         for group in block.channel_groups():
             h = first_states(block, group, refs.state.at[mine] if chunked else refs.start)
             for segment, before in block.segments(walk):
-                first = walk.slot == 0 and before == 0  # to write to its pixels; all others add
+                first = (walk, before) == visits[0]  # to write to its pixels; all others add
+                target = refs.y if (walk, before) == visits[-1] else y
 
-                def turn(t, pixel, count, h, walk=walk, group=group, first=first, c=c):
+                def turn(t, pixel, count, h, walk=walk, group=group, first=first, target=target, c=c):
                     h, tokens = advance(refs, block, walk, group, [pixel(i) for i in range(count)], h)
                     if y is None:
                         return h
@@ -58,7 +59,8 @@ def forward(*references, names: tuple[str, ...], block: Block) -> None:
                         ]
                         # y = sum_n C h + D u
                         sum_n = functools.reduce(jnp.add, [h * row for h, row in zip(token.states, C, strict=True)])
-                        y[place] = sum_n + (token.u * refs.skip[group, :] if first else y[place])
+                        total = sum_n + (token.u * refs.skip[group, :] if first else y[place])
+                        target[place] = total.astype(target.dtype)
                     return h
 
                 h = for_tokens(segment, block.schedule.turns.forward, turn, h)
@@ -68,4 +70,3 @@ def forward(*references, names: tuple[str, ...], block: Block) -> None:
                 for result in (refs.final, refs.borders):
                     if result is not None:
                         result[n, group, :] = last
-    round_result(block, refs.sum, refs.y)
