@@ -74,13 +74,15 @@ def measure(what, runs, device, **sizes):
         if importlib.util.find_spec(module) is None:
             return {"missing": f"{package} is not installed for {sys.executable}"}
     import torch
-    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+    from mamba_ssm.ops import selective_scan_interface
+
+    scan = getattr(selective_scan_interface, "selective_scan_fn" if device == "cuda" else "selective_scan_ref")
 
     def make(*shape, dtype=torch.bfloat16):
         return torch.randn(*shape, device=device).to(dtype)
 
     torch.manual_seed(0)
-    run, given = {"alone": alone, "chain": chain}[what](torch, selective_scan_fn, make, **sizes)
+    run, given = {"alone": alone, "chain": chain}[what](torch, scan, make, **sizes)
     given = [x.detach().requires_grad_() for x in given]
     y = run(*given)
     return {
