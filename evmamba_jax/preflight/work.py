@@ -21,7 +21,8 @@ be written. (PyTorch's compiler chooses activations so, ``min_cut_rematerializat
 
 The step's arguments (parameters, optimizer state, moving average, batch) are in memory: each stage that uses one reads
 it. The step's results are written once. So a gradient is written by the backward phase and read by the update. A
-kernel's arguments and results pass through memory: what makes an argument writes it, what uses a result reads it.
+kernel's arguments and results pass through memory: what makes an argument writes it, what uses a result reads it. No
+array stays in the chip's own memory from one stage to the next, though a compiler may leave small ones there.
 """
 
 import collections
