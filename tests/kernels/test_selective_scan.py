@@ -334,3 +334,25 @@ def test_wrong_arguments(change, error, message):
         selective_scan(**(problem | change))
     assert str(caught.value).startswith("selective_scan: " + message)
     assert "\n" not in str(caught.value)
+
+
+def test_time_steps_are_softplus_to_rounding():
+    """A zero state, u = B = C = 1 and D = 0: y is the first token's time step, and its slope the logistic function."""
+    raw = np.linspace(-80, 80, 3201).astype(np.float32)
+    one, wide = jnp.ones((1, 1, raw.size)), raw.astype(np.float64)
+
+    def steps(raw):
+        state = jnp.ones((1, 1, 1, 1))
+        return selective_scan(
+            one,
+            raw[None, None],
+            jnp.zeros((raw.size, 1)),
+            state,
+            state,
+            delta_softplus=True,
+            implementation="sequential",
+        )[0, 0]
+
+    y, pull = jax.vjp(steps, jnp.asarray(raw))
+    np.testing.assert_allclose(y, np.logaddexp(0, wide), rtol=4e-7)
+    np.testing.assert_allclose(pull(jnp.ones(raw.size))[0], 1 / (1 + np.exp(-wide)), rtol=5e-7)
