@@ -11,14 +11,15 @@ ROOT = Path(__file__).parent.parent
 # Files and folders of evmamba_jax go by their own name; "evmamba_jax" is its __init__.py.
 ROWS = {
     "pallas_kernels.contract": "",
+    "pallas_kernels.apart": "",
     "pallas_kernels.arguments": "",
     "pallas_kernels.orders": "",
     "pallas_kernels.dispatch": "",
     "pallas_kernels.portable": "pallas_kernels.contract pallas_kernels.dispatch",
     "pallas_kernels.tpu": "pallas_kernels.contract pallas_kernels.dispatch pallas_kernels.orders",
     "pallas_kernels.gpu": "pallas_kernels.contract pallas_kernels.dispatch pallas_kernels.orders",
-    "pallas_kernels": """pallas_kernels.arguments pallas_kernels.dispatch pallas_kernels.gpu pallas_kernels.orders
-                         pallas_kernels.portable pallas_kernels.tpu""",
+    "pallas_kernels": """pallas_kernels.apart pallas_kernels.arguments pallas_kernels.dispatch pallas_kernels.gpu
+                         pallas_kernels.orders pallas_kernels.portable pallas_kernels.tpu""",
     "errors": "",
     "cli": "errors",
     "packaged": "errors",
@@ -29,7 +30,7 @@ ROWS = {
     "lora": "errors",
     "ops": "pallas_kernels pallas_kernels.dispatch",
     "checkpoints": "errors storage",
-    "layers": "errors ops pallas_kernels ranges",
+    "layers": "errors ops pallas_kernels pallas_kernels.apart ranges",
     "data": "cli errors ranges storage",
     "models": "arrays cli errors layers pallas_kernels ranges",
     "heads": "errors layers models",
@@ -66,9 +67,9 @@ ROWS = {
                      pallas_kernels pallas_kernels.gpu pallas_kernels.tpu predict preflight pruning reports tasks
                      training weights""",
     "tests": """__main__ analysis answers arrays benchmarks checkpoints cli config configs counting data dense detection
-                errors evmamba_jax heads layers lora measuring models ops packaged pallas_kernels pallas_kernels.gpu
-                pallas_kernels.tpu predict preflight preprocessing pruning ranges reports segmentation storage tasks
-                train train_tpu training verify weights""",
+                errors evmamba_jax heads layers lora measuring models ops packaged pallas_kernels pallas_kernels.apart
+                pallas_kernels.gpu pallas_kernels.tpu predict preflight preprocessing pruning ranges reports
+                segmentation storage tasks train train_tpu training verify weights""",
 }
 TREES = ("pallas_kernels", "evmamba_jax", "configs", "benchmarks", "tests")
 

@@ -18,7 +18,7 @@ REMAT: dict[str, Callable[..., Any] | None] = {
     "none": None,
     "block": policies.nothing_saveable,  # only the block's input
     "dots_and_scans": policies.save_from_both_policies(
-        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names("scan")
+        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names("dot", "scan")
     ),
 }
 
