@@ -112,7 +112,7 @@ def copies(program, found) -> Iterator[tuple[str, int, str]]:
 
     def is_move(instruction) -> bool:
         if instruction.opcode == "fusion":
-            inner = program.computations.get(instruction.attribute(r"calls=%?([\w.\-]+)") or "", [])
+            inner = program.computations.get(instruction.calls, [])
             return all(one.opcode in MOVES for one in inner)
         return instruction.opcode in ("copy", "transpose", "copy-done")
 
@@ -205,35 +205,35 @@ def fill_parts(report: Report, models: list[str], generations: list[str]) -> Non
         f"`configs/MODEL.py`, {BATCH} images a chip, with the kernels and without rematerialisation. Time: by the "
         "preflight's clock. Floor: what the chip allows at least, counted from the step's traced program "
         "(docs/preflight.md); of a part the time of its scans and the longest of four limits of its rest, of the step "
-        "the sum of its parts. The columns of limits are sums over all parts, each at its best, and so no shares of "
-        "the floor. A fusion counts whole to the part of its result, so neighbouring parts are to be read together. "
-        "Written by `benchmarks/tpu_step.py --parts`."
+        "the sum of its parts. The last columns are the milliseconds of the kernels and of each limit. A fusion counts "
+        "whole to the part of its result, so neighbouring parts are to be read together. Written by "
+        "`benchmarks/tpu_step.py --parts`."
     )
-    facts = {}
-    times = [(name, "{:.2f}") for name in ("ms", "floor, ms", "ratio", "kernels", *LIMITS)]
-    report.table("model", "TPU", *times, ("CPU s", "{:.0f}"))
+    numbers = [("ms", "{:.3f}"), ("floor, ms", "{:.3f}"), ("ratio", "{:.2f}")]
+    limits = [(name, "{:.3f}") for name in ("kernels", *LIMITS)]
+    steps: list[list] = []
     for model in models:
         for generation in generations:
+            report.heading(f"{model}, {generation}")
             f = run(model, "parts", generation, fast=False)
             if "refusal" in f:
-                report.row(model, generation, f["refusal"])
+                report.text(f["refusal"])
                 continue
             least = {part: Floor(**floor) for part, floor in f["floor"].items()}
-            seconds: dict[str, float] = {}
-            for item in f["times"]:
-                seconds[item["part"]] = seconds.get(item["part"], 0.0) + item["seconds"]
-            rows = facts[model, generation] = compare(seconds, least)
-            kernels = sum(floor.kernels for floor in least.values())
-            limits = [sum(floor.limits[name] for floor in least.values()) for name in LIMITS]
-            whole = rows[-1]
-            milliseconds = [1e3 * number for number in (kernels, *limits)]
-            cells = [1e3 * whole.seconds, 1e3 * whole.floor, whole.ratio, *milliseconds]
-            report.row(model, generation, *cells, f["compile_cpu_seconds"])
-    for (model, generation), rows in facts.items():
-        report.heading(f"{model}, {generation}")
-        report.table("part", ("ms", "{:.3f}"), ("floor, ms", "{:.3f}"), ("ratio", "{:.2f}"), "floor set by")
-        for row in rows:
-            report.row(row.part, 1e3 * row.seconds, 1e3 * row.floor, row.ratio, row.set_by)
+            report.table("part", *numbers, "floor set by", *limits)
+            for row in compare(f["times"], least):
+                floors = list(least.values()) if row.part == "all" else [least[row.part]] if row.part in least else []
+                each = (
+                    sum(one.kernels for one in floors),
+                    *(sum(one.limits[name] for one in floors) for name in LIMITS),
+                )
+                cells = [1e3 * row.seconds, 1e3 * row.floor, row.ratio, row.set_by, *(1e3 * number for number in each)]
+                report.row(row.part, *cells)
+            steps.append([model, generation, *cells, f["compile_cpu_seconds"]])  # the last row is of all parts
+    report.heading("All steps")
+    report.table("model", "TPU", *numbers, "floor set by", *limits, ("CPU s", "{:.0f}"))
+    for step in steps:
+        report.row(*step)
 
 
 def run(model: str, form: str, generation: str, *, fast: bool) -> dict:

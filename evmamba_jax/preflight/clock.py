@@ -65,8 +65,8 @@ class Timed:
         vmem: bytes of the chip's own memory that its schedule takes.
         spills: registers written to memory in one run of each loop.
         direction: ``backward`` for what differentiation made, else ``forward``.
-        source: ``file.py:line``.
-        op_name: the path of JAX operations.
+        source: ``file.py:line``; of a transfer or copy that says none, of what it copies.
+        op_name: the path of JAX operations, in the same way.
         part: of the step, one of :data:`evmamba_jax.preflight.parts.PARTS`.
     """
 
@@ -121,7 +121,7 @@ def clock(program: Program, dump_folder: str | os.PathLike[str], generation: str
     def add(run: Run, kind: str, moved: int, schedule: Schedule | None, waiting: float = 0.0) -> Timed:
         one, memory = run.instruction, moved * run.times / rate
         computing = None if schedule is None else schedule.seconds * run.times
-        loops = schedule.loops if schedule else ()
+        loops, origin = schedule.loops if schedule else (), program.origin(one)
         unit, load = max(loops, key=lambda loop: loop.cycles).busiest if loops else ("", 0.0)
         items.append(
             Timed(
@@ -137,9 +137,9 @@ def clock(program: Program, dump_folder: str | os.PathLike[str], generation: str
                 load=load,
                 vmem=schedule.vmem_bytes if schedule else 0,
                 spills=sum(loop.spills for loop in loops),
-                direction="backward" if "transpose(" in one.op_name else "forward",
-                source=program.source(one),
-                op_name=one.op_name,
+                direction="backward" if "transpose(" in origin.op_name else "forward",
+                source=program.source(origin),
+                op_name=origin.op_name,
                 part=parts[one.name],
             )
         )
@@ -171,7 +171,6 @@ class _Schedules:
     def __init__(self, program: Program, dump_folder: str | os.PathLike[str], generation: str):
         self._program, self._generation = program, generation
         self._files = schedules.files(dump_folder, of_last_program=True)
-        self._types = {one.name: one.type for inside in program.computations.values() for one in inside}
         self._texts: dict[str, int] = {}  # computations in a form without names, numbered
         self._numbers: dict[str, int] = {}  # of computations
         self._read: dict[str, Schedule] = {}
@@ -193,7 +192,7 @@ class _Schedules:
     @functools.cached_property
     def _equals(self) -> dict[str, str]:
         """The names of instructions that have a schedule, by their forms."""
-        every = (one for inside in self._program.computations.values() for one in inside)
+        every = self._program.by_name.values()
         return {self._form(one): one.name for one in every if one.name in self._files}
 
     def _form(self, one: Instruction, places: dict[str, int] | None = None) -> str:
@@ -206,7 +205,9 @@ class _Schedules:
             name = match[1]
             if places is not None and name in places:
                 return f"%{places[name]}"
-            return f"calls {self._number(name)}" if name in self._program.computations else f"%{self._types.get(name)}"
+            if name in self._program.computations:
+                return f"calls {self._number(name)}"
+            return f"%{self._program.by_name[name].type if name in self._program.by_name else name}"
 
         return re.sub(r"%([\w.\-]+)", replaced, _ELSEWHERE.sub("", one.line.partition(" = ")[2]))
 
@@ -240,7 +241,7 @@ def _within(program: Program, one: Instruction) -> Iterator[Instruction]:
     if one.opcode != "fusion":
         yield one
         return
-    for inner in program.computations.get(one.attribute(r"calls=%?([\w.\-]+)") or "", ()):
+    for inner in program.computations.get(one.calls, ()):
         yield from _within(program, inner)
 
 
@@ -252,7 +253,6 @@ class _Traffic:
 
     def __init__(self, program: Program):
         self._program = program
-        self._by_name = {one.name: one for inside in program.computations.values() for one in inside}
 
     def copied(self, start: Instruction) -> int:
         """Return the bytes of a copy that runs beside others: once for each side that is main memory."""
@@ -263,7 +263,7 @@ class _Traffic:
         """Return the bytes that one run of an instruction moves."""
         moved = 0
         for number, name in enumerate(one.operands):
-            given = self._by_name.get(name)
+            given = self._program.by_name.get(name)
             whole = sum(array.padded for array in given.result if array.in_hbm) if given else 0
             if whole:
                 moved += min(whole, self._read(one, number, whole))
@@ -280,7 +280,7 @@ class _Traffic:
 
     def _used(self, fusion: Instruction, number: int, whole: int) -> tuple[int, bool]:
         """Return the bytes that a fusion reads of what it is given, and whether it makes the very array of it."""
-        inside = self._program.computations.get(fusion.attribute(r"calls=%?([\w.\-]+)") or "", [])
+        inside = self._program.computations.get(fusion.calls, [])
         names = [one.name for one in inside if one.opcode == "parameter" and f" parameter({number})" in one.line]
         moved, is_made = 0, False
         while names:
@@ -300,7 +300,7 @@ class _Traffic:
     @functools.cached_property
     def _users(self) -> dict[str, list[tuple[Instruction, int]]]:
         users: dict[str, list[tuple[Instruction, int]]] = {}
-        for one in self._by_name.values():
+        for one in self._program.by_name.values():
             for number, name in enumerate(one.operands):
                 users.setdefault(name, []).append((one, number))
         return users
@@ -311,16 +311,16 @@ class _Traffic:
             return 0
         makers = [one] * len(one.result)
         if one.opcode == "fusion":
-            inside = self._program.computations.get(one.attribute(r"calls=%?([\w.\-]+)") or "", [])
+            inside = self._program.computations.get(one.calls, [])
             root = inside[-1] if inside else one
             each = root.operands if root.opcode == "tuple" else [root.name] * len(makers)
-            makers = [self._by_name[name] for name in each]
+            makers = [self._program.by_name[name] for name in each]
         moved = 0
         for array, maker in zip(one.result, makers, strict=True):
             while maker.opcode == "bitcast":
-                maker = self._by_name[maker.operands[0]]
+                maker = self._program.by_name[maker.operands[0]]
             if not array.in_hbm:
                 continue
-            replaced = self._by_name[maker.operands[1]] if maker.opcode == "dynamic-update-slice" else None
+            replaced = self._program.by_name[maker.operands[1]] if maker.opcode == "dynamic-update-slice" else None
             moved += sum(part.padded for part in replaced.result) if replaced else array.padded
         return moved

@@ -13,9 +13,10 @@ What a step has to do is counted in ``work.py``. The scans are kernels apart: ea
 and the longest of the four times of its rest, and the step the sum of its parts.
 """
 
+import collections
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from evmamba_jax.preflight.aot import Generation
 from evmamba_jax.preflight.clock import bandwidth
@@ -152,13 +153,21 @@ class Compared(NamedTuple):
         return self.seconds / self.floor if self.floor else None
 
 
-def compare(seconds: Mapping[str, float], least: Mapping[str, Floor]) -> list[Compared]:
-    """Return the times of a step's parts beside their floors, and at last those of the whole step."""
+def compare(times: Iterable[Mapping[str, Any]], least: Mapping[str, Floor]) -> list[Compared]:
+    """Return the times of a step's parts beside their floors, and at last those of the whole step, "all".
+
+    Args:
+        times: of instructions, each with its ``part`` and ``seconds`` (:class:`evmamba_jax.preflight.clock.Timed`).
+        least: the floors of the parts.
+    """
+    seconds: dict[str, float] = collections.defaultdict(float)
+    for item in times:
+        seconds[item["part"]] += item["seconds"]
     rows = []
     for part in PARTS:
         floor = least.get(part)
         if floor or part in seconds:
-            taken = seconds.get(part, 0.0)
+            taken = seconds[part]
             rows.append(Compared(part, taken, floor.seconds, floor.set_by) if floor else Compared(part, taken, 0.0, ""))
     set_by: dict[str, float] = dict.fromkeys(("kernels", *LIMITS), 0.0)
     for floor in least.values():

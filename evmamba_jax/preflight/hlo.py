@@ -62,6 +62,11 @@ class Instruction:
         return re.findall(r"%([\w.\-]+)", self.attribute(rf" {re.escape(self.opcode)}\(([^)]*)\)") or "")
 
     @property
+    def calls(self) -> str:
+        """The computation that a fusion runs, or ""."""
+        return self.attribute(r"\bcalls=%?([\w.\-]+)") or ""
+
+    @property
     def is_kernel(self) -> bool:
         """Whether it calls a Pallas kernel."""
         return 'custom_call_target="tpu_custom_call"' in self.line
@@ -79,6 +84,17 @@ class Program:
     computations: dict[str, list[Instruction]]
     entry: str
     frames: dict[int, tuple[str, int, int]]  # file, line, and the calling frame or 0
+
+    @functools.cached_property
+    def by_name(self) -> dict[str, Instruction]:
+        """Every instruction of every computation."""
+        return {one.name: one for inside in self.computations.values() for one in inside}
+
+    def origin(self, instruction: Instruction) -> Instruction:
+        """Return the instruction, or, where it does not say where it comes from, what made that which it is given."""
+        while not instruction.op_name and instruction.operands and instruction.operands[0] in self.by_name:
+            instruction = self.by_name[instruction.operands[0]]
+        return instruction
 
     def chain(self, instruction: Instruction) -> list[tuple[str, int]]:
         """Return file and line of every call that led to the instruction, the innermost first; empty where unknown."""
@@ -288,7 +304,7 @@ def collectives(program: Program, found: list[Run], *, devices: int, slices: int
             yield Collective(kind, size, slices, True, run.times, instruction.op_name, program.source(instruction))
         inner = [instruction]
         if instruction.opcode == "fusion":
-            inner = program.computations.get(instruction.attribute(r"calls=%?([\w.\-]+)") or "", [])
+            inner = program.computations.get(instruction.calls, [])
         for one in inner:
             kind = one.opcode.removesuffix("-start")
             if kind not in COLLECTIVES:

@@ -154,10 +154,8 @@ def _total(items: list[dict[str, Any]], name: str) -> float:
 
 def _floor(facts: dict[str, Any]) -> Iterator[str]:
     yield "Parts of the step: ms, the least that the chip allows, times that, and what sets it (docs/preflight.md)"
-    seconds: dict[str, float] = collections.defaultdict(float)
-    for item in facts["times"]:
-        seconds[item["part"]] += item["seconds"]
-    for row in compare(seconds, {part: Floor(**floor) for part, floor in facts["floor"].items()}):
+    least = {part: Floor(**floor) for part, floor in facts["floor"].items()}
+    for row in compare(facts["times"], least):
         ratio = f"{row.ratio:6.2f}" if row.ratio else f"{'-':>6}"
         yield f"  {row.part:16} {row.seconds * 1e3:8.3f} {row.floor * 1e3:8.3f} {ratio}  {row.set_by}".rstrip()
 
