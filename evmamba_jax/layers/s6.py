@@ -74,7 +74,8 @@ class S6(nnx.Module):
             orders=tuple(orders),
             implementation=self.implementation,
         )
-        return checkpoint_name(y, "scan")
+        # Without the barrier XLA writes a bfloat16 y down a second time in float32, for the norm that follows.
+        return checkpoint_name(jax.lax.optimization_barrier(y), "scan")
 
 
 def default_dt_rank(width: int) -> int:
