@@ -166,12 +166,10 @@ class VimMixer(nnx.Module):
         mamba = init.ScanInit()
         backward_init = mamba if mamba_dt_init_backward else mamba._replace(dt_bias=init.zeros)
         out_init = init.within((inner * depth) ** -0.5)
-        self.in_proj = nnx.Linear(
-            width, 2 * inner, use_bias=False, kernel_init=init.torch_default, dtype=dtype, rngs=rngs
-        )
+        self.in_proj = Linear(width, 2 * inner, use_bias=False, kernel_init=init.torch_default, dtype=dtype, rngs=rngs)
         self.forward = direction(reverse=False, scan_init=mamba)
         self.backward = direction(reverse=True, scan_init=backward_init)
-        self.out_proj = nnx.Linear(inner, width, use_bias=False, kernel_init=out_init, dtype=dtype, rngs=rngs)
+        self.out_proj = Linear(inner, width, use_bias=False, kernel_init=out_init, dtype=dtype, rngs=rngs)
         self.divide_out = divide_out
         gate = {"layer": pointwise_conv, "use_bias": False, "dtype": dtype, "rngs": rngs}
         self.se = None if squeeze_excite is None else SqueezeExcite(width, squeeze_excite, **gate)
