@@ -2,8 +2,7 @@
 
 Published top-1: 78.7 (arXiv:2403.09977, table 2; the released log says 78.67 raw). Not yet run here.
 300 epochs: 187,500 steps of 2,048 images, 384,000,000 in all; as ``:paper`` and ``:readme`` 375,300 steps of
-1,024. On a v5e-16 the compiler's estimate is 124 ms a step, 6.4 hours in all; such estimates have not been compared
-with hardware (docs/preflight.md).
+1,024.
 
 The recipe is the one the released log shows. Variants of the same file: ``:paper`` and ``:readme``, the recipes of the
 paper's text and of the official README's command, which differ (see evmamba_jax/recipes/efficientvmamba.py).

@@ -2,8 +2,7 @@
 
 Published top-1: 82.6 (arXiv:2401.10166, table 6). Not yet run here. 300 epochs: 375,300 steps of 1,024 images,
 384,307,200 in all. The official code, which trains 571 images/s on an A100 by its authors' measurement, takes 23 hours
-on 8. On a v5e-8 the compiler's estimate is 137 ms a step, 14.3 hours in all; such estimates have not been compared with
-hardware (docs/preflight.md).
+on 8.
 """
 
 from evmamba_jax.recipes.vmamba import recipe

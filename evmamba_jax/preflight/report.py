@@ -211,4 +211,7 @@ def _time(facts: dict[str, Any], fast: bool) -> Iterator[str]:
         missing.append("the network between slices")
     yield f"  Not in it: {', '.join(missing)}."
     if fast:
-        yield "  --fast compiles a slower program than training runs: memory and exchanges hold, the time is too long."
+        yield (
+            "  --fast compiles a slower program, which keeps no array on the chip from one instruction to the next: "
+            "memory and exchanges hold, the time is too long."
+        )
