@@ -16,7 +16,7 @@ from flax.typing import Dtype, Initializer
 
 from evmamba_jax.errors import UserError
 from evmamba_jax.layers import initializers as init
-from evmamba_jax.layers.mlp import gelu
+from evmamba_jax.layers.activations import gelu
 from evmamba_jax.layers.norm import BatchNorm
 
 STRIDES = (4, 8, 16, 32)

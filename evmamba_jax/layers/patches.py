@@ -8,7 +8,7 @@ from flax.typing import Dtype
 
 from evmamba_jax.errors import UserError
 from evmamba_jax.layers import initializers as init
-from evmamba_jax.layers.mlp import gelu
+from evmamba_jax.layers.activations import gelu
 from evmamba_jax.layers.norm import LayerNorm
 from evmamba_jax.layers.projections import Linear, conv, pointwise_conv
 

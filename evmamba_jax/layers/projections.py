@@ -10,49 +10,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
-from jax.ad_checkpoint import checkpoint_name
 
 from evmamba_jax.layers import initializers as init
+from evmamba_jax.layers.dots import dot_rows
 from pallas_kernels.apart import read_once
-
-
-def dot_rows(
-    x: jax.Array, kernel: jax.Array, dimensions: Any, *, precision: Any = None, out_sharding: Any = None
-) -> jax.Array:
-    """Multiply x (..., I) with kernel (I, O): the ``dot_general`` of every ``nnx.Linear`` here.
-
-    Differs from ``jax.lax.dot_general`` only in the kernel's gradient on a CPU. XLA's CPU back end contracts over one
-    axis in place, but first transposes a map to contract over its batch, rows and columns. As a matrix of pixels the
-    gradient takes a third of the time at 56x56 pixels.
-    """
-    del dimensions  # the last axis of x, the first of the kernel
-    return checkpoint_name(_dot_rows(x, kernel, precision, out_sharding), "dot")
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _dot_rows(x: jax.Array, kernel: jax.Array, precision: Any, out_sharding: Any) -> jax.Array:
-    contracted = (((x.ndim - 1,), (0,)), ((), ()))
-    return jax.lax.dot_general(x, kernel, contracted, precision=precision, out_sharding=out_sharding)
-
-
-def _dot_rows_fwd(x, kernel, precision, out_sharding):
-    return _dot_rows(x, kernel, precision, out_sharding), (x, kernel)
-
-
-def _dot_rows_bwd(precision, out_sharding, kept, dy):
-    x, kernel = kept
-    (dx,) = jax.vjp(lambda x: _dot_rows.fun(x, kernel, precision, out_sharding), x)[1](dy)
-
-    def of_kernel(x, dy):
-        return jax.vjp(lambda kernel: _dot_rows.fun(x, kernel, precision, out_sharding), kernel)[1](dy)[0]
-
-    def of_kernel_flat(x, dy):
-        return of_kernel(x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]))
-
-    return dx, jax.lax.platform_dependent(x, dy, cpu=of_kernel_flat, default=of_kernel)
-
-
-_dot_rows.defvjp(_dot_rows_fwd, _dot_rows_bwd)
 
 # torch.nn.Linear in the official models: normal(0, .02), bias 0.
 Linear = functools.partial(nnx.Linear, kernel_init=init.linear_normal, bias_init=init.zeros, dot_general=dot_rows)
@@ -148,22 +109,44 @@ def _depthwise(
     times faster forward and 2 to 12 times faster backward. On a TPU the convolution is left alone but for the gradient
     of its kernel, by :func:`_kernel_gradient`.
     """
+    return _convolve(x, kernel, tuple(strides), tuple(map(tuple, padding)), tuple(options.items()))
 
+
+# The platform is chosen within the gradient's rule, not the rule within a platform's branch: JAX gives what a rule
+# computes the source line of its call, but not within a branch.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _convolve(x, kernel, strides, padding, options):
+    on_cpu = functools.partial(_shifted_products, strides=strides, padding=padding)
+    return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=_convolution(strides, padding, options))
+
+
+def _convolution(strides, padding, options):
     def convolution(x, kernel):
         groups = {"feature_group_count": kernel.shape[-1]}
-        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options | groups)
+        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **dict(options) | groups)
 
-    def backward(operands, dy):
-        x, kernel = operands
+    return convolution
+
+
+def _convolve_fwd(x, kernel, *how):
+    return _convolve(x, kernel, *how), (x, kernel)
+
+
+def _convolve_bwd(strides, padding, options, kept, dy):
+    convolution = _convolution(strides, padding, options)
+
+    def plain(x, kernel, dy):
+        return jax.vjp(convolution, x, kernel)[1](dy)
+
+    def on_tpu(x, kernel, dy):
         (dx,) = jax.linear_transpose(lambda x: convolution(x, kernel), x)(dy)
         return dx, _kernel_gradient(convolution, x, kernel, dy)
 
-    on_tpu = jax.custom_vjp(convolution)
-    on_tpu.defvjp(lambda x, kernel: (convolution(x, kernel), (x, kernel)), backward)
-    shifted_products = functools.partial(
-        _shifted_products, strides=tuple(strides), padding=tuple(tuple(pad) for pad in padding)
-    )
-    return jax.lax.platform_dependent(x, kernel, cpu=shifted_products, tpu=on_tpu, default=convolution)
+    on_cpu = functools.partial(_gradients_on_cpu, strides=strides, padding=padding)
+    return jax.lax.platform_dependent(*kept, dy, cpu=on_cpu, tpu=on_tpu, default=plain)
+
+
+_convolve.defvjp(_convolve_fwd, _convolve_bwd)
 
 
 def _kernel_gradient(
@@ -186,14 +169,7 @@ def _kernel_gradient(
 
 # Jitted, so that a 7x7 kernel's 49 products are traced once for all blocks of one shape.
 @functools.partial(jax.jit, static_argnames=("strides", "padding"))
-def _shifted_products(
-    x: jax.Array, kernel: jax.Array, *, strides: tuple[int, ...], padding: tuple[tuple[int, int], ...]
-) -> jax.Array:
-    return _convolve(x, kernel, strides, padding)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _convolve(x, kernel, strides, padding):
+def _shifted_products(x, kernel, *, strides, padding):
     return read_once(functools.partial(_sum_of_products, strides=strides, padding=padding), x, kernel)
 
 
@@ -211,23 +187,17 @@ def _shifted(x, offsets, size, strides):
     return x[(slice(None), *(slice(start, start + span, step) for start, span, step in axes))]
 
 
-def _convolve_fwd(x, kernel, strides, padding):
-    return _convolve(x, kernel, strides, padding), (x, kernel)
-
-
-def _convolve_bwd(strides, padding, kept, dy):
-    x, kernel = kept
+@functools.partial(jax.jit, static_argnames=("strides", "padding"))
+def _gradients_on_cpu(x, kernel, dy, *, strides, padding):
+    """Return the gradients of x and of the kernel from dy (B, ..., C)."""
     size = kernel.shape[:-2]
     around = tuple((k - 1 - before, k - 1 - after) for k, (before, after) in zip(size, padding, strict=True))
     if set(strides) == {1} and min(map(min, around)) >= 0:
-        dx = _convolve(dy, jnp.flip(kernel, range(len(size))), strides, around)
+        dx = _shifted_products(dy, jnp.flip(kernel, range(len(size))), strides=strides, padding=around)
     else:
         pull = jax.vjp(lambda x: _sum_of_products(x, kernel, strides, padding), x)[1]
         (dx,) = read_once(pull, dy)
     return dx, _kernel_gradient_by_rows(jnp.pad(x, ((0, 0), *padding, (0, 0))), dy, size, strides).astype(kernel.dtype)
-
-
-_convolve.defvjp(_convolve_fwd, _convolve_bwd)
 
 
 def _kernel_gradient_by_rows(x, dy, size, strides):

@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 from flax.typing import Dtype
 
-from evmamba_jax.layers.mlp import ACTIVATIONS, Activation
+from evmamba_jax.layers.activations import ACTIVATIONS, Activation
 from evmamba_jax.layers.norm import LayerNorm
 from evmamba_jax.layers.projections import Linear
 

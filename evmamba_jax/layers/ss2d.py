@@ -8,9 +8,9 @@ from einops import rearrange
 from flax import nnx
 from flax.typing import Dtype
 
+from evmamba_jax.layers.activations import ACTIVATIONS, Activation
 from evmamba_jax.layers.channels import Group, Member, conv_members, scan_members
 from evmamba_jax.layers.initializers import ScanInit
-from evmamba_jax.layers.mlp import ACTIVATIONS, Activation
 from evmamba_jax.layers.norm import LayerNorm, counted
 from evmamba_jax.layers.projections import Linear, depthwise_conv
 from evmamba_jax.layers.s6 import S6, default_dt_rank

@@ -12,10 +12,10 @@ import jax
 from flax import nnx
 from flax.typing import Dtype
 
+from evmamba_jax.layers.activations import gelu
 from evmamba_jax.layers.backbone import StagedBackbone, StagedConfig
 from evmamba_jax.layers.drop_path import DropPath
 from evmamba_jax.layers.inverted_residual import InvertedResidual
-from evmamba_jax.layers.mlp import gelu
 from evmamba_jax.layers.norm import BatchNorm, LayerNorm
 from evmamba_jax.layers.patches import PatchEmbed, PatchMerging
 from evmamba_jax.layers.projections import depthwise_conv, pointwise_conv

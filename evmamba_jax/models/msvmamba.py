@@ -16,10 +16,10 @@ from einops import rearrange
 from flax import nnx
 from flax.typing import Dtype
 
+from evmamba_jax.layers.activations import gelu
 from evmamba_jax.layers.backbone import StagedBackbone, StagedConfig
 from evmamba_jax.layers.block import Block
 from evmamba_jax.layers.channels import Group, Member, conv_members, scan_members
-from evmamba_jax.layers.mlp import gelu
 from evmamba_jax.layers.norm import LayerNorm, counted
 from evmamba_jax.layers.patches import PATCHES
 from evmamba_jax.layers.projections import Linear, depthwise_conv, pointwise_conv

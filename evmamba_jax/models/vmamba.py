@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from flax import nnx
 
 from evmamba_jax.errors import UserError, one_of
+from evmamba_jax.layers.activations import Activation
 from evmamba_jax.layers.backbone import StagedBackbone, StagedConfig
 from evmamba_jax.layers.block import Block
 from evmamba_jax.layers.initializers import SCAN_INITS
-from evmamba_jax.layers.mlp import Activation, Mlp
+from evmamba_jax.layers.mlp import Mlp
 from evmamba_jax.layers.patches import PATCHES
 from evmamba_jax.layers.ss2d import SS2D, Scan
 from evmamba_jax.models.registry import ModelCard, register

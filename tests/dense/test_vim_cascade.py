@@ -27,7 +27,7 @@ from evmamba_jax.detection.vim_cascade import VimCascade, anchors_of
 from evmamba_jax.errors import UserError
 from evmamba_jax.heads.conv import ChannelNorm
 from evmamba_jax.heads.simple_pyramid import SimplePyramid
-from evmamba_jax.layers.mlp import gelu
+from evmamba_jax.layers.activations import gelu
 from evmamba_jax.weights import from_torch, to_torch
 
 SMALL = {"depth": 1, "width": 16, "d_state": 2, "image_size": 64}

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from evmamba_jax.layers.mlp import gelu
+from evmamba_jax.layers.activations import gelu
 
 # Of value and, twice that, derivative, in units of the larger of x and 1.
 BOUNDS = {"float64": 4e-16, "float32": 2e-7, "float16": 2e-3}

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from evmamba_jax.layers.mlp import gelu
+from evmamba_jax.layers.activations import gelu
 
 VALUE_ERROR, SLOPE_ERROR = 2.6e-5, 1.2e-4  # what the docstring promises, before the rounding to bfloat16
 
