@@ -201,29 +201,30 @@ def _gradients_on_cpu(x, kernel, dy, *, strides, padding):
 
 
 def _kernel_gradient_by_rows(x, dy, size, strides):
-    """Return the gradient (..., 1, C) of a kernel of this size from a padded x and dy, row by row of the images.
+    """Return the gradient (..., 1, C) of a kernel of this size from a padded x and dy, by rows of the images.
 
-    In a row all sums stay in the cache; over whole images each would read both maps from memory again. Sums are float32
+    In a row of a few images all sums stay in the cache; over whole images each would read both maps from memory again.
+    Every image has sums of its own until the end, so that a batch that devices divide is not gathered. Sums are float32
     or wider.
     """
     wide = jnp.promote_types(dy.dtype, jnp.float32)
-    *rows, width, channels = dy.shape  # batch, and all axes but the last of an image
+    batch, *rows, width, channels = dy.shape
+
+    def row_of(maps, place):
+        maps = jax.lax.dynamic_slice(maps, (0, *place, 0, 0), (batch, *(1 for _ in rows), maps.shape[-2], channels))
+        return maps.reshape(batch, -1, channels).astype(wide)
 
     def add_row(sums, row):
         place = jnp.unravel_index(row, rows)
-        products = []
-        dy_row = jax.lax.dynamic_slice(dy, (*place, 0, 0), (*(1 for _ in rows), width, channels))
-        dy_row = dy_row.reshape(width, channels).astype(wide)
+        products, dy_row = [], row_of(dy, place)
         for offsets in itertools.product(*map(range, size[:-1])):
-            first = [place[0], *(i * s + o for i, s, o in zip(place[1:], strides, offsets, strict=False))]
-            shape = (*(1 for _ in rows), x.shape[-2], channels)
-            x_row = jax.lax.dynamic_slice(x, (*first, 0, 0), shape).reshape(1, -1, channels).astype(wide)
-            products += [_shifted(x_row, (o,), size[-1:], strides[-1:])[0] * dy_row for o in range(size[-1])]
-        return sums + jnp.stack([product.sum(0) for product in products]), None
+            x_row = row_of(x, [i * s + o for i, s, o in zip(place, strides, offsets, strict=False)])
+            products += [_shifted(x_row, (o,), size[-1:], strides[-1:]) * dy_row for o in range(size[-1])]
+        return sums + jnp.stack([product.sum(1) for product in products]), None
 
-    sums = jnp.zeros((math.prod(size), channels), wide)
+    sums = jnp.zeros((math.prod(size), batch, channels), wide)
     sums, _ = jax.lax.scan(add_row, sums, jnp.arange(math.prod(rows)))
-    return sums.reshape(*size, 1, channels)
+    return sums.sum(1).reshape(*size, 1, channels)
 
 
 def _depthwise_backwards(x: jax.Array, kernel: jax.Array, *args: Any, **options: Any) -> jax.Array:
