@@ -27,9 +27,8 @@ from jax.experimental.layout import Format, Layout
 from evmamba_jax.measuring import machine
 from evmamba_jax.measuring.document import Cell, Report
 from evmamba_jax.preflight import aot, hlo
-from evmamba_jax.preflight.clock import clock
+from evmamba_jax.preflight.clock import ATTAINABLE, clock
 from evmamba_jax.preflight.floor import (
-    ATTAINABLE,
     REGISTER,
     SCAN_EXPONENTIAL,
     SCAN_VECTOR,
