@@ -16,7 +16,8 @@ clipping, AdamW and moving average, in bfloat16 from float32 parameters. Ours st
 it normalises, erases and mixes; the official code, under autocast, is given images and soft targets that are ready, no
 loss is read back, and its moving average is one call where its own trainers loop: all in its favour.
 
-``--dry`` lowers the scans for an H200, interprets one kernel, traces the models, and leaves out the peers.
+``--dry`` lowers the scans for an H200, interprets one kernel, and traces the models. It runs peers of PyTorch that are
+given on the CPU, and leaves out jax-linear-attention.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import contextlib
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -183,7 +185,7 @@ def answer(command: Sequence[str]) -> dict[str, Any]:
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     with contextlib.suppress(ValueError, IndexError):
         return json.loads(done.stdout.splitlines()[-1])
-    raise UserError(f"{Path(command[1]).name} failed with code {done.returncode}")
+    raise UserError(f"{Path(command[1]).name} ended without an answer, with code {done.returncode}")
 
 
 def model(settings: Settings, name: str, mode: str) -> dict[str, Any]:
@@ -321,7 +323,9 @@ def in_process(command: Sequence[str], limit: float, environment: dict[str, str]
     print(*said[-20:], sep="\n", file=sys.stderr)
     if process.returncode:
         return {"failure": f"failed with code {process.returncode}: {said[-1][:150] if said else 'it said nothing'}"}
-    return json.loads(printed.splitlines()[-1])
+    with contextlib.suppress(ValueError, IndexError):
+        return json.loads(printed.splitlines()[-1])
+    return {"failure": "ended without an answer"}
 
 
 def environment(cache: Path | None) -> dict[str, str]:
@@ -435,6 +439,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the results to this JSON file, and Markdown beside it")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if shutil.which(options.peer_python) is None:
+        parser.error(f"--peer-python {options.peer_python} is no program: name the interpreter with torch")
     if options.one:
         call, settings = json.loads(options.one)
         print(json.dumps(facts_of(call, Settings(*settings))))

@@ -69,11 +69,20 @@ SPOKEN = "print('noise'); print('{\"forward\": 2}')"
         (SPOKEN, 20, {"forward": 2}),
         ("import os, sys; print('gone', file=sys.stderr); os.kill(os.getpid(), 11)", 20, "failed with code -11: gone"),
         ("import time; time.sleep(60)", 0.5, "not done after 0 s"),
+        ("", 20, "ended without an answer"),
+        ("print('noise')", 20, "ended without an answer"),
     ],
 )
 def test_a_row_that_ends_badly_is_told(gpu_all, code, limit, facts):
     found = gpu_all.in_process([sys.executable, "-S", "-c", code], limit, dict(os.environ))
     assert found == (facts if isinstance(facts, dict) else {"failure": facts})
+
+
+def test_an_interpreter_that_is_not_there(gpu_all, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu_all.py", "--peer-python", "nowhere/python"])
+    with pytest.raises(SystemExit):
+        gpu_all.main()
+    assert "--peer-python nowhere/python is no program" in capsys.readouterr().err
 
 
 def test_what_a_row_started_ends_with_it(gpu_all, tmp_path):

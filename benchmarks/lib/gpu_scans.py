@@ -138,6 +138,8 @@ def linear_attention(shape: str, device: Device) -> dict[str, Any]:
     """Time the scan alone of jax-linear-attention: a call for each set of channels, filled up to 128."""
     if importlib.util.find_spec("jla") is None:
         return {"missing": "jax-linear-attention is not installed"}
+    if isinstance(device, Described):
+        return {"missing": "jax-linear-attention needs a GPU"}
     from jla.ops import linear_attention
 
     def scan(*arguments):
