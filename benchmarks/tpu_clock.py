@@ -26,10 +26,9 @@ from evmamba_jax.measuring import machine
 from evmamba_jax.measuring.document import Report
 from evmamba_jax.preflight import aot, hlo
 from evmamba_jax.preflight.clock import ATTAINABLE, UNCERTAINTY, clock
+from evmamba_jax.preflight.floor import REGISTER, VECTOR_UNITS
 
 FREE = Format(Layout.AUTO)  # the compiler chooses
-REGISTER = 1024  # numbers of 4 bytes
-VECTOR_UNITS = 4  # operations a cycle
 # Milliseconds of XLA's products of two square bfloat16 matrices on a v5e, by hardware: docs.jax.dev/en/latest/pallas/
 # tpu/matmul.html times calls from Python. The one of 1024 columns, 0.119, is nearly all dispatch, and is taken off.
 DISPATCH = 0.11943 - 2e3 * 1024**3 / 197e12
@@ -104,7 +103,7 @@ def gelu(x):
 
 
 def both(function):
-    """Return a function's gradient, for which the way there is computed again."""
+    """Return a function's gradient, which computes the function again."""
     return lambda x, dy: jax.vjp(function, x)[1](dy)[0]
 
 
@@ -162,11 +161,10 @@ def operations(program: hlo.Program) -> tuple[int, int]:
             if one.opcode == "fusion":
                 yield from every(one.calls)
 
-    known = {one.name: one for inside in program.computations.values() for one in inside}
     for one in every(program.entry):
         if one.opcode not in MOVES:
             # A sum takes what it is given.
-            of = known[one.operands[0]] if one.opcode == "reduce" else one
+            of = program.by_name[one.operands[0]] if one.opcode == "reduce" else one
             numbers = sum(math.prod(map(int, array.text.partition("[")[2][:-1].split(","))) for array in of.result[:1])
             counts[one.opcode in EXPONENTIALS] += numbers
     return counts[0], counts[1]
