@@ -137,9 +137,8 @@ def _tpu(name: str) -> dict[str, Any]:
         "slices": topology.slices,
         "available": generation.available,
         "clock": generation.clock,
-        # Of one device: half a tpu7x, a whole one of the others.
-        "hbm_bandwidth": generation.hbm_bandwidth / generation.devices_per_chip,
-        "link_bandwidth": generation.ici_bandwidth / generation.devices_per_chip / 2,  # one direction
+        # Of one device, half a tpu7x or a whole one of the others, in one direction.
+        "link_bandwidth": generation.ici_bandwidth / generation.devices_per_chip / 2,
     }
 
 
