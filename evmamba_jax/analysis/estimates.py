@@ -15,7 +15,7 @@ from evmamba_jax.preflight.report import needed, step_bounds, step_time
 
 KNOWN = (
     "Estimates: nothing ran. Each instruction takes as long as the schedule of the TPU's compiler or its bytes to and "
-    "from memory, whichever is longer, and no transfer between memories or devices is hidden behind another one. "
+    "from memory, whichever is longer, and no transfer between memories or devices is hidden behind computation. "
     f"{UNCERTAINTY}"
 )
 

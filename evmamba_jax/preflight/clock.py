@@ -21,9 +21,9 @@ ATTAINABLE = 0.8  # of the peak of the main memory's bandwidth
 
 # What benchmarks/results/tpu_clock.md comes to; reports and documentation repeat it.
 UNCERTAINTY = (
-    "Large matrix products come within 4 % of times measured on a v5e; no other schedule could be compared with a "
-    "chip, and memory at 70 or 90 % of its peak instead of 80 % changes what waits for it by 11 to 14 %: by judgement "
-    "the time is known to about 15 %, good for comparing programs rather than for a budget."
+    "Schedules of large matrix products come within 4 % of times measured on a v5e; no other schedule could be "
+    "compared with a chip. Memory at 70 or 90 % of its peak instead of 80 % changes what waits for it by 11 to 14 %. "
+    "By judgement the time is known to about 15 %, good for comparing programs rather than for a budget."
 )
 
 KINDS = ("matrix products", "depthwise", "reductions", "elementwise", "kernels", "copies", "transfers", "others")
