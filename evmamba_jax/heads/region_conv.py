@@ -8,12 +8,24 @@ import jax
 import jax.numpy as jnp
 
 
-def region_conv(x: jax.Array, kernel: jax.Array, strides: Any, padding: Sequence[tuple[int, int]], **options: Any):
+def region_conv(
+    x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Sequence[tuple[int, int]], **options: Any
+) -> jax.Array:
     """Convolve regions x (R, S, S, C) with a kernel (K, K, C, C') at stride 1; regions keep their size.
 
-    For ``nnx.Conv(..., conv_general_dilated=region_conv)``, whose call this is. Values are those of
-    ``jax.lax.conv_general_dilated``. The gradient of the kernel is another program on a CPU: XLA convolves there with a
+    For ``nnx.Conv(..., conv_general_dilated=region_conv)``, which passes these arguments. Values are equal to those of
+    ``jax.lax.conv_general_dilated``. On a CPU the gradient of the kernel is another program: XLA convolves with a
     kernel as large as a region, which for 256 regions of 14x14 ran at a third of the speed of the products below.
+
+    Args:
+        x: (R, S, S, C), of any floating type.
+        kernel: (K, K, C, C'), of the type of x.
+        strides: (1, 1).
+        padding: zeros (before, after) on both axes.
+        options: further ones of ``jax.lax.conv_general_dilated``; no dilation, no groups.
+
+    Returns:
+        (R, S, S, C'), of the type of x.
     """
     return _conv(x, kernel, tuple(options.items()), tuple(strides), tuple(tuple(pad) for pad in padding))
 
@@ -38,7 +50,7 @@ def _backward(options, strides, padding, kept, dy):
         return jax.vjp(lambda kernel: _plain(x, kernel, *how), kernel)[1](dy)[0]
 
     def products(x, dy):
-        return _kernel_gradient(x, dy, kernel.shape, padding).astype(kernel.dtype)
+        return _gradient_by_regions(x, dy, kernel.shape, padding).astype(kernel.dtype)
 
     return dx, jax.lax.platform_dependent(x, dy, cpu=products, default=convolved)
 
@@ -46,10 +58,13 @@ def _backward(options, strides, padding, kept, dy):
 _conv.defvjp(_forward, _backward)
 
 
-def _kernel_gradient(
+def _gradient_by_regions(
     x: jax.Array, dy: jax.Array, shape: Sequence[int], padding: Sequence[tuple[int, int]]
 ) -> jax.Array:
-    """Return the gradient of a kernel of a shape: of each region, all its windows times the gradient at each."""
+    """Return the gradient of a kernel of this shape, in float32 or wider, summed region by region.
+
+    A region adds a matrix product: the windows of x around its pixels times dy there.
+    """
     height, width, c_in, c_out = shape
     rows, columns = dy.shape[1:3]
     wide = jnp.promote_types(dy.dtype, jnp.float32)
