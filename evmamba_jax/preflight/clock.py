@@ -56,7 +56,7 @@ class Timed:
         kind: one of ``KINDS``.
         runs: in a step; all else is of all of them together.
         seconds: the longer of ``schedule`` and ``memory``; of a transfer between memories, which goes on beside other
-            instructions, what they have left of it when its result is needed.
+            instructions, what they have left of it when its result is needed, or all where its start is not found.
         schedule: seconds by the compiler's schedule; None where it wrote none.
         bytes: moved to and from main memory.
         memory: seconds that these bytes need.
@@ -155,7 +155,8 @@ def clock(program: Program, dump_folder: str | os.PathLike[str], generation: str
         if one.opcode in _STARTS:
             moving[one.name] = run, traffic.copied(one) * run.times / rate
         elif one.opcode in _DONES:
-            start, waiting = moving.pop(one.operands[0])
+            # A start in another trip or computation: nothing is known of what hides the transfer.
+            start, waiting = moving.pop(one.operands[0], (run, 0.0))
             add(start, "transfers", traffic.copied(start.instruction), None, waiting)
         elif one.opcode not in _FREE and not hlo.is_exchange(one):
             moved, schedule = traffic.of(one), scheduled.of(one)
@@ -255,7 +256,12 @@ class _Traffic:
         self._program = program
 
     def copied(self, start: Instruction) -> int:
-        """Return the bytes of a copy that runs beside others: once for each side that is main memory."""
+        """Return the bytes of a copy that runs beside others: once for each side that is main memory.
+
+        Of a copy's end alone, which tells one side, once.
+        """
+        if start.opcode in _DONES:
+            return start.result[0].padded
         both = start.result[:2]  # where it goes and where it comes from; of a slice the whole, and then the slice
         return min(array.padded for array in both) * sum(array.in_hbm for array in both)
 

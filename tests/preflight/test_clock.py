@@ -99,8 +99,8 @@ ENTRY %main (x: f32[4096,128], y: f32[10,1024,128], k: s32[]) -> f32[10,1024,128
 """
 
 
-def clocked(folder: Path) -> dict[str, Timed]:
-    return {item.name: item for item in clock(hlo.parse(TEXT), folder, "v5e")}
+def clocked(folder: Path, text: str = TEXT) -> dict[str, Timed]:
+    return {item.name: item for item in clock(hlo.parse(text), folder, "v5e")}
 
 
 def test_bytes_are_those_that_are_read_and_written(tmp_path):
@@ -128,6 +128,19 @@ def test_a_transfer_goes_on_while_memory_is_idle(tmp_path, monkeypatch, idle, le
     assert items["cut"].seconds == pytest.approx((1 + idle) * SLICE / RATE)
     assert items["copy-start"].seconds == pytest.approx(left * SLICE / RATE, abs=1e-12)
     assert items["copy-start"].memory == pytest.approx(4 * SLICE / RATE)
+
+
+def test_a_transfer_without_a_start_is_waited_for(tmp_path):
+    """A loop can carry a started transfer into its next trip, where its end names what is carried."""
+    kind = "(f32[4096,128]{1,0:T(8,128)S(1)}, f32[4096,128]{1,0:T(8,128)}, u32[]{:S(2)})"
+    carried = f"%carried = {kind} optimization-barrier(%copy-start)\n  "
+    end = TEXT.index("%copy-done = ")
+    text = TEXT[:end] + carried + TEXT[end:].replace("copy-done(%copy-start)", "copy-done(%carried)")
+    items = clocked(tmp_path, text)
+    assert "copy-start" not in items  # counts once
+    assert items["copy-done"].kind == "transfers"
+    assert items["copy-done"].bytes == 4 * SLICE
+    assert items["copy-done"].seconds == items["copy-done"].memory == pytest.approx(4 * SLICE / RATE)
 
 
 def test_the_bandwidth_is_a_device_s():
