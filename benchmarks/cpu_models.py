@@ -2,8 +2,9 @@
 
 A case is inference of 1 or of 8 images, or an update (forward, backward, clipping, AdamW, moving average) with 8, in
 float32 without augmentation. Every side of a case is a process of its own, which computes on one thread. The official
-code runs its scan in plain PyTorch, as it must on a CPU. Seconds are those of the processor, so that other work on the
-machine disturbs them little; a ratio is the median over the rounds of peer over ours, which are neighbours in time.
+code runs its scan in plain PyTorch, as it must on a CPU. Seconds are CPU seconds, so that other work on the machine
+disturbs them little. Each round divides the peer's seconds by ours, measured one after the other; the median over the
+rounds is the ratio.
 
     python -m venv peers && peers/bin/python -m pip install torch torchvision timm einops yacs
     git clone https://github.com/MzeroMiko/VMamba
@@ -192,7 +193,10 @@ def main() -> None:
             parser.error(f"--official {path} is no clone of one of the five families' repositories")
     versions = machine.versions("Python", "jax", "jaxlib")
     if options.torch:
-        process = Peers(options.torch, [], threads=1, device="cpu")
+        try:
+            process = Peers(options.torch, [], threads=1, device="cpu")
+        except UserError as error:
+            parser.error(str(error).replace("--peer-python", "--torch"))  # its name in other commands
         versions |= {f"{package} of the peers": number for package, number in process.versions.items()}
         process.close()
     report = Report("Models on a CPU", options.out, machine=machine.cpu(), versions=versions, date=machine.today())

@@ -52,6 +52,7 @@ def test_rows_compare_neighbours_in_time():
     ("given", "words"),
     [
         (["--official", "."], "--official needs --torch"),
+        (["--torch", "nowhere/python"], "--torch: nowhere/python cannot be run: No such file or directory"),
         (["--torch", "python", "--official", "configs"], "--official configs is no clone of one of the five families"),
     ],
 )
