@@ -17,7 +17,6 @@ import argparse
 import dataclasses
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -103,8 +102,7 @@ def copies(program, found) -> Iterator[tuple[str, int, str]]:
     by_name = {run.instruction.name: run.instruction for run in found}
 
     def operands(instruction) -> list:
-        listed = instruction.attribute(rf" {re.escape(instruction.opcode)}\(([^)]*)\)") or ""
-        return [by_name[name] for name in re.findall(r"%([\w.\-]+)", listed) if name in by_name]
+        return [by_name[name] for name in instruction.operands if name in by_name]
 
     def sources(instruction) -> Iterator:
         for operand in operands(instruction):
@@ -263,6 +261,8 @@ def main():
     if options.one:
         compile_step(*options.one)
         return
+    if options.parts and options.fast:
+        parser.error("--fast makes a slower step, so --parts would time another program: give one of the two")
     versions = machine.versions("jax", "jaxlib", "libtpu")
     what = " beside their floors: estimates" if options.parts else " on v5e: the compiler's figures"
     title = f"Whole train steps{what}, nothing ran on a TPU"
