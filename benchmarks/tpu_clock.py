@@ -62,7 +62,7 @@ class Known:
         shapes: of its arguments.
         moved: bytes to and from main memory.
         products: multiply-adds of the matrix units.
-        vector: operations of the vector units; None where those of the optimized program count.
+        vector: operations of the vector units; None: counted in the optimized program.
         side: rows and columns of square matrices, else 0.
     """
 

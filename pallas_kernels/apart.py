@@ -15,7 +15,7 @@ R = TypeVar("R")
 
 
 def read_once(function: Callable[..., R], *arrays: jax.Array) -> R:
-    """Return ``function(*arrays)``, for which a CPU computes each of the arrays once, however often it is read."""
+    """Return ``function(*arrays)``; a CPU computes each of the arrays once, however often the function reads it."""
 
     def apart(*arrays):
         with set_xla_metadata(inlineable="false"):

@@ -1,4 +1,4 @@
-"""The scans of models on a GPU: ours and those of jax-linear-attention, and what compiles and times them.
+"""The scans of models on a GPU, ours and jax-linear-attention's, and what compiles and times them.
 
 Device times, median of several runs, ms. Scans "alone" get step sizes, B and C ready, and write what nobody has added
 up yet. ``lib/torch_scans.py`` times the peers of PyTorch on inputs of the same shapes.
@@ -124,7 +124,7 @@ def alone(shape: str, device: Device) -> dict[str, float]:
 
 
 def share_of_copy(shape: str, device: Device) -> dict[str, float]:
-    """Time a scan alone, and say its bandwidth as a share of that of a copy of 1 GiB, read and written."""
+    """Time a scan alone, and compare its bandwidth with the bandwidth of a copy of 1 GiB, read and written."""
     large = device.arguments(functools.partial(jnp.zeros, dtype=jnp.float32), 2**28)
     [copied] = device.times([(lambda x: x + 1, (large,))])
     bandwidth = 2 * large.size * large.dtype.itemsize / copied

@@ -97,8 +97,8 @@ def clock(program: Program, dump_folder: str | os.PathLike[str], generation: str
     """Time every instruction of the last program that was compiled after ``aot.prepare(dump_folder)``.
 
     Transfers between the main memory and the chip's own run beside other instructions, in the order in which they
-    start, and progress while these leave the main memory idle. Loops count with their trips, those of unknown trips
-    (:func:`evmamba_jax.preflight.hlo.runs` names them) once; each branch of a condition counts. Exchanges between
+    start, and progress while these leave the main memory idle. Loops count with their trips. A loop of unknown trips
+    (:func:`evmamba_jax.preflight.hlo.runs` names it) counts once; each branch of a condition counts. Exchanges between
     devices are left out.
 
     Args:
@@ -238,7 +238,7 @@ def _kind(program: Program, one: Instruction) -> str:
 
 
 def _within(program: Program, one: Instruction) -> Iterator[Instruction]:
-    """Yield an instruction, or those of a fusion."""
+    """Yield an instruction, or the instructions of a fusion."""
     if one.opcode != "fusion":
         yield one
         return
@@ -249,7 +249,7 @@ def _within(program: Program, one: Instruction) -> Iterator[Instruction]:
 class _Traffic:
     """Counts the bytes that instructions move to and from main memory, as the arrays lie there, padding included.
 
-    What is given or made counts once; of an array of which only a slice is read or replaced, the slice.
+    What is given or made counts once. Where only a slice of an array is read or replaced, the slice counts.
     """
 
     def __init__(self, program: Program):

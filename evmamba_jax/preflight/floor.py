@@ -154,7 +154,7 @@ class Compared(NamedTuple):
 
 
 def compare(times: Iterable[Mapping[str, Any]], least: Mapping[str, Floor]) -> list[Compared]:
-    """Return the times of a step's parts beside their floors, and at last those of the whole step, "all".
+    """Return the time of each part of a step beside its floor, and at last the whole step's, "all".
 
     Args:
         times: of instructions, each with its ``part`` and ``seconds`` (:class:`evmamba_jax.preflight.clock.Timed`).

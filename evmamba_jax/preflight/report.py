@@ -144,7 +144,7 @@ def _longest(facts: dict[str, Any]) -> Iterator[str]:
 
 
 def _three(items: list[dict[str, Any]]) -> str:
-    """Return the milliseconds of instructions, those of their schedules, and those of their memory."""
+    """Return the milliseconds of instructions: in all, by their schedules alone, and by their memory alone."""
     return " ".join(f"{_total(items, name) * 1e3:8.3f}" for name in ("seconds", "schedule", "memory"))
 
 

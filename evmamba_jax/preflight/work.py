@@ -1,6 +1,6 @@
 """What a training step has to do, counted from its traced program: operations of each unit of a TPU, and bytes.
 
-**Which operations.** Multiply-adds of the matrix unit: those of matrix products and convolutions, gradients included.
+**Which operations.** Multiply-adds of the matrix unit: matrix products and convolutions, gradients included.
 ``Precision.HIGH`` and ``HIGHEST`` take three and six passes. Zeros that a convolution inserts are not counted. A
 depthwise convolution is the vector units' work: a multiplication and an addition for each element of its kernel. All
 else takes ``VECTOR`` and ``EXPONENTIAL`` operations for each element. Moves, broadcasts and conversions of types are
@@ -68,18 +68,8 @@ EXPONENTIAL = {
 }
 # What moves or names numbers, or costs nothing for each element.
 _FREE = {
-    *(
-        "broadcast_in_dim",
-        "reshape",
-        "squeeze",
-        "expand_dims",
-        "transpose",
-        "slice",
-        "pad",
-        "concatenate",
-        "copy",
-        "rev",
-    ),
+    *("broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose", "slice", "pad", "concatenate", "copy"),
+    "rev",
     *("split", "stack", "unstack", "name", "reshard", "stop_gradient", "convert_element_type", "bitcast_convert_type"),
     *("empty", "empty2", "iota", "platform_index", "pvary", "sharding_constraint", "optimization_barrier"),
     *("random_wrap", "random_unwrap", "random_seed", "random_fold_in", "random_split"),
@@ -333,7 +323,7 @@ def _living(operations: list[_Operation], results: list[_Value]) -> list[_Operat
 
 
 def _set_stages(operations: list[_Operation]) -> None:
-    """Number the stages; those of a phase come after all of the phase before."""
+    """Number the stages; all stages of a phase come after the phase before."""
     first = 0
     for phase in (FORWARD, BACKWARD, UPDATE):
         last = first

@@ -138,7 +138,7 @@ def compare(chosen: Sequence[Case], functions: Sequence[Callable[..., Any]]) -> 
 
 
 def summary(found: Sequence[Difference]) -> dict[str, Any]:
-    """Return the largest share that an error has of its limit, and of which result; or what is wrong."""
+    """Return the largest error over its limit, and the result it is in; or what is wrong."""
     wrong = [str(difference) for difference in found if difference.wrong]
     worst = max(found, key=lambda difference: difference.error / difference.limit)
     named = {"worst": worst.error / worst.limit, "of": f"{worst.name}, {worst.what}"}
