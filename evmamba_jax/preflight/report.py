@@ -38,6 +38,10 @@ def _size(count: float) -> str:
     return f"{count / 1024**power:.{2 if power == 3 else 1 if power else 0}f} {('B', 'KiB', 'MiB', 'GiB')[power]}"
 
 
+def _several(count: int, name: str) -> str:
+    return f"{count} {name}{'' if count == 1 else 's'}"
+
+
 def _what(facts: dict[str, Any], fast: bool) -> Iterator[str]:
     height, width, channels = facts["image"]
     mesh = ", ".join(f"{axis}={size}" for axis, size in facts["mesh"].items())
@@ -45,10 +49,10 @@ def _what(facts: dict[str, Any], fast: bool) -> Iterator[str]:
     hosts = f", {facts['hosts']} hosts" if facts["hosts"] > 1 else ""
     slices = f", {facts['slices']} slices" if facts["slices"] > 1 else ""
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    chips = f"{facts['chips']} {'chips' if facts['platform'] == 'tpu' else 'GPUs'}"
+    chips = _several(facts["chips"], "chip" if facts["platform"] == "tpu" else "GPU")
     yield (
-        f"{facts['model']}, {height}x{width}x{channels}, {facts['dtype']}, on {facts['devices']} devices of "
-        f"{facts['generation']} ({chips}{hosts}{slices}; mesh {mesh})"
+        f"{facts['model']}, {height}x{width}x{channels}, {facts['dtype']}, on {_several(facts['devices'], 'device')} "
+        f"of {facts['generation']} ({chips}{hosts}{slices}; mesh {mesh})"
     )
     yield f"batch {facts['batch_size']}, {facts['batch_size'] // facts['devices']} a device{rounds}; {facts['data']}"
     quick = ", --fast" if fast else ""
