@@ -134,8 +134,9 @@ SECTIONS: dict[str, tuple[Sequence[Any], str]] = {
     "Scans alone, N = 16": (SCANS, "Step sizes, B and C are ready. A peer's ratio is its time over ours."),
     "Scans alone, N = 1": (
         SHARES,
-        "Share of a copy: the bytes that a scan must move over its time (u, step size and y; backward these two, dy "
-        "and their gradients; y, dy and the gradient of u in float32), over the bandwidth of a copy of 1 GiB.",
+        "Share of a copy: the bytes that a scan must move over its time (forward u, step size and y; backward u, step "
+        "size, dy and the gradients of u and step size; y, dy and the gradient of u are float32), over the bandwidth "
+        "of a copy of 1 GiB.",
     ),
     "VMamba's chain": (SCANS, "Ours is `scan2d`: cross-scan, projections, scan and cross-merge in one."),
     "Inference": (MODELS, f"{BATCH} images of 224 px, bfloat16."),

@@ -29,8 +29,8 @@ SHAPES = {
     "VMamba-T stage 4": (CROSS, 7, 7, 768, 48, 1),
     "Vim-S": (BOTH, 1, 197, 768, 24, 16),
 }
-# Bytes a token and channel: u, step size and y; backward these two, dy, and their gradients. What is in float32: y, dy
-# and the gradient of u.
+# Bytes a token and channel: u, step size and y; backward u, step size, dy, and the gradients of u and step size. y, dy
+# and the gradient of u are float32.
 MOVED = {"forward": 2 + 2 + 4, "backward": 2 + 2 + 4 + 4 + 2}
 
 Programs = Sequence[tuple[Callable[..., Any], Sequence[Any]]]
