@@ -208,7 +208,7 @@ def _kernel_gradient_by_rows(x, dy, size, strides):
     or wider.
     """
     wide = jnp.promote_types(dy.dtype, jnp.float32)
-    batch, *rows, width, channels = dy.shape
+    batch, *rows, _, channels = dy.shape
 
     def row_of(maps, place):
         maps = jax.lax.dynamic_slice(maps, (0, *place, 0, 0), (batch, *(1 for _ in rows), maps.shape[-2], channels))
