@@ -150,6 +150,8 @@ class Scan:
         step = tokens(self.functional.softplus(delta) if delta_softplus else delta)
         decay = torch.exp(step.unsqueeze(-2) * A.unflatten(0, (groups, -1)).mT)
         given = (step * tokens(u)).unsqueeze(-2) * B.permute(3, 0, 1, 2).unsqueeze(-1)
+        # Apart, as the gradient of a token taken out of all would be as large as all.
+        given, decay = given.unbind(), decay.unbind()
         states = [given[0]]
         for t in range(1, len(given)):
             states.append(torch.addcmul(given[t], decay[t], states[-1]))
