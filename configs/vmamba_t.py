@@ -2,8 +2,8 @@
 
 Published top-1: 82.6 (arXiv:2401.10166, table 6). Not yet run here. 300 epochs: 375,300 steps of 1,024 images,
 384,307,200 in all. The official code, which trains 571 images/s on an A100 by its authors' measurement, takes 23 hours
-on 8. On a v5e-8 the preflight's estimate was 100 to 108 ms a step, 10.4 to 11.3 hours in all, when GELU in bfloat16 took
-longer; docs/preflight.md says how far to trust it.
+on 8. On a v5e-8 the preflight's estimate was 100 to 108 ms a step, 10.4 to 11.3 hours in all, when GELU in bfloat16
+took longer; docs/preflight.md says how far to trust it.
 """
 
 from evmamba_jax.recipes.vmamba import recipe
