@@ -391,7 +391,7 @@ def measure_all(
     """
     end, section = time.monotonic() + budget, None
     ours: dict[tuple[str, str], dict[str, Any]] = {}
-    unproven = ""  # why none of ours is to be measured
+    unproven = ""  # why ours are not measured
     for row in rows():
         if row.section != section:
             section = row.section

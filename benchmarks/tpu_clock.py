@@ -39,7 +39,7 @@ Each program is compiled for one chip with the layouts that the compiler likes b
 
 - **counted, ms**: the least time of the unit named, by what the program has to compute. Products: the published peak.
   Vector: operations of the optimized program for each number, one each, also for a conversion; a 3x3 depthwise
-  convolution 18 for each result; sorting 1024 numbers by a network of 55 layers, in each of which a pair takes its
+  convolution 18 for each result; sorting 1024 numbers by a network of 55 layers; in each a pair takes its
   comparison and four choices. {VECTOR_UNITS * REGISTER} a cycle, although v6e can take two bfloat16 numbers at once.
   Exponentials, logarithms, roots and divisions: {REGISTER} a cycle.
 - **schedule, ms**: of all instructions. **over**: over the count.

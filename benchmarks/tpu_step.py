@@ -204,7 +204,7 @@ def fill_parts(report: Report, models: list[str], generations: list[str]) -> Non
         "preflight's clock. Floor: what the chip allows at least, counted from the step's traced program "
         "(docs/preflight.md); of a part the time of its scans and the longest of four limits of its rest, of the step "
         "the sum of its parts. The last columns are the milliseconds of the kernels and of each limit. A fusion counts "
-        "whole to the part of its result, so neighbouring parts are to be read together. Written by "
+        "whole to the part of its result, so read neighbouring parts together. Written by "
         "`benchmarks/tpu_step.py --parts`."
     )
     numbers = [("ms", "{:.3f}"), ("floor, ms", "{:.3f}"), ("ratio", "{:.2f}")]

@@ -13,7 +13,7 @@ def region_conv(
 ) -> jax.Array:
     """Convolve regions x (R, S, S, C) with a kernel (K, K, C, C') at stride 1; regions keep their size.
 
-    For ``nnx.Conv(..., conv_general_dilated=region_conv)``, which passes these arguments. Values are equal to those of
+    For ``nnx.Conv(..., conv_general_dilated=region_conv)``, which passes these arguments. Values equal those of
     ``jax.lax.conv_general_dilated``. On a CPU the gradient of the kernel is another program: XLA convolves with a
     kernel as large as a region, which for 256 regions of 14x14 ran at a third of the speed of the products below.
 

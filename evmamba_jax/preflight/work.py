@@ -403,7 +403,7 @@ def _convolution(equation: JaxprEqn) -> Work:
 def _scan(equation: JaxprEqn, direction: str) -> Call:
     """Return the scan of an equation of either pass."""
     if not equation.primitive.name.startswith("scan2d"):
-        raise NotImplementedError("no model scans sequences by selective_scan: its floor is not counted")
+        raise NotImplementedError("the floor of selective_scan is not counted; models scan by scan2d")
     avals: list[Any] = [var.aval for var in equation.invars]
     x, _, dt_weight, _, A, *_ = avals
     orders = dict(equation.params["how"][1])["orders"]

@@ -92,7 +92,7 @@ def test_the_kernels_gradient_is_summed_in_float32():
 
 
 def test_what_is_read_often_is_computed_once():
-    """XLA moves an exponential into the fused computation that reads it twice, but not into that of ``read_once``."""
+    """XLA moves an exponential into a computation that reads it twice. ``read_once`` prevents that."""
 
     def stacked(x):
         return jnp.stack([x, x[:, ::-1]], 1)
