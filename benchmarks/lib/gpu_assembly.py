@@ -54,5 +54,8 @@ def assemble(text: str, *, disassemble: bool = False) -> Assembled:
 
 def run(program: str, *arguments: str, folder: str) -> subprocess.CompletedProcess:
     """Run one of CUDA's programs that came as a wheel."""
-    [path] = Path(sys.prefix).glob(f"lib/python3*/site-packages/nvidia/*/bin/{program}")
-    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True, cwd=folder)
+    paths = list(Path(sys.prefix).glob(f"lib/python3*/site-packages/nvidia/*/bin/{program}"))
+    if len(paths) != 1:
+        wheels = f"{len(paths)} of NVIDIA's wheels in {sys.prefix} have it, and one must"
+        sys.exit(f"{program}: {wheels}; install what the benchmark's first lines name")
+    return subprocess.run([paths[0], *arguments], check=True, capture_output=True, text=True, cwd=folder)

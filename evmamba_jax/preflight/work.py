@@ -44,6 +44,7 @@ from evmamba_jax.preflight.parts import PARTS, part_of
 from evmamba_jax.tasks import task_of
 from evmamba_jax.training.mesh import make_mesh
 from evmamba_jax.training.setup import Setup
+from pallas_kernels import Order
 
 # Operations of the vector units for each element of the result; 1 for what is neither here nor free.
 VECTOR = {
@@ -401,10 +402,16 @@ def _convolution(equation: JaxprEqn) -> Work:
 
 
 def _scan(equation: JaxprEqn, direction: str) -> Call:
-    """Return the scan of an equation of either pass."""
-    if not equation.primitive.name.startswith("scan2d"):
-        raise NotImplementedError("the floor of selective_scan is not counted; models scan by scan2d")
+    """Return the scan of an equation of either pass; ``selective_scan`` as one of images of a single row.
+
+    Its groups are images apart. Its steps come in full size, as if their rank were the channels.
+    """
     avals: list[Any] = [var.aval for var in equation.invars]
+    if equation.primitive.name.startswith("selective_scan"):
+        u, _, A, *_ = avals
+        batch, length, groups, width = u.shape
+        scan = Scan(batch * groups, 1, length, width, rank=width, state=A.shape[1], orders=(Order(),))
+        return Call(scan, direction, u.dtype.itemsize, 1)
     x, _, dt_weight, _, A, *_ = avals
     orders = dict(equation.params["how"][1])["orders"]
     return Call(

@@ -94,6 +94,25 @@ def test_bytes_of_a_block_with_a_scan():
     assert scans == [(f"8x8x8 E{WIDTH} R2 N1 cross", direction) for direction in ("backward", "forward")]
 
 
+def test_a_scan_of_sequences_is_one_of_images_of_a_row():
+    """A user's own model may call it; its groups are images apart, its steps are as wide as its input."""
+    length, groups, state = 24, 2, 3
+    sequence, weights = shape(IMAGES, length, WIDTH), shape(IMAGES, length, groups, state)
+    A = shape(WIDTH, state, dtype=jnp.float32)
+
+    def loss(params, u):
+        delta, A, B, C = params
+        return jnp.sum(ops.selective_scan(u, delta, A, B, C).astype(jnp.float32) ** 3)
+
+    work = count(jax.make_jaxpr(sgd(loss))((sequence, A, weights, weights), sequence))
+    calls = [call for one in work.values() for call in one.scans]
+    assert sorted(call.direction for call in calls) == ["backward", "forward"]
+    for scan, _, itemsize, times in calls:
+        assert (scan.batch * scan.visits * scan.channels, scan.state) == (IMAGES * length * WIDTH, state)
+        assert scan.batch * scan.visits * (scan.rank + 2 * scan.state) == IMAGES * length * (WIDTH + groups * 2 * state)
+        assert (itemsize, times) == (2, 1)
+
+
 def test_a_sum_over_all_images_ends_a_stage():
     """What a batch norm normalises is read once for its sums and once more, unlike what a layer norm does."""
 
