@@ -1,6 +1,7 @@
 """Blocks as one loop against the same blocks one after another: values, gradients, statistics, types and memory."""
 
 import functools
+import re
 from typing import NamedTuple
 
 import chex
@@ -171,20 +172,34 @@ class Toy(nnx.Module):
 
 
 @pytest.mark.parametrize(
-    ("training", "remat", "sizes", "loops"),
+    ("training", "remat", "sizes", "loops", "on_cpu"),
     [
-        (False, "none", (3, 3, 3, 3), [4]),
-        (True, "block", (3, 3, 3, 3), [4]),
-        (True, "none", (3, 3, 3, 3), []),  # which would stack all that the backward pass needs
-        (False, "none", (3, 3), []),
-        (False, "none", (3, 3, 4, 4, 4, 3), [3]),  # blocks of other shapes are others
+        (False, "none", (3,) * 4, [4], []),  # to stack the arrays would take a CPU long
+        (False, "none", (3,) * 17, [17], [17]),
+        (True, "block", (3,) * 4, [4], [4]),
+        (True, "none", (3,) * 4, [], []),  # which would stack all that the backward pass needs
+        (False, "none", (3, 3), [], []),
+        (False, "none", (3, 3, 4, 4, 4, 3), [3], []),  # blocks of other shapes are others
     ],
 )
-def test_which_blocks_are_a_loop(training, remat, sizes, loops):
-    blocks = [Toy(0.1 * i, size) for i, size in enumerate(sizes)]
-    program = jax.make_jaxpr(lambda x: run_blocks(blocks, x, jax.random.key(0), training=training, remat=remat))
-    equations = program(jnp.ones(3)).eqns
-    assert [equation.params["length"] for equation in equations if equation.primitive.name == "scan"] == loops
+def test_which_blocks_are_a_loop(training, remat, sizes, loops, on_cpu):
+    blocks = [Toy(0.1 * (i % 4), size) for i, size in enumerate(sizes)]
+    program = jax.jit(lambda x: run_blocks(blocks, x, jax.random.key(0), training=training, remat=remat))
+    for platform, expected in (("tpu", loops), ("cuda", loops), ("cpu", on_cpu)):
+        lowered = program.trace(jnp.ones(3)).lower(lowering_platforms=(platform,)).as_text()
+        # The loops of random numbers have no stacked weights.
+        lengths = re.findall(r"stablehlo\.while.*tensor<(\d+)x\dxf32>", lowered)
+        assert [int(length) for length in lengths] == expected
+
+
+@pytest.mark.parametrize("number", [4, 17])
+def test_evaluation_takes_every_block_in_turn(number):
+    blocks = nnx.List([Toy(0.0) for _ in range(number)])
+    for i, block in enumerate(blocks):
+        block.weight = nnx.Param(jnp.array([0.1 * i, 0.2, 0.0]))
+    blocks.eval()
+    y = jax.jit(lambda x: run_blocks(blocks, x, None, training=False, remat="none"))(jnp.ones(3))
+    chex.assert_trees_all_close(y, jnp.full(3, np.prod([1.2 + 0.1 * i for i in range(number)])), rtol=1e-5)
 
 
 def test_a_loop_that_starts_late_draws_the_numbers_of_its_blocks():
