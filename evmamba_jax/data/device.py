@@ -62,8 +62,35 @@ def random_erasing(key: jax.Array, images: jax.Array, probability: float) -> jax
     top = jax.random.randint(key_top, (batch,), 0, jnp.maximum(height - h, 0) + 1)
     left = jax.random.randint(key_left, (batch,), 0, jnp.maximum(width - w, 0) + 1)
     box = _inside(top, top + h, height)[:, :, None] & _inside(left, left + w, width)[:, None, :]
-    noise = jax.random.normal(key_noise, images.shape, images.dtype)
+    noise = _normal(key_noise, images.shape).astype(images.dtype)
     return jnp.where((box & erased[:, None, None])[..., None], noise, images)
+
+
+def _normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Draw standard normal numbers, float32 (B, H, ...), the two halves of H from the same bits.
+
+    Box and Muller's transform takes less than half the operations of ``jax.random.normal``, which draws 32 bits a
+    number and inverts erf: here the radius has 16 bits and the angle has 16, and no number is above 4.86.
+    """
+    batch, height, *rest = shape
+    bits = jax.random.bits(key, (batch, -(-height // 2), *rest), "uint32")
+    low, high = ((part.astype(jnp.int32) + 0.5) / 65536 for part in (bits & 0xFFFF, bits >> 16))
+    radius = jnp.sqrt(-2 * jnp.log(low))
+    # The sine of an angle within a quarter turn; the sign of the cosine is a bit of its own, here the 16 bits' first.
+    is_left = high >= 0.5
+    quarter = 4 * jnp.where(is_left, high - 0.5, high) - 1  # quarter turns, from -1 to 1
+    sine = _sine(quarter)
+    cosine = jnp.sqrt(jnp.maximum(1 - sine * sine, 0))
+    return jnp.concatenate([radius * sine, radius * jnp.where(is_left, -cosine, cosine)], 1)[:, :height]
+
+
+def _sine(quarter_turns: jax.Array) -> jax.Array:
+    """Return the sine of angles from -1 to 1, within 1e-7.
+
+    Source: Hastings, Approximations for Digital Computers (1955), sheet 16.
+    """
+    factors = (0.00015148419, -0.00467376557, 0.07968967928, -0.64596371106, 1.57079631847)
+    return quarter_turns * jnp.polyval(jnp.asarray(factors, quarter_turns.dtype), quarter_turns**2)
 
 
 def _inside(start: jax.Array, stop: jax.Array, length: int) -> jax.Array:
@@ -161,13 +188,16 @@ def mixup_cutmix(
     side = jnp.sqrt(1 - keep_cutmix)
     rows = _centred(jax.random.randint(key_row, draws, 0, height)[draw], side, height)
     columns = _centred(jax.random.randint(key_column, draws, 0, width)[draw], side, width)
-    box = rows[:, :, None] & columns[:, None, :]
+    box = rows[:, :, None] & columns[:, None, :] & (mixed & use_cutmix)[:, None, None]
 
-    # How much of the image itself is kept, of its label (B,) and of its pixels (B, H, W).
-    lam = jnp.where(mixed, jnp.where(use_cutmix, 1 - box.mean((1, 2)), keep_mixup), 1.0)
-    keep = jnp.where((mixed & use_cutmix)[:, None, None], 1.0 - box, lam[:, None, None])
-    keep, lam = keep[..., None].astype(images.dtype), lam[:, None]
-    return images * keep + partners(images) * (1 - keep), targets * lam + partners(targets) * (1 - lam)
+    # How much of its label an image keeps, and of its pixels outside of the box.
+    lam = jnp.where(mixed, jnp.where(use_cutmix, 1 - rows.mean(1) * columns.mean(1), keep_mixup), 1.0)[:, None]
+    keep = jnp.where(mixed & ~use_cutmix, keep_mixup, 1.0)[:, None, None, None]
+    # Without the barriers a TPU draws the noise in the images twice, once for each reader, and turns them in float32.
+    images = jax.lax.optimization_barrier(images)
+    others = jax.lax.optimization_barrier(partners(images))
+    pixels = jnp.where(box[..., None], others, images * keep + others * (1 - keep))
+    return pixels.astype(images.dtype), targets * lam + partners(targets) * (1 - lam)
 
 
 def _beta(key: jax.Array, alpha: float, shape: tuple[int, ...]) -> jax.Array:
@@ -182,7 +212,7 @@ def _centred(centre: jax.Array, share: jax.Array, length: int) -> jax.Array:
 
 
 def train_augment(
-    key: jax.Array, images: jax.Array, labels: jax.Array, config: DataConfig, num_classes: int
+    key: jax.Array, images: jax.Array, labels: jax.Array, config: DataConfig, num_classes: int, dtype=jnp.float32
 ) -> tuple[jax.Array, jax.Array]:
     """Normalise, erase, mix and smooth one global batch.
 
@@ -192,12 +222,13 @@ def train_augment(
         labels: int32 (B,), or float32 (B, K) of 0 and 1 where an image may have several.
         config: reads the device-side fields.
         num_classes: K.
+        dtype: of the images, also between the transforms; the arithmetic is float32.
 
     Returns:
-        images, float32 (B, H, W, C), and targets, float32 (B, K). The same for any number of devices.
+        images (B, H, W, C) in ``dtype``, and targets, float32 (B, K). The same for any number of devices.
     """
     key_erase, key_mix = jax.random.split(key)
-    images = normalize(images, config.mean, config.std)
+    images = normalize(images, config.mean, config.std, dtype)
     if config.random_erasing:
         images = random_erasing(key_erase, images, config.random_erasing)
     return mixup_cutmix(

@@ -175,9 +175,9 @@ class Classification(Task):
     def inputs(self, key: jax.Array, batch: Batch) -> dict[str, jax.Array]:
         """Return mixed images in the compute type, and soft targets (B, classes)."""
         images, targets = device.train_augment(
-            key, batch["image"], batch["label"], self.config.data, num_classes=len(self.class_names)
+            key, batch["image"], batch["label"], self.config.data, len(self.class_names), self.config.model.dtype
         )
-        return {"images": images.astype(self.config.model.dtype), "targets": targets}
+        return {"images": images, "targets": targets}
 
     def loss(
         self, model: Any, inputs: dict[str, jax.Array], key: jax.Array, moment: Moment

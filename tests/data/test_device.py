@@ -76,8 +76,24 @@ def test_random_erasing_fills_with_standard_noise():
     noise = out[changed]
     assert abs(noise.mean()) < 0.03
     assert abs(noise.std() - 1) < 0.03
+    assert stats.kstest(noise.astype(np.float64), "norm").pvalue > 1e-3
+    assert 3.5 < np.abs(noise).max() < 4.86
     pixels = out[changed.all(-1)]
     assert abs(np.corrcoef(pixels.T)[0, 1]) < 0.03  # a draw for each channel
+    # The halves of an image come of the same bits.
+    upper, lower = (half[changed[:, :12] & changed[:, 12:]] for half in (out[:, :12], out[:, 12:]))
+    for power in (1, 2, 3):
+        assert abs(np.corrcoef(upper**power, lower**power)[0, 1]) < 0.04
+    assert abs(np.corrcoef(upper, lower**2)[0, 1]) < 0.04
+    assert abs(np.corrcoef(upper**2, lower)[0, 1]) < 0.04
+
+
+def test_random_erasing_of_an_odd_height():
+    images = jnp.full((200, 23, 24, 1), 1000.0)
+    out = np.asarray(random_erasing(jax.random.key(2), images, 1.0))
+    for rows in (slice(0, 12), slice(12, 23)):
+        noise = out[:, rows][out[:, rows] != 1000]
+        assert stats.kstest(noise.astype(np.float64), "norm").pvalue > 1e-3
 
 
 def test_random_erasing_off_and_impossible():
@@ -242,6 +258,17 @@ def test_train_augment_order():
     assert abs(noise.mean()) < 0.03
     assert abs(noise.std() - 1) < 0.03
     chex.assert_trees_all_close(targets, one_hot_smooth(labels, 10, 0.1))
+
+
+def test_train_augment_in_bfloat16():
+    """The same images as in float32, rounded before they are mixed and after."""
+    config = DataConfig(image_size=16, mixup_mode="elem")
+    images = np.random.default_rng(0).integers(0, 256, (32, 16, 16, 3), np.uint8)
+    step = jax.jit(lambda key, dtype: train_augment(key, images, jnp.arange(32), config, 32, dtype), static_argnums=1)
+    (wide, targets), (narrow, same) = (step(jax.random.key(4), dtype) for dtype in (jnp.float32, jnp.bfloat16))
+    assert narrow.dtype == jnp.bfloat16
+    chex.assert_trees_all_equal(targets, same)
+    chex.assert_trees_all_close(narrow.astype(jnp.float32), wide, rtol=2**-8, atol=3 * 2**-8)
 
 
 @pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
